@@ -1,0 +1,41 @@
+# Torch with two threads beside any busy process can run 60 times slower unless waiting threads sleep.
+export OMP_WAIT_POLICY = PASSIVE
+# Our folder `kernels` must never answer for the distribution of that name.
+export PYTHONSAFEPATH = 1
+
+PYTHON ?= python3
+BIN := .venv/bin
+OUT := out
+
+.PHONY: demo test test-long lint clean
+
+demo: .venv/ready
+	$(BIN)/diffpress compress zoo:emoji --recipe balanced --out $(OUT)/emoji
+	$(BIN)/diffpress verify $(OUT)/emoji
+	$(BIN)/diffpress compare zoo:emoji $(OUT)/emoji --count 8
+	$(BIN)/diffpress export $(OUT)/emoji --to onnx --out $(OUT)/emoji-onnx
+	$(BIN)/diffpress run $(OUT)/emoji --prompt "slice of pizza" --seed 1 --out $(OUT)/pizza.png
+	$(BIN)/diffpress run $(OUT)/emoji-onnx --prompt "slice of pizza" --seed 1 --out $(OUT)/pizza-onnx.png
+	@echo "Open $(OUT)/emoji/report.html"
+
+test: .venv/ready lint
+	$(BIN)/pytest -m "not long"
+
+test-long: .venv/ready
+	$(BIN)/pytest -m long
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	mkdir -p build/links
+	ln -sfn ../../diffpress build/links/diffpress
+	touch $@
+
+clean:
+	rm -rf .venv build $(OUT)

@@ -1,0 +1,76 @@
+"""What a pipeline is asked for: a prompt, a class or nothing, each with the seed of its noise."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffpress.export.errors import RecipeError
+
+PROMPTS = Path(__file__).with_name("prompts.txt")
+"""The built-in prompts: everyday things and scenes, one a line."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One picture to make: `text` is a prompt, or the number of a class, or empty where the pipeline takes neither."""
+
+    text: str
+    seed: int
+
+
+def conditions(pipeline: Any, wanted: str | Sequence[str], count: int, seed: int) -> list[Condition]:
+    """`count` conditions with seeds from `seed` on, cycling through the texts.
+
+    `wanted` is `builtin`, a file with one prompt or label a line, or the texts themselves.
+    """
+    texts = _texts(pipeline, wanted)
+    return [Condition(texts[i % len(texts)], seed + i) for i in range(count)]
+
+
+def call_parameters(pipeline: Any) -> set[str]:
+    """Names that the pipeline's call accepts."""
+    return set(inspect.signature(type(pipeline).__call__).parameters)
+
+
+def kind(pipeline: Any) -> str:
+    """`prompt`, `label` or `nothing`: what the pipeline's call takes."""
+    names = call_parameters(pipeline)
+    return "prompt" if "prompt" in names else "label" if "class_labels" in names else "nothing"
+
+
+def _texts(pipeline: Any, wanted: str | Sequence[str]) -> list[str]:
+    takes = kind(pipeline)
+    if takes == "nothing":
+        return [""]
+    if not isinstance(wanted, str):
+        texts = list(wanted)
+    elif wanted == "builtin":
+        texts = _builtin_labels(pipeline) if takes == "label" else _builtin_prompts(pipeline)
+    else:
+        texts = _read(Path(wanted))
+    if takes == "label" and not all(text.isdigit() for text in texts):
+        wrong = next(text for text in texts if not text.isdigit())
+        raise RecipeError(f"record.prompts: {wrong!r} is no class number; this pipeline takes labels such as 3.")
+    return texts
+
+
+def _read(path: Path) -> list[str]:
+    if not path.is_file():
+        raise RecipeError(f"record.prompts: there is no file {path}. Give a file with one prompt a line, or `builtin`.")
+    texts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not texts:
+        raise RecipeError(f"record.prompts: {path} is empty. Write one prompt or label a line.")
+    return texts
+
+
+def _builtin_labels(pipeline: Any) -> list[str]:
+    known = getattr(pipeline, "labels", None)
+    return [str(number) for number in sorted(set(known.values()))] if known else [str(number) for number in range(10)]
+
+
+def _builtin_prompts(pipeline: Any) -> list[str]:
+    return PROMPTS.read_text().splitlines()

@@ -1,0 +1,134 @@
+"""Run a real pipeline: the pipeline is the sampler, nothing of its loop is written again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .conditions import Condition, call_parameters, kind
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; None leaves the pipeline's own default."""
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+
+
+class Sample(NamedTuple):
+    """Pictures [N, C, H, W] in 0..1 and the latents they were decoded from (the pictures in -1..1 where there are none)."""
+
+    images: Tensor
+    latents: Tensor
+
+
+class Call(NamedTuple):
+    """One call of the denoiser: its numeric arguments by name (`outer/inner` in a dict), its output, and its step.
+
+    The step counts distinct time steps in the order in which the pipeline asks for them.
+    """
+
+    inputs: dict[str, Tensor]
+    output: Tensor
+    step: int
+
+
+def denoiser_of(pipeline: Any) -> nn.Module:
+    """The part called once a step."""
+    return pipeline.transformer if getattr(pipeline, "transformer", None) is not None else pipeline.unet
+
+
+@torch.no_grad()
+def sample(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Sample:
+    """Make one picture a condition in one call of the pipeline; each starts from its own seed's noise."""
+    arguments: dict[str, Any] = {
+        "generator": [torch.Generator().manual_seed(condition.seed) for condition in wanted],
+        "output_type": "np",
+    }
+    takes, known = kind(pipeline), call_parameters(pipeline)
+    if takes == "prompt":
+        arguments["prompt"] = [condition.text for condition in wanted]
+    elif takes == "label":
+        arguments["class_labels"] = [int(condition.text) for condition in wanted]
+    else:
+        arguments["batch_size"] = len(wanted)
+    if sampling.steps is not None:
+        arguments["num_inference_steps"] = sampling.steps
+    if sampling.guidance_scale is not None and "guidance_scale" in known:
+        arguments["guidance_scale"] = sampling.guidance_scale
+    with _decoded_latents(pipeline) as seen:
+        images = torch.from_numpy(pipeline(**arguments).images).permute(0, 3, 1, 2)
+    return Sample(images, torch.cat(seen) if seen else images * 2 - 1)
+
+
+@contextmanager
+def _decoded_latents(pipeline: Any) -> Iterator[list[Tensor]]:
+    """Collects what the pipeline gives its image decoder."""
+    seen: list[Tensor] = []
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        yield seen
+        return
+    decode = vae.decode
+
+    def watched(latents: Tensor, *arguments: Any, **options: Any) -> Any:
+        seen.append(latents.detach().float())
+        return decode(latents, *arguments, **options)
+
+    vae.decode = watched
+    try:
+        yield seen
+    finally:
+        del vae.decode
+
+
+@contextmanager
+def watch(pipeline: Any, receive: Callable[[Call], None]) -> Iterator[None]:
+    """Hand every call of the denoiser to `receive` while the pipeline runs once."""
+    denoiser = denoiser_of(pipeline)
+    signature = inspect.signature(denoiser.forward)
+    timesteps: list[float] = []
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        inputs = dict(_numeric_arguments(signature.bind(*arguments, **options).arguments))
+        timestep = float(inputs["timestep"].flatten()[0])
+        if timestep not in timesteps:
+            timesteps.append(timestep)
+        result = output[0] if isinstance(output, tuple) else output.sample
+        receive(Call(inputs, result.detach(), timesteps.index(timestep)))
+
+    handle = denoiser.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _numeric_arguments(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            yield from _numeric_arguments(value, f"{prefix}{name}/")
+        elif isinstance(value, (Tensor, int, float)) and not isinstance(value, bool):
+            yield prefix + name, torch.as_tensor(value).detach()
+
+
+@torch.no_grad()
+def replay(denoiser: nn.Module, call: Call) -> Tensor:
+    """What `denoiser` answers to recorded inputs."""
+    reference = next(denoiser.parameters())
+    options: dict[str, Any] = {"return_dict": False}
+    for name, value in call.inputs.items():
+        outer, _, inner = name.partition("/")
+        value = value.to(reference.device, reference.dtype if value.is_floating_point() else None)
+        if inner:
+            options.setdefault(outer, {})[inner] = value
+        else:
+            options[outer] = value
+    return denoiser(**options)[0]

@@ -1,0 +1,105 @@
+"""Recorded sampling runs on disk: what the denoiser saw at every step and what it answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .conditions import Condition
+from .sampling import Call, Sampling, sample, watch
+
+Progress = Callable[[int, int], None]
+"""Called with how much is done and how much there is."""
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """A folder of recorded runs; tensors are read one step at a time through a memory map."""
+
+    folder: Path
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted(self.folder.glob("shard-*.safetensors"))
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The time steps the denoiser was asked for, in sampling order."""
+        with safe_open(self.shards[0], framework="pt") as file:
+            return list(json.loads(file.metadata()["timesteps"]))
+
+    def calls(self, shards: Sequence[Path] | None = None) -> Iterator[Call]:
+        """Every recorded call, shard by shard, in the order in which the denoiser was called."""
+        for path in self.shards if shards is None else shards:
+            with safe_open(path, framework="pt") as file:
+                steps = json.loads(file.metadata()["steps"])
+                names = [key.split(".", 2)[2] for key in file.keys() if key.startswith("00000.inputs.")]  # noqa: SIM118
+                for index, step in enumerate(steps):
+                    inputs = {name: file.get_tensor(f"{index:05d}.inputs.{name}") for name in names}
+                    yield Call(inputs, file.get_tensor(f"{index:05d}.output"), step)
+
+
+def record(
+    pipeline: Any,
+    wanted: Sequence[Condition],
+    sampling: Sampling,
+    folder: Path,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> Trajectories:
+    """Sample every condition and write what the denoiser saw, `batch` runs a shard; finished shards are kept.
+
+    Memory holds one shard, however many conditions there are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = [list(wanted[start : start + batch]) for start in range(0, len(wanted), batch)]
+    for index, group in enumerate(groups):
+        path = folder / f"shard-{index:05d}.safetensors"
+        request = json.dumps([asdict(sampling), [asdict(condition) for condition in group]], sort_keys=True)
+        if not _holds(path, request):
+            _record_shard(pipeline, group, sampling, path, request)
+        if progress is not None:
+            progress(index + 1, len(groups))
+    for extra in Trajectories(folder).shards[len(groups) :]:
+        extra.unlink()
+    return Trajectories(folder)
+
+
+def _record_shard(pipeline: Any, group: list[Condition], sampling: Sampling, path: Path, request: str) -> None:
+    tensors: dict[str, Tensor] = {}
+    steps: list[int] = []
+    timesteps: dict[int, float] = {}
+
+    def receive(call: Call) -> None:
+        index = len(steps)
+        tensors.update(
+            {f"{index:05d}.inputs.{name}": value.contiguous().clone() for name, value in call.inputs.items()}
+        )
+        tensors[f"{index:05d}.output"] = call.output.contiguous().clone()
+        steps.append(call.step)
+        timesteps[call.step] = float(call.inputs["timestep"].flatten()[0])
+
+    with watch(pipeline, receive):
+        sample(pipeline, group, sampling)
+    metadata = {"request": request, "steps": json.dumps(steps), "timesteps": json.dumps(list(timesteps.values()))}
+    partial = path.with_suffix(".partial")
+    save_file({name: value.cpu() for name, value in tensors.items()}, partial, metadata=metadata)
+    partial.replace(path)
+
+
+def _holds(path: Path, request: str) -> bool:
+    """Whether a readable shard of exactly this request is there already."""
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata().get("request") == request
+    except (SafetensorError, OSError):
+        return False

@@ -1,0 +1,138 @@
+"""Save and check an artifact: a diffusers folder plus `diffpress.json`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .apply import apply_edits_
+from .edits import Edit, edits_of
+from .errors import ArtifactError, OutputError
+from .folder import PipelineFolder
+from .load.quantizer import EditsConfig
+from .manifest import MANIFEST, Manifest, check_files, read_manifest
+
+Tensors = Mapping[str, Tensor]
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a folder carries our manifest."""
+    return (path / MANIFEST).is_file()
+
+
+def write_pipeline(
+    folder: Path, source: PipelineFolder, edits: Sequence[Edit], tensors: Mapping[str, Tensors], timesteps: list[float]
+) -> None:
+    """Write the pipeline files of an artifact into the empty `folder`: copies, but for components with edits.
+
+    `tensors` holds per component what the edits store, named `MODULE.TENSOR`.
+    """
+    edited = {edit.component for edit in edits}
+    for name in source.files():
+        if name.split("/")[0] not in edited:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / name, folder / name)
+    for component in sorted(edited):
+        (folder / component).mkdir(parents=True)
+        own = edits_of(component, edits)
+        stored = _stored_tensors(source, component, own, tensors[component])
+        save_file(stored, folder / component / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        config = json.loads((source.path / component / "config.json").read_text())
+        config["quantization_config"] = EditsConfig(list(own), timesteps).to_dict()
+        (folder / component / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def _stored_tensors(
+    source: PipelineFolder, component: str, edits: Sequence[Edit], packed: Tensors
+) -> dict[str, Tensor]:
+    """Untouched tensors as the source has them, edited modules as packed."""
+    prefixes = tuple(f"{edit.module}." for edit in edits)
+    kept = {name: tensor for name, tensor in source.tensors(component) if not name.startswith(prefixes)}
+    return {name: tensor.contiguous() for name, tensor in sorted({**kept, **packed}.items())}
+
+
+def publish(staged: Path, out: Path) -> None:
+    """Rename the finished `staged` folder to `out`, putting an older result aside until the new one is in place."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    old = staged.with_name(staged.name + ".replaced")
+    if out.exists():
+        out.replace(old)
+    staged.replace(out)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Raises OutputError where `out` exists and is neither empty nor a result of ours, unless `force`."""
+    if not out.exists() or force:
+        return
+    if not out.is_dir():
+        raise OutputError(f"--out {out} is a file. Name a folder, or give --force to replace it.")
+    if any(out.iterdir()) and not is_artifact(out) and not (out / "export.json").is_file():
+        raise OutputError(f"--out {out} exists and was not written by diffpress. Name another folder, or give --force.")
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Raises OutputError where the disk under `folder` has less than `needed_bytes` left."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"{existing} has {free / 1e6:,.0f} MB free, but {needed_bytes / 1e6:,.0f} MB are needed. Free some space, "
+            "name an --out on another disk, or record fewer trajectories."
+        )
+
+
+def verify(path: Path) -> Manifest:
+    """Check every digest, read every tensor and apply every edit to the empty model; returns the manifest.
+
+    Raises ArtifactError (or ModelFileError) at the first thing that is not as it was saved.
+    """
+    manifest = read_manifest(path)
+    check_files(path, manifest.files)
+    folder = PipelineFolder(path, str(path))
+    folder.check()
+    for component in sorted({edit.component for edit in manifest.edits}):
+        _check_edits_apply(folder, component, edits_of(component, manifest.edits), manifest.timesteps)
+    return manifest
+
+
+def _check_edits_apply(folder: PipelineFolder, component: str, edits: list[Edit], timesteps: list[float]) -> None:
+    model_class = getattr(diffusers, folder.components[component])
+    config = json.loads((folder.path / component / "config.json").read_text())
+    if EditsConfig(config["quantization_config"]["edits"], timesteps).edits != edits:
+        raise ArtifactError(f"{folder.name}: {component}/config.json and {MANIFEST} disagree about the edits.")
+    with init_empty_weights(include_buffers=True):
+        model = model_class.from_config({k: v for k, v in config.items() if k != "quantization_config"})
+        apply_edits_(model, edits, timesteps)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in folder.tensors(component)}
+    for name in sorted(expected.keys() | stored.keys()):
+        if expected.get(name) != stored.get(name):
+            raise ArtifactError(
+                f"{folder.name}: {component} should hold {name} as {expected.get(name)}, but holds {stored.get(name)}."
+            )
+
+
+def load(path: str | Path, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
+    """The pipeline of an artifact, after every digest has matched. Raises ArtifactError where one does not."""
+    path = Path(path)
+    check_files(path, read_manifest(path).files)
+    return load_pipeline(PipelineFolder(path, str(path)), dtype)
+
+
+def load_pipeline(folder: PipelineFolder, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
+    """Any local pipeline folder, from safetensors only, without network."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        folder.path, torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=folder.variant
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

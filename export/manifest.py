@@ -1,0 +1,124 @@
+"""`diffpress.json`: what was done to a pipeline, and the digest of every file that came of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .digests import digest
+from .edits import Edit
+from .errors import ArtifactError
+
+MANIFEST = "diffpress.json"
+REPORT = "report.html"
+"""Holds timings, so it differs from run to run and is not under the digests."""
+SCHEMA = 1
+
+
+class File(BaseModel):
+    """One file of the artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size_bytes: int
+    sha256: str
+
+
+class PlanRow(BaseModel):
+    """What became of one weighted module."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    component: str
+    module: str
+    shape: tuple[int, ...]
+    format: str
+    """Such as `W4A8`, or the dtype it was left in."""
+    source_bytes: int
+    bytes: int
+    reason: str = ""
+    """Why it was left alone or given more bits than asked."""
+    error: float | None = None
+    """Relative squared error of the denoiser's output when only this module is quantized."""
+
+
+class Manifest(BaseModel):
+    """Everything an artifact says of itself."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA
+    fingerprint: str
+    """Digest of source, recipe, seed and versions: the same request gives the same fingerprint."""
+    versions: dict[str, str]
+    recipe: dict[str, Any]
+    source: dict[str, Any]
+    timesteps: list[float]
+    edits: list[Edit]
+    plan: list[PlanRow]
+    metrics: dict[str, Any]
+    files: dict[str, File]
+
+
+def list_files(folder: Path) -> dict[str, File]:
+    """Every file of `folder` but the manifest and the report."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    names = {file.relative_to(folder).as_posix(): file for file in found}
+    return {
+        name: File(size_bytes=file.stat().st_size, sha256=digest(file))
+        for name, file in names.items()
+        if name not in (MANIFEST, REPORT)
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `diffpress.json`, keys sorted."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(text + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `diffpress.json`. Raises ArtifactError where it is missing, damaged, newer than we know, or leaves its folder."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is no artifact of diffpress: it has no {MANIFEST}.")
+    try:
+        data = json.loads(path.read_text())
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > SCHEMA:
+            raise ArtifactError(f"{path} has schema {version}, this diffpress reads up to {SCHEMA}: update diffpress.")
+        manifest = Manifest.model_validate(data)
+    except (ValueError, ValidationError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from error
+    for name in manifest.files:
+        inside(folder, name)
+    return manifest
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of `name` in `folder`. Raises ArtifactError where it would leave it, through `..`, a root or a link."""
+    pure = PurePosixPath(name)
+    path = folder / pure
+    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{folder}: the path {name!r} leaves the folder, the artifact is not safe to use.")
+    return path
+
+
+def check_files(folder: Path, files: dict[str, File]) -> None:
+    """Compare every file with its digest. Raises ArtifactError naming the first that differs, is missing or is not listed."""
+    for name, expected in files.items():
+        path = inside(folder, name)
+        if not path.is_file():
+            raise ArtifactError(f"{folder}: {name} is missing. Copy the artifact again or compress anew.")
+        if path.stat().st_size != expected.size_bytes or digest(path) != expected.sha256:
+            raise ArtifactError(
+                f"{folder}: {name} is not what was saved (its digest differs). Copy the artifact again."
+            )
+    known = {*files, MANIFEST, REPORT}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in known:
+            raise ArtifactError(f"{folder}: {name} is not in the manifest. Remove it or compress anew.")

@@ -1,0 +1,62 @@
+"""Linear layer on integer weights and integer activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import quantized_linear_reference
+
+__all__ = ["quantized_linear"]
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    activation_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    activation_bits: int,
+) -> Tensor:
+    """`x` [..., K] times integer weights: [..., N] in the dtype of `x`.
+
+    `weight` is int8 [N, K] at 8 bits and uint8 [N, ceil(K / 2)] at 4 (see `pack_int4`); `weight_scale` [N] and
+    `activation_scale` [1] are float32, `bias` is [N]. Raises ValueError naming the argument that does not fit.
+    """
+    columns = x.shape[-1] if weight_bits == 8 else (x.shape[-1] + 1) // 2
+    expected = (torch.int8 if weight_bits == 8 else torch.uint8, columns)
+    if weight.ndim != 2 or (weight.dtype, weight.shape[1]) != expected:
+        shape, dtype = tuple(weight.shape), weight.dtype
+        raise ValueError(f"weight must be {expected[0]} [N, {expected[1]}] at {weight_bits} bits, got {dtype} {shape}")
+    if weight_scale.shape != weight.shape[:1]:
+        raise ValueError(f"weight_scale must be [{len(weight)}], got {tuple(weight_scale.shape)}")
+    return torch.ops.diffpress.quantized_linear(
+        x, weight, weight_scale, activation_scale, bias, weight_bits, activation_bits
+    )
+
+
+@torch.library.custom_op("diffpress::quantized_linear", mutates_args=())
+def _quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    activation_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    activation_bits: int,
+) -> Tensor:
+    return quantized_linear_reference(x, weight, weight_scale, activation_scale, bias, weight_bits, activation_bits)
+
+
+@_quantized_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    activation_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    activation_bits: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
