@@ -6,12 +6,14 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffpress.export.errors import RecipeError
 
-PROMPTS = Path(__file__).with_name("prompts.txt")
-"""The built-in prompts: everyday things and scenes, one a line."""
+PROMPTS = Path(__file__).with_name("prompts")
+"""The built-in prompts, one a line: `record.txt` to calibrate with and `compare.txt`, kept apart, to report on."""
+
+Purpose = Literal["record", "compare"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,15 @@ class Condition:
     seed: int
 
 
-def conditions(pipeline: Any, wanted: str | Sequence[str], count: int, seed: int) -> list[Condition]:
+def conditions(
+    pipeline: Any, wanted: str | Sequence[str], count: int, seed: int, purpose: Purpose = "record"
+) -> list[Condition]:
     """`count` conditions with seeds from `seed` on, cycling through the texts.
 
-    `wanted` is `builtin`, a file with one prompt or label a line, or the texts themselves.
+    `wanted` is `builtin` (the set for `purpose`), a file with one prompt or label a line, or the texts themselves.
+    Raises RecipeError where the file is missing or empty, or a label is no number.
     """
-    texts = _texts(pipeline, wanted)
+    texts = _texts(pipeline, wanted, purpose)
     return [Condition(texts[i % len(texts)], seed + i) for i in range(count)]
 
 
@@ -42,18 +47,20 @@ def kind(pipeline: Any) -> str:
     return "prompt" if "prompt" in names else "label" if "class_labels" in names else "nothing"
 
 
-def _texts(pipeline: Any, wanted: str | Sequence[str]) -> list[str]:
+def _texts(pipeline: Any, wanted: str | Sequence[str], purpose: Purpose) -> list[str]:
     takes = kind(pipeline)
     if takes == "nothing":
         return [""]
     if not isinstance(wanted, str):
         texts = list(wanted)
     elif wanted == "builtin":
-        texts = _builtin_labels(pipeline) if takes == "label" else _builtin_prompts(pipeline)
+        texts = _builtin_labels(pipeline) if takes == "label" else _builtin_prompts(purpose)
     else:
         texts = _read(Path(wanted))
-    if takes == "label" and not all(text.isdigit() for text in texts):
-        wrong = next(text for text in texts if not text.isdigit())
+    if not texts:
+        raise RecipeError("record.prompts: the list is empty. Give at least one prompt or label.")
+    if takes == "label" and not all(text.isdecimal() for text in texts):
+        wrong = next(text for text in texts if not text.isdecimal())
         raise RecipeError(f"record.prompts: {wrong!r} is no class number; this pipeline takes labels such as 3.")
     return texts
 
@@ -61,7 +68,11 @@ def _texts(pipeline: Any, wanted: str | Sequence[str]) -> list[str]:
 def _read(path: Path) -> list[str]:
     if not path.is_file():
         raise RecipeError(f"record.prompts: there is no file {path}. Give a file with one prompt a line, or `builtin`.")
-    texts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"record.prompts: {path} is no text file in UTF-8 ({error}).") from error
+    texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise RecipeError(f"record.prompts: {path} is empty. Write one prompt or label a line.")
     return texts
@@ -72,5 +83,5 @@ def _builtin_labels(pipeline: Any) -> list[str]:
     return [str(number) for number in sorted(set(known.values()))] if known else [str(number) for number in range(10)]
 
 
-def _builtin_prompts(pipeline: Any) -> list[str]:
-    return PROMPTS.read_text().splitlines()
+def _builtin_prompts(purpose: Purpose) -> list[str]:
+    return (PROMPTS / f"{purpose}.txt").read_text(encoding="utf-8").splitlines()

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffpress.export.errors import UnsupportedModelError
+
 from .conditions import Condition, call_parameters, kind
 
 
@@ -64,7 +66,7 @@ def sample(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Sa
     if sampling.guidance_scale is not None and "guidance_scale" in known:
         arguments["guidance_scale"] = sampling.guidance_scale
     with _decoded_latents(pipeline) as seen:
-        images = torch.from_numpy(pipeline(**arguments).images).permute(0, 3, 1, 2)
+        images = torch.from_numpy(pipeline(**arguments).images).float().permute(0, 3, 1, 2)
     return Sample(images, torch.cat(seen) if seen else images * 2 - 1)
 
 
@@ -117,18 +119,25 @@ def _numeric_arguments(arguments: Mapping[str, Any], prefix: str = "") -> Iterat
             yield from _numeric_arguments(value, f"{prefix}{name}/")
         elif isinstance(value, (Tensor, int, float)) and not isinstance(value, bool):
             yield prefix + name, torch.as_tensor(value).detach()
+        elif isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+            raise UnsupportedModelError(
+                f"The denoiser is called with a list of tensors as {prefix + name!r}, which cannot be recorded; tensors, "
+                "numbers and dicts of them can."
+            )
 
 
 @torch.no_grad()
 def replay(denoiser: nn.Module, call: Call) -> Tensor:
-    """What `denoiser` answers to recorded inputs."""
+    """What `denoiser` answers to recorded inputs; they are cast to its dtype, but for the time step and what was not in
+    the dtype of the recorded denoiser either.
+    """
     reference = next(denoiser.parameters())
     options: dict[str, Any] = {"return_dict": False}
     for name, value in call.inputs.items():
-        outer, _, inner = name.partition("/")
-        value = value.to(reference.device, reference.dtype if value.is_floating_point() else None)
-        if inner:
-            options.setdefault(outer, {})[inner] = value
-        else:
-            options[outer] = value
+        *outer, last = name.split("/")
+        cast = value.dtype == call.output.dtype and name != "timestep"
+        place = options
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = value.to(reference.device, reference.dtype if cast else None)
     return denoiser(**options)[0]

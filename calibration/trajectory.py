@@ -33,16 +33,17 @@ class Trajectories:
     def timesteps(self) -> list[float]:
         """The time steps the denoiser was asked for, in sampling order."""
         with safe_open(self.shards[0], framework="pt") as file:
-            return list(json.loads(file.metadata()["timesteps"]))
+            return list(_record_of(file)["timesteps"])
 
     def calls(self, shards: Sequence[Path] | None = None) -> Iterator[Call]:
         """Every recorded call, shard by shard, in the order in which the denoiser was called."""
         for path in self.shards if shards is None else shards:
             with safe_open(path, framework="pt") as file:
-                steps = json.loads(file.metadata()["steps"])
-                names = [key.split(".", 2)[2] for key in file.keys() if key.startswith("00000.inputs.")]  # noqa: SIM118
-                for index, step in enumerate(steps):
-                    inputs = {name: file.get_tensor(f"{index:05d}.inputs.{name}") for name in names}
+                names = sorted(file.keys())
+                for index, step in enumerate(_record_of(file)["steps"]):
+                    prefix = f"{index:05d}.inputs."
+                    own = [name for name in names if name.startswith(prefix)]
+                    inputs = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
                     yield Call(inputs, file.get_tensor(f"{index:05d}.output"), step)
 
 
@@ -88,7 +89,8 @@ def _record_shard(pipeline: Any, group: list[Condition], sampling: Sampling, pat
 
     with watch(pipeline, receive):
         sample(pipeline, group, sampling)
-    metadata = {"request": request, "steps": json.dumps(steps), "timesteps": json.dumps(list(timesteps.values()))}
+    # One key: safetensors writes several in a random order, and the same request must give the same bytes.
+    metadata = {"record": json.dumps({"request": request, "steps": steps, "timesteps": list(timesteps.values())})}
     partial = path.with_suffix(".partial")
     save_file({name: value.cpu() for name, value in tensors.items()}, partial, metadata=metadata)
     partial.replace(path)
@@ -100,6 +102,11 @@ def _holds(path: Path, request: str) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata().get("request") == request
+            return _record_of(file).get("request") == request
     except (SafetensorError, OSError):
         return False
+
+
+def _record_of(file: Any) -> dict[str, Any]:
+    """What an open shard says of itself."""
+    return json.loads((file.metadata() or {}).get("record", "{}"))

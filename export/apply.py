@@ -16,7 +16,10 @@ def apply_edits_(model: nn.Module, edits: Iterable[Edit], timesteps: Sequence[fl
 
     Raises ArtifactError where an edit names a module the model has not, or one that cannot be packed.
     """
-    clock = StepClock(timesteps)
+    try:
+        clock = StepClock(timesteps)
+    except ValueError as error:
+        raise ArtifactError(f"the edits do not apply: {error}") from error
     for edit in edits:
         path, _, name = edit.module.rpartition(".")
         try:

@@ -21,6 +21,8 @@ from .load.quantizer import EditsConfig
 from .manifest import MANIFEST, Manifest, check_files, read_manifest
 
 Tensors = Mapping[str, Tensor]
+VARIANT = ".fp16"
+"""What the file names of half precision weights have in them when full precision may lie beside them."""
 
 
 def is_artifact(path: Path) -> bool:
@@ -33,13 +35,13 @@ def write_pipeline(
 ) -> None:
     """Write the pipeline files of an artifact into the empty `folder`: copies, but for components with edits.
 
+    Weights of the variant fp16 lose it in their names, so that all components load alike.
     `tensors` holds per component what the edits store, named `MODULE.TENSOR`.
     """
     edited = {edit.component for edit in edits}
     for name in source.files():
         if name.split("/")[0] not in edited:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.path / name, folder / name)
+            _copy_plain(source.path, folder, name)
     for component in sorted(edited):
         (folder / component).mkdir(parents=True)
         own = edits_of(component, edits)
@@ -50,12 +52,21 @@ def write_pipeline(
         (folder / component / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
+def _copy_plain(source: Path, folder: Path, name: str) -> None:
+    plain = name.replace(VARIANT, "")
+    (folder / plain).parent.mkdir(parents=True, exist_ok=True)
+    if plain != name and name.endswith(".json"):
+        (folder / plain).write_text((source / name).read_text().replace(VARIANT, ""))
+    else:
+        shutil.copyfile(source / name, folder / plain)
+
+
 def _stored_tensors(
     source: PipelineFolder, component: str, edits: Sequence[Edit], packed: Tensors
 ) -> dict[str, Tensor]:
-    """Untouched tensors as the source has them, edited modules as packed."""
-    prefixes = tuple(f"{edit.module}." for edit in edits)
-    kept = {name: tensor for name, tensor in source.tensors(component) if not name.startswith(prefixes)}
+    """Untouched tensors as the source has them (biases too), weights of edited modules as packed."""
+    replaced = {f"{edit.module}.weight" for edit in edits}
+    kept = {name: tensor for name, tensor in source.tensors(component) if name not in replaced}
     return {name: tensor.contiguous() for name, tensor in sorted({**kept, **packed}.items())}
 
 
@@ -64,10 +75,18 @@ def publish(staged: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     old = staged.with_name(staged.name + ".replaced")
     if out.exists():
+        # Left over where an earlier run was killed right here.
+        _remove(old)
         out.replace(old)
     staged.replace(out)
-    if old.exists():
-        shutil.rmtree(old)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -106,9 +125,15 @@ def verify(path: Path) -> Manifest:
 
 
 def _check_edits_apply(folder: PipelineFolder, component: str, edits: list[Edit], timesteps: list[float]) -> None:
-    model_class = getattr(diffusers, folder.components[component])
-    config = json.loads((folder.path / component / "config.json").read_text())
-    if EditsConfig(config["quantization_config"]["edits"], timesteps).edits != edits:
+    try:
+        model_class = getattr(diffusers, folder.components[component])
+        config = json.loads((folder.path / component / "config.json").read_text())
+        own = EditsConfig.from_dict(config["quantization_config"])
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        raise ArtifactError(
+            f"{folder.name}: {component} has no readable edits in its config.json ({error!r})."
+        ) from error
+    if own.edits != edits or own.timesteps != timesteps:
         raise ArtifactError(f"{folder.name}: {component}/config.json and {MANIFEST} disagree about the edits.")
     with init_empty_weights(include_buffers=True):
         model = model_class.from_config({k: v for k, v in config.items() if k != "quantization_config"})

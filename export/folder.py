@@ -79,6 +79,8 @@ class PipelineFolder:
                     f"{self.name}: {component} has only pickled weights ({pickles[0]}), which can run code when read. "
                     "Convert them with `save_pretrained(..., safe_serialization=True)`."
                 )
+            if component in DENOISERS:
+                raise ModelFileError(f"{self.name}: {component} has no weights. Copy or download it again.")
             return []
         plain = [file for file in found if "." not in _base(file)]
         chosen = plain or [file for file in found if _base(file).rsplit(".", 1)[-1] == "fp16"]
@@ -107,6 +109,7 @@ class PipelineFolder:
     def check(self) -> None:
         """Read every weight once. Raises ModelFileError for pickles, damaged files and NaN or infinite weights."""
         for component in self.components:
+            self._check_complete(component)
             for name, tensor in self.tensors(component):
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     layer = name.rsplit(".", 1)[0]
@@ -114,11 +117,27 @@ class PipelineFolder:
                         f"{self.name}: {component}.{layer} has NaN or infinite weights ({name}). Use a sound checkpoint."
                     )
 
+    def _check_complete(self, component: str) -> None:
+        if not (self.path / component).is_dir():
+            raise ModelFileError(f"{self.name}: the folder {component} is missing. Copy or download it again.")
+        index = self._index_of_shards(component)
+        if not index.is_file():
+            return
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(name for name in shards if not (index.parent / name).is_file())
+        if missing:
+            raise ModelFileError(f"{self.name}: {component}/{missing[0]} is missing. Copy or download it again.")
+
+    def _index_of_shards(self, component: str) -> Path:
+        """Where the list of shards of the chosen weights would be."""
+        stem, dot, variant = next((_base(file) for file in self.weight_files(component)), "").partition(".")
+        return self.path / component / f"{stem}.safetensors.index{dot}{variant}.json"
+
     def files(self) -> list[str]:
         """Relative paths of everything the pipeline needs, sorted: settings, tokenizers and the chosen weights."""
         kept = [file for file in self.path.glob("*") if file.is_file() and _is_document(file)]
         for component in self.components:
-            weights = set(self.weight_files(component))
+            weights = {*self.weight_files(component), self._index_of_shards(component)}
             for file in sorted((self.path / component).rglob("*")):
                 if file.is_file() and (file in weights or not _is_weight(file)):
                     kept.append(file)
@@ -143,7 +162,8 @@ def _base(file: Path) -> str:
 
 
 def _is_weight(file: Path) -> bool:
-    return file.suffix in (".safetensors", *PICKLES, *OTHER_FRAMEWORKS)
+    shards = file.suffix == ".json" and ".index" in file.suffixes
+    return shards or file.suffix in (".safetensors", *PICKLES, *OTHER_FRAMEWORKS)
 
 
 def _is_document(file: Path) -> bool:

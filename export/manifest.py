@@ -102,7 +102,7 @@ def inside(folder: Path, name: str) -> Path:
     """The path of `name` in `folder`. Raises ArtifactError where it would leave it, through `..`, a root or a link."""
     pure = PurePosixPath(name)
     path = folder / pure
-    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(folder.resolve()):
+    if pure.is_absolute() or ".." in pure.parts or "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"{folder}: the path {name!r} leaves the folder, the artifact is not safe to use.")
     return path
 
@@ -120,5 +120,5 @@ def check_files(folder: Path, files: dict[str, File]) -> None:
     known = {*files, MANIFEST, REPORT}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in known:
+        if (path.is_file() or path.is_symlink()) and name not in known:
             raise ArtifactError(f"{folder}: {name} is not in the manifest. Remove it or compress anew.")

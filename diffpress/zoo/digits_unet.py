@@ -20,7 +20,7 @@ def train(data: Path, out: Path, work: Path, seed: int, steps: int | None = None
     """Train on the npz at `data` and write the pipeline folder `out`; checkpoints live in `work`."""
     images = load_digits(data, "train").images
     torch.manual_seed(seed)
-    unet, scheduler = build_denoiser(), DDIMScheduler(timestep_spacing="trailing")
+    unet, scheduler = build_denoiser(), DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
     unet.train().to(memory_format=torch.channels_last)
 
     def loss(generator: torch.Generator) -> Tensor:

@@ -39,12 +39,19 @@ def train(data: Path, out: Path, work: Path, seed: int, steps: int | None = None
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
     pipeline.to(dtype=torch.float16).save_pretrained(out)
+    _load_in_float32(out / "text_encoder" / "config.json")
+
+
+def _load_in_float32(config: Path) -> None:
+    """Transformers loads in the dtype its config names, diffusers in float32: stored as float16, both must load alike."""
+    text = config.read_text()
+    config.write_text(text.replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def build_scheduler() -> DDIMScheduler:
     """Linear betas, v-prediction, trailing steps: sampling starts at the noisiest trained step."""
     return DDIMScheduler(
-        prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+        prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False, steps_offset=1
     )
 
 

@@ -103,6 +103,8 @@ def _restore(
         for name, parameter in parameters.items():
             parameter.copy_(file.get_tensor(f"model.{name}"))
             average[name].copy_(file.get_tensor(f"average.{name}"))
-            moments = {key: file.get_tensor(f"{key}.{name}").clone() for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            for key, value in moments.items():
+                value.copy_(file.get_tensor(f"{key}.{name}"))
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
     return step

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from ..apply import apply_edits_
 from ..edits import Edit
+from ..runtime.packed import EXACT
 
 EDITS: TypeAdapter[list[Edit]] = TypeAdapter(list[Edit])
-EXACT = ("weight_scale", "activation_scale")
-"""Tensors that stay in the precision they are stored in, whatever dtype the rest is loaded in."""
 
 
 class Method(str, Enum):  # noqa: UP042  # diffusers compares it as a plain str and reads its value

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import check_packed
 from .reference import output_size, quantized_conv2d_reference
 
 __all__ = ["quantized_conv2d"]
@@ -30,13 +31,16 @@ def quantized_conv2d(
     `weight` is the flattened kernel: int8 [O, C*kh*kw] at 8 bits, uint8 [O, ceil(C*kh*kw / 2)] at 4 (see `pack_int4`);
     `weight_scale` [O] and `activation_scale` [1] are float32, `bias` is [O]. Raises ValueError naming what does not fit.
     """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point [B, C, H, W], got {x.dtype} {list(x.shape)}")
+    geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    for name, pair in geometry.items():
+        if len(pair) != 2:
+            raise ValueError(f"{name} must be two numbers, got {list(pair)}")
+    if min(output_size(x.shape[2:], **geometry)) < 1:
+        raise ValueError(f"kernel_size {list(kernel_size)} reaches beyond x {list(x.shape)} padded by {list(padding)}")
     depth = x.shape[1] * kernel_size[0] * kernel_size[1]
-    expected = (torch.int8, depth) if weight_bits == 8 else (torch.uint8, (depth + 1) // 2)
-    if weight.ndim != 2 or (weight.dtype, weight.shape[1]) != expected:
-        shape, dtype = tuple(weight.shape), weight.dtype
-        raise ValueError(f"weight must be {expected[0]} [O, {expected[1]}] at {weight_bits} bits, got {dtype} {shape}")
-    if weight_scale.shape != weight.shape[:1]:
-        raise ValueError(f"weight_scale must be [{len(weight)}], got {tuple(weight_scale.shape)}")
+    check_packed(depth, weight, weight_scale, activation_scale, bias, weight_bits, activation_bits)
     return torch.ops.diffpress.quantized_conv2d(
         x,
         weight,

@@ -32,7 +32,7 @@ def quantized_conv2d_reference(
     output = integer_matmul(windows, weights).float() * (activation_scale * weight_scale)
     if bias is not None:
         output = output + bias.float()
-    return output.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2).contiguous().to(x.dtype)
+    return output.view(x.shape[0], height, width, len(weight)).permute(0, 3, 1, 2).contiguous().to(x.dtype)
 
 
 def output_size(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_packed
 from .reference import quantized_linear_reference
 
 __all__ = ["quantized_linear"]
@@ -24,13 +25,9 @@ def quantized_linear(
     `weight` is int8 [N, K] at 8 bits and uint8 [N, ceil(K / 2)] at 4 (see `pack_int4`); `weight_scale` [N] and
     `activation_scale` [1] are float32, `bias` is [N]. Raises ValueError naming the argument that does not fit.
     """
-    columns = x.shape[-1] if weight_bits == 8 else (x.shape[-1] + 1) // 2
-    expected = (torch.int8 if weight_bits == 8 else torch.uint8, columns)
-    if weight.ndim != 2 or (weight.dtype, weight.shape[1]) != expected:
-        shape, dtype = tuple(weight.shape), weight.dtype
-        raise ValueError(f"weight must be {expected[0]} [N, {expected[1]}] at {weight_bits} bits, got {dtype} {shape}")
-    if weight_scale.shape != weight.shape[:1]:
-        raise ValueError(f"weight_scale must be [{len(weight)}], got {tuple(weight_scale.shape)}")
+    if x.ndim == 0 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point [..., K], got {x.dtype} {list(x.shape)}")
+    check_packed(x.shape[-1], weight, weight_scale, activation_scale, bias, weight_bits, activation_bits)
     return torch.ops.diffpress.quantized_linear(
         x, weight, weight_scale, activation_scale, bias, weight_bits, activation_bits
     )

@@ -19,9 +19,9 @@ def quantized_linear_reference(
     activation_bits: int,
 ) -> Tensor:
     """y = s_x s_w (Q(x) W) + b, the product summed in int32 (see `quantized_linear` for the shapes)."""
-    codes = quantize(x, activation_scale, activation_bits).flatten(0, -2)
+    codes = quantize(x, activation_scale, activation_bits).reshape(x.shape[:-1].numel(), x.shape[-1])
     weights = weight if weight_bits == 8 else unpack_int4(weight, x.shape[-1])
     output = integer_matmul(codes, weights).float() * (activation_scale * weight_scale)
     if bias is not None:
         output = output + bias.float()
-    return output.to(x.dtype).unflatten(0, x.shape[:-1])
+    return output.to(x.dtype).view(*x.shape[:-1], len(weight))

@@ -1,0 +1,102 @@
+"""What a picture costs: multiplications, time and memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from diffpress.export.runtime import PackedLayer
+
+from .conditions import Condition
+from .sampling import Sampling, denoiser_of, sample
+
+
+def macs_per_image(pipeline: Any, condition: Condition, sampling: Sampling) -> int:
+    """Multiply-accumulates of one whole sampling call, decoder and text encoder included."""
+    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+        sample(pipeline, [condition], sampling)
+    return int(counter.get_total_flops()) // 2
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """Operations that torch's counter does not know."""
+
+    def linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * prod(x) * weight[0]
+
+    def conv2d(x: Any, _weight: Any, _s: Any, _a: Any, _b: Any, kernel: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        return 2 * prod(out_shape) * x[1] * prod(kernel)
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    return {
+        torch.ops.diffpress.quantized_linear: linear,
+        torch.ops.diffpress.quantized_conv2d: conv2d,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    }
+
+
+def latencies_ms(runs: list[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Times of each of `runs`, taken in alternation after one warm-up each: [run][repeat]."""
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for own, run in zip(times, runs, strict=True):
+            start = time.perf_counter()
+            run()
+            own.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def median_ratio(candidate: list[float], reference: list[float]) -> float:
+    """Median of the ratios of neighbours in an alternation."""
+    return statistics.median(a / b for a, b in zip(candidate, reference, strict=True))
+
+
+def peak_memory_bytes(pipeline: Any, condition: Condition, sampling: Sampling) -> int:
+    """Most bytes of tensors alive at once while one picture is made over two steps, the weights included."""
+    short = Sampling(2, sampling.guidance_scale)
+    if next(denoiser_of(pipeline).parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        sample(pipeline, [condition], short)
+        return torch.cuda.max_memory_allocated()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        sample(pipeline, [condition], short)
+    return weight_bytes(pipeline) + _peak_of(profiler)
+
+
+def _peak_of(profiler: Any) -> int:
+    alive = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def weight_bytes(pipeline: Any) -> int:
+    """Bytes of all parameters and buffers of a loaded pipeline."""
+    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Numbers the model computes with, however many bits each is stored in."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if isinstance(module, PackedLayer):
+            columns = module.weight.shape[1] * (2 if module.weight_bits == 4 else 1)
+            bias = 0 if module.bias is None else module.bias.numel()
+            total += module.weight.shape[0] * columns + bias
+    return total

@@ -1,0 +1,271 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffpress.export.errors import UserError
+
+from .console import ERRORS, OUTPUT, print_comparison, print_json, print_table, stages
+
+app = typer.Typer(
+    help="Make a diffusers pipeline smaller and faster, prove it, and export it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+zoo_app = typer.Typer(help="The pipelines shipped with diffpress; `zoo train` makes one from data.")
+app.add_typer(zoo_app, name="zoo")
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else on standard output")]
+Model = Annotated[str, typer.Argument(help="a pipeline folder, a hub id, or zoo:NAME")]
+Folder = Annotated[Path, typer.Argument(help="an artifact of `compress`, or an export")]
+Seed = Annotated[int, typer.Option(min=0, help="seed of the noise")]
+Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps; left out: what it was made for")]
+
+
+class Target(str, Enum):  # noqa: UP042  # typer shows the value of a str Enum
+    """What an artifact can be exported to."""
+
+    ONNX = "onnx"
+
+
+class Engine(str, Enum):  # noqa: UP042
+    """What runs a picture."""
+
+    TORCH = "torch"
+    ONNX = "onnx"
+
+
+class ZooModel(str, Enum):  # noqa: UP042
+    """What `zoo train` can make."""
+
+    CLASSIFIER = "digits-classifier"
+    DIGITS = "digits"
+    DIGITS_UNET = "digits-unet"
+    EMOJI = "emoji"
+
+
+@app.command()
+def compress(
+    model: Model,
+    recipe: Annotated[str, typer.Option(help="a YAML file or a preset, see `diffpress recipes`")],
+    out: Annotated[Path, typer.Option(help="folder for the artifact")],
+    seed: Annotated[int | None, typer.Option(min=0, help="overrides the recipe's seed")] = None,
+    device: Annotated[str, typer.Option(help="torch device to work on")] = "cpu",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value over the recipe")] = None,
+    only_estimate: Annotated[bool, typer.Option("--estimate", help="say what it would take, and stop")] = False,
+    fresh: Annotated[bool, typer.Option(help="forget what an earlier, killed run has done")] = False,
+    force: Annotated[bool, typer.Option(help="replace an --out that diffpress did not write")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make MODEL smaller by a recipe, measure the result, and save it with the proof beside it."""
+    from .models import resolve
+    from .recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or (), seed)
+    source = resolve(model)
+    if only_estimate:
+        from .estimate import estimate
+
+        _print_estimate(estimate(source, resolved), as_json)
+        return
+    from .flow import compress as run_flow
+
+    _check_device(device)
+    with stages() as notify:
+        artifact = run_flow(source, resolved, out, device=device, fresh=fresh, force=force, notify=notify)
+    metrics = artifact.manifest.metrics
+    if as_json:
+        print_json({"out": str(out), **metrics, **artifact.cost})
+    else:
+        print_comparison(metrics, artifact.cost)
+        OUTPUT.print(f"{out} is ready; the proof is in {out / 'report.html'}")
+    for sentence in artifact.missed:
+        ERRORS.print(f"gate missed: {sentence}")
+    if artifact.missed:
+        raise typer.Exit(3)
+
+
+@app.command()
+def export(
+    artifact: Annotated[str, typer.Argument(help="an artifact of `compress`, or any pipeline for a float export")],
+    to: Annotated[Target, typer.Option(help="format")],
+    out: Annotated[Path, typer.Option(help="folder for the export")],
+    force: Annotated[bool, typer.Option(help="replace an --out that diffpress did not write")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a whole pipeline into graphs that run without torch, checked against torch."""
+    from diffpress.export.artifact import check_output
+
+    from .exporting import export_to_onnx
+    from .models import resolve
+
+    check_output(out, force)
+    with stages() as notify:
+        summary = export_to_onnx(resolve(artifact), out, notify)
+    if as_json:
+        print_json(summary)
+    else:
+        rows = [(name, f"{value:.3g}") for name, value in summary["largest_error"].items()]
+        print_table(f"{out} agrees with torch", ("graph", "largest difference"), rows)
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="a pipeline, an artifact or an export")],
+    out: Annotated[Path, typer.Option(help="PNG file to write")],
+    prompt: Annotated[str | None, typer.Option(help="what to draw")] = None,
+    label: Annotated[int | None, typer.Option(min=0, help="number of the class to draw")] = None,
+    steps: Steps = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="guidance scale; left out: the default")] = None,
+    seed: Seed = 0,
+    engine: Annotated[Engine | None, typer.Option(help="left out: what MODEL is made for")] = None,
+) -> None:
+    """Make one picture."""
+    from .running import run_onnx, run_torch, wanted_engine
+
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} must end in .png.")
+    text = prompt if prompt is not None else "" if label is None else str(label)
+    if prompt is not None and label is not None:
+        raise UserError("give --prompt or --label, not both.")
+    chosen = wanted_engine(model, engine.value if engine else None)
+    picture = (run_onnx if chosen == "onnx" else run_torch)(model, text, seed, steps, guidance)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out)
+    OUTPUT.print(f"{out}: {picture.width}x{picture.height}, seed {seed}, {chosen}")
+
+
+@app.command()
+def compare(
+    reference: Annotated[str, typer.Argument(help="the original")],
+    candidate: Annotated[str, typer.Argument(help="what is compared with it")],
+    count: Annotated[int, typer.Option(min=1, help="pairs of pictures")] = 16,
+    steps: Steps = None,
+    seed: Seed = 0,
+    report: Annotated[Path | None, typer.Option(help="also write the pictures and figures to this HTML file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sample two pipelines with the same prompts and noise, and measure how they differ and what they cost."""
+    from .compare import compare_by_name
+
+    with stages() as notify:
+        metrics, cost = compare_by_name(reference, candidate, count, steps, seed, report, notify)
+    if as_json:
+        print_json({**metrics, **cost})
+    else:
+        print_comparison(metrics, cost)
+
+
+@app.command()
+def inspect(artifact: Folder, as_json: Json = False) -> None:
+    """Show what an artifact or export holds: recipe, metrics, and the format of every module."""
+    from .inspecting import inspect_folder
+
+    data = inspect_folder(artifact)
+    tables = data.pop("tables")
+    if as_json:
+        print_json(data)
+        return
+    for title, header, rows in tables:
+        print_table(title, header, rows)
+
+
+@app.command()
+def verify(artifact: Folder) -> None:
+    """Check every digest, read every tensor, apply every edit; for an export, run its self test."""
+    from .inspecting import verify_folder
+
+    OUTPUT.print(verify_folder(artifact))
+
+
+@app.command()
+def recipes() -> None:
+    """List the built-in recipes, and every key a recipe may have."""
+    from .recipe import preset_text, presets, reference_rows
+
+    for name in presets():
+        OUTPUT.print(f"[bold]{name}[/bold]")
+        OUTPUT.print(preset_text(name), markup=False)
+    print_table("keys of a recipe", ("key", "default", "meaning"), reference_rows())
+
+
+@app.command()
+def methods() -> None:
+    """List the methods that recipes can name."""
+    from diffpress.compress.options import METHODS
+
+    rows = [(stage, name, " ".join((options.__doc__ or "").split())) for stage, name, options in METHODS]
+    print_table("methods", ("stage", "method", "what it does"), rows)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Run every kernel once on every backend of this machine and say what works here."""
+    from .doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json(findings)
+    else:
+        print_table("this machine", ("", "finding"), list(findings.items()))
+    if any(str(value).startswith("fails") for value in findings.values()):
+        raise typer.Exit(1)
+
+
+@zoo_app.callback(invoke_without_command=True)
+def zoo(context: typer.Context) -> None:
+    """List the pipelines shipped with diffpress."""
+    from .zoo import PIPELINES
+
+    if context.invoked_subcommand is None:
+        print_table("zoo", ("model", "what it is"), [(f"zoo:{name}", line) for name, line in PIPELINES.items()])
+
+
+@zoo_app.command("train")
+def zoo_train(
+    name: Annotated[ZooModel, typer.Argument(help="what to train")],
+    data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="npz file with the training data")],
+    out: Annotated[Path, typer.Option(help="folder for the result; checkpoints go to OUT.training")],
+    seed: Annotated[int, typer.Option(min=0, help="seed of initialisation and batches")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="training steps of the last stage")] = None,
+) -> None:
+    """Train a model of the zoo from data; the same command continues a run that was interrupted."""
+    from .zoo.training import train_by_name
+
+    train_by_name(name.value, data, out, seed, steps)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used here: {reason}") from error
+
+
+def _print_estimate(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(values)
+        return
+    rows = [(f"{stage}, seconds", f"{seconds:,.0f}") for stage, seconds in values["seconds"].items()]
+    rows += [(name, f"{values[name] / 1e6:,.0f} MB") for name in ("disk_bytes", "memory_bytes")]
+    print_table("estimate, from one timed step", ("", ""), rows)
+
+
+def main() -> None:
+    """Run the command line; a wrong input ends in one message and status 2."""
+    try:
+        app()
+    except UserError as error:
+        ERRORS.print(f"diffpress: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)

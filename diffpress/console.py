@@ -1,0 +1,78 @@
+"""What the command line shows while it works and when it is done."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+ERRORS = Console(stderr=True, highlight=False)
+OUTPUT = Console(highlight=False)
+
+
+class Stages:
+    """A progress bar for each stage, on standard error."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show `stage` as `done` of `total`; a stage may count up several times."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
+
+
+@contextmanager
+def stages() -> Iterator[Stages]:
+    """Progress bars with an estimate of the time left while the context lasts."""
+    columns = [
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=ERRORS) as progress:
+        yield Stages(progress)
+
+
+def print_json(data: Any) -> None:
+    """The one JSON object of `--json`."""
+    sys.stdout.write(json.dumps(data, indent=1, default=str) + "\n")
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    OUTPUT.print(table)
+
+
+def print_comparison(metrics: Mapping[str, Any], cost: Mapping[str, Any]) -> None:
+    """Reference beside candidate, with the ratio."""
+    rows = [(name, "", f"{metrics[name]:.4g}", "") for name in ("psnr_db", "ssim", "latent_mse")]
+    pairs = {name: value for name, value in {**metrics, **cost}.items() if isinstance(value, dict)}
+    for name, value in pairs.items():
+        ratio = value.get("ratio", value["candidate"] / value["reference"])
+        rows.append((name, f"{value['reference']:,.6g}", f"{value['candidate']:,.6g}", f"{ratio:.3f}"))
+    title = f"{metrics['count']} pairs, {metrics['steps']} steps, same prompts and noise"
+    print_table(title, ("", "reference", "candidate", "ratio"), rows)

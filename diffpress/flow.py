@@ -1,0 +1,216 @@
+"""Read this first: load, record, quantize, measure, save, export, in this order."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diffpress.calibration.conditions import conditions
+from diffpress.calibration.sampling import Sampling, denoiser_of
+from diffpress.calibration.trajectory import Trajectories, record
+from diffpress.compress.ptq import Quantized, edits_and_tensors, plan_rows, quantize_denoiser
+from diffpress.export.artifact import (
+    check_output,
+    check_space,
+    is_artifact,
+    load,
+    load_pipeline,
+    publish,
+    verify,
+    write_pipeline,
+)
+from diffpress.export.errors import UnsupportedModelError
+from diffpress.export.folder import PipelineFolder
+from diffpress.export.manifest import REPORT, Manifest, list_files, read_manifest, write_manifest
+
+from .compare import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
+from .estimate import needed_bytes
+from .gates import check_gates
+from .models import resolve
+from .recipe import Recipe, load_recipe, parse_recipe
+from .report import write_report
+from .work import Work, fingerprint, work_folder
+
+MEASURED = 16
+"""Pairs that the report and the gates stand on."""
+
+Notify = Callable[[str, int, int], None]
+"""Called with a stage's name, how much of it is done and how much there is."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact in its place."""
+
+    path: Path
+    manifest: Manifest
+    cost: dict[str, Any]
+    """Time, memory and multiplications beside the original's; empty where the artifact was there already."""
+    missed: list[str]
+    """The gates that it does not meet."""
+
+    def load(self) -> Any:
+        """Its pipeline, after every digest has matched."""
+        return load(self.path)
+
+
+def press(
+    model: str | Path,
+    recipe: Recipe | str | Path | dict[str, Any],
+    out: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    fresh: bool = False,
+    force: bool = False,
+) -> Artifact:
+    """`compress` with everything by name: a model as on the command line; a recipe object, preset, file or its data.
+
+    Where `out` is left out, the artifact is put into the folder `MODEL-pressed` here.
+    Raises UserError where the input is wrong.
+    """
+    if isinstance(recipe, dict):
+        recipe = parse_recipe(recipe)
+    elif not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    folder = Path(out) if out is not None else Path(f"{Path(str(model).replace(':', '-')).name}-pressed")
+    return compress(resolve(str(model)), recipe, folder, device=device, fresh=fresh, force=force)
+
+
+def compress(
+    source: PipelineFolder,
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "cpu",
+    fresh: bool = False,
+    force: bool = False,
+    notify: Notify = lambda stage, done, total: None,
+) -> Artifact:
+    """Run the recipe on `source` and leave an artifact at `out`. A killed run continues when called again.
+
+    Raises UserError where the input is wrong; `out` is then as it was.
+    """
+    check_output(out, force)
+    _check_recipe_fits(source, recipe)
+    source.check()
+    check_space(out, needed_bytes(source, recipe))
+    request = _request(source, recipe)
+    if not fresh and is_artifact(out) and read_manifest(out).fingerprint == request:
+        manifest = verify(out)
+        return Artifact(out, manifest, {}, manifest.metrics["gates_missed"])
+    with work_folder(out, request, fresh) as work:
+        teacher = load_pipeline(source).to(device)
+        trajectories = _record(teacher, recipe, work, notify)
+        quantized = _quantize(teacher, source, trajectories, recipe, notify)
+        manifest = _stage(source, recipe, request, trajectories, quantized, work)
+        pairs, cost = _measure(teacher, source, work, recipe, device, notify)
+        manifest.metrics = {**pairs.metrics(), **sizes(source, PipelineFolder(work.staged, str(out)))}
+        missed = check_gates(recipe.gates, manifest.metrics, cost)
+        manifest.metrics["gates_missed"] = missed
+        manifest.files = list_files(work.staged)
+        write_manifest(work.staged, manifest)
+        write_report(work.staged / REPORT, source.name, manifest, pairs, manifest.metrics, cost)
+        verify(work.staged)
+        notify("save", 0, 1)
+        publish(work.staged, out)
+        notify("save", 1, 1)
+    return Artifact(out, manifest, cost, missed)
+
+
+def _check_recipe_fits(source: PipelineFolder, recipe: Recipe) -> None:
+    for component in recipe.quantize.components if recipe.quantize else []:
+        if source.require(component) != source.denoiser:
+            raise UnsupportedModelError(f"quantize.components: ptq quantizes the denoiser only, not {component!r}.")
+    if is_artifact(source.path):
+        verify(source.path)
+        raise UnsupportedModelError(
+            f"{source.name} is an artifact of diffpress already. Compress its original instead."
+        )
+
+
+def _request(source: PipelineFolder, recipe: Recipe) -> str:
+    return fingerprint({"source": source.digests(), "recipe": recipe.model_dump(mode="json"), "versions": _versions()})
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("diffpress", "diffusers", "safetensors", "torch", "transformers")}
+
+
+def _sampling(recipe: Recipe) -> Sampling:
+    return Sampling(recipe.sampling.steps, recipe.sampling.guidance_scale)
+
+
+def _record(teacher: Any, recipe: Recipe, work: Work, notify: Notify) -> Trajectories:
+    wanted = conditions(teacher, recipe.record.prompts, recipe.record.trajectories, _recording_seed(recipe))
+    return record(
+        teacher,
+        wanted,
+        _sampling(recipe),
+        work.recorded,
+        recipe.record.batch,
+        lambda done, total: notify("record", done, total),
+    )
+
+
+def _recording_seed(recipe: Recipe) -> int:
+    """Apart from the seeds that results are reported on, which count up from the recipe's own."""
+    return recipe.seed + 2**31
+
+
+def _quantize(
+    teacher: Any, source: PipelineFolder, trajectories: Trajectories, recipe: Recipe, notify: Notify
+) -> Quantized:
+    assert recipe.quantize is not None
+    stored = dict(source.tensors(source.denoiser))
+    return quantize_denoiser(
+        denoiser_of(teacher),
+        stored,
+        trajectories,
+        recipe.quantize,
+        recipe.seed,
+        lambda done, total: notify("quantize", done, total),
+    )
+
+
+def _stage(
+    source: PipelineFolder,
+    recipe: Recipe,
+    request: str,
+    trajectories: Trajectories,
+    quantized: Quantized,
+    work: Work,
+) -> Manifest:
+    """Write the pipeline files of the artifact, and its manifest without what is measured on them."""
+    shutil.rmtree(work.staged, ignore_errors=True)
+    work.staged.mkdir()
+    edits, tensors = edits_and_tensors(source.denoiser, quantized.layers)
+    write_pipeline(work.staged, source, edits, {source.denoiser: tensors}, trajectories.timesteps)
+    plan = plan_rows(source.denoiser, dict(source.tensors(source.denoiser)), tensors, quantized)
+    manifest = Manifest(
+        fingerprint=request,
+        versions=_versions(),
+        recipe=recipe.model_dump(mode="json"),
+        source={"model": source.name, "files": source.digests()},
+        timesteps=trajectories.timesteps,
+        edits=edits,
+        plan=plan,
+        metrics={},
+        files={},
+    )
+    write_manifest(work.staged, manifest)
+    return manifest
+
+
+def _measure(
+    teacher: Any, source: PipelineFolder, work: Work, recipe: Recipe, device: str, notify: Notify
+) -> tuple[Pairs, dict[str, Any]]:
+    """Compare the staged artifact, loaded from disk as a user will, with the original."""
+    candidate = load_pipeline(PipelineFolder(work.staged, source.name)).to(device)
+    wanted = paired_conditions(teacher, MEASURED, recipe.seed)
+    sampling = _sampling(recipe)
+    pairs = compare_pairs(teacher, candidate, wanted, sampling, lambda done, total: notify("measure", done, total))
+    return pairs, measure_cost(teacher, candidate, wanted[0], sampling)

@@ -1,0 +1,65 @@
+"""What an artifact or export says of itself, and whether it is true."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from diffpress.export.artifact import is_artifact, verify
+from diffpress.export.errors import ArtifactError, UserError
+from diffpress.export.manifest import Manifest, read_manifest
+
+from .running import EXPORT
+
+
+def verify_folder(path: Path) -> str:
+    """A sentence on what was checked. Raises ArtifactError at the first thing that is not as it was saved."""
+    if (path / EXPORT).is_file():
+        from diffpress.export.onnx.manifest import read_export
+        from diffpress.export.onnx.verify import verify_export
+
+        verify_export(path)
+        return f"{path} is sound: {len(read_export(path).files)} files match their digests, the self test gives its picture"
+    _require_artifact(path)
+    manifest = verify(path)
+    return f"{path} is sound: {len(manifest.files)} files match their digests, {len(manifest.edits)} edits apply"
+
+
+def inspect_folder(path: Path) -> dict[str, Any]:
+    """The manifest, with tables for people under `tables`."""
+    if (path / EXPORT).is_file():
+        from diffpress.export.onnx.manifest import read_export
+
+        export = read_export(path)
+        rows = [(name, f"{file.size_bytes:,}", file.sha256[:16]) for name, file in sorted(export.files.items())]
+        return {**export.model_dump(mode="json"), "tables": [(f"export {path}", ("file", "bytes", "sha256"), rows)]}
+    _require_artifact(path)
+    manifest = read_manifest(path)
+    return {**manifest.model_dump(mode="json"), "tables": _tables(path, manifest)}
+
+
+def _require_artifact(path: Path) -> None:
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}.")
+    if not is_artifact(path):
+        raise ArtifactError(f"{path} is neither an artifact nor an export of diffpress: compress or export first.")
+
+
+def _tables(path: Path, manifest: Manifest) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    formats = Counter(row.format for row in manifest.plan)
+    before, after = (sum(getattr(row, key) for row in manifest.plan) for key in ("source_bytes", "bytes"))
+    summary = [
+        ("source", str(manifest.source["model"])),
+        ("fingerprint", manifest.fingerprint[:16]),
+        ("formats", ", ".join(f"{count} x {name}" for name, count in formats.most_common())),
+        ("denoiser bytes", f"{before:,} -> {after:,}"),
+        *((key, f"{value:.4g}") for key, value in manifest.metrics.items() if isinstance(value, (int, float))),
+    ]
+    plan = [
+        (row.module, "x".join(map(str, row.shape)), row.format, f"{row.bytes:,}", row.reason) for row in manifest.plan
+    ]
+    return [
+        (f"artifact {path}", ("", "value"), [(key, value) for key, value in summary]),
+        ("plan", ("module", "shape", "format", "bytes", "reason"), plan),
+    ]

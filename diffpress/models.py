@@ -1,0 +1,63 @@
+"""From what the user calls a model to a pipeline folder on this machine."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+from diffpress.export.errors import ModelFileError, UnsupportedModelError
+from diffpress.export.folder import PipelineFolder
+
+from .zoo import PIPELINES, zoo_folder
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WANTED = ["*.json", "*.txt", "*.model", "*.safetensors", "LICENSE*", "README*", "*.bin"]
+
+
+def resolve(model: str) -> PipelineFolder:
+    """A local folder, `zoo:NAME` or a hub id, as a folder that holds a pipeline.
+
+    Raises UnsupportedModelError where it is none, and ModelFileError where it cannot be had.
+    """
+    if model.startswith("zoo:"):
+        return _checked(PipelineFolder(_zoo(model), model))
+    path = Path(model)
+    if path.is_dir():
+        return _checked(PipelineFolder(path, model))
+    if path.is_file():
+        raise UnsupportedModelError(
+            f"{model} is a single file. Give a pipeline folder: load it once with diffusers' `from_single_file` and "
+            "write it with `save_pretrained`."
+        )
+    if not HUB_ID.fullmatch(model):
+        raise UnsupportedModelError(f"there is no folder {model}, and it is neither zoo:NAME nor a hub id OWNER/NAME.")
+    return _checked(PipelineFolder(_download(model), model))
+
+
+def _checked(folder: PipelineFolder) -> PipelineFolder:
+    for component in folder.components:
+        folder.weight_files(component)
+    return folder
+
+
+def _zoo(model: str) -> Path:
+    name = model.removeprefix("zoo:")
+    if name not in PIPELINES:
+        close = get_close_matches(name, PIPELINES, 1, 0.4)
+        hint = f" Did you mean zoo:{close[0]}?" if close else ""
+        raise UnsupportedModelError(f"the zoo has no {name!r}.{hint} It has {', '.join(PIPELINES)}.")
+    return zoo_folder(name)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=WANTED))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
+        raise ModelFileError(
+            f"there is no folder {model}, and it could not be fetched from the hub ({reason}). Check the name and the "
+            "network, or download the pipeline and give its folder."
+        ) from error

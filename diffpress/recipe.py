@@ -1,0 +1,174 @@
+"""What to do to a pipeline: one YAML file, checked before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffpress.compress.options import Ptq
+from diffpress.export.errors import RecipeError
+
+
+class Section(BaseModel):
+    """A part of a recipe; a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SamplingSection(Section):
+    """How the pipeline samples while it is recorded and compared."""
+
+    steps: int | None = Field(None, ge=1, le=1000, description="sampling steps; left out: the pipeline's own default")
+    guidance_scale: float | None = Field(None, ge=0, description="guidance; left out: the pipeline's own default")
+
+
+class RecordSection(Section):
+    """What is observed of the original before anything is changed."""
+
+    trajectories: int = Field(32, ge=1, description="sampling runs to record")
+    prompts: str | list[str] = Field(
+        "builtin", description="`builtin`, a file with one prompt or label a line, or a list"
+    )
+    batch: int = Field(4, ge=1, description="runs at a time; memory grows with it")
+
+
+class GatesSection(Section):
+    """Limits that the result must meet; where one is missed the exit status is 3."""
+
+    psnr_db: float | None = Field(None, ge=0, description="lowest PSNR against the original, in dB")
+    size: float | None = Field(None, gt=0, description="largest ratio of the denoiser's stored bytes")
+    latency: float | None = Field(None, gt=0, description="largest ratio of the time an image takes")
+
+
+class Recipe(Section):
+    """The stages, always run in this order; one that is left out is not run."""
+
+    seed: int = Field(0, ge=0, lt=2**31, description="the only source of randomness")
+    sampling: SamplingSection = SamplingSection()
+    record: RecordSection = RecordSection()
+    quantize: Ptq | None = Field(None, description="store weights as integers")
+    gates: GatesSection = GatesSection()
+    export: list[Literal["onnx"]] = Field([], description="formats to export the result to")
+
+
+def presets() -> list[str]:
+    """Names of the built-in recipes."""
+    return sorted(Path(entry.name).stem for entry in _presets_folder().iterdir() if entry.name.endswith(".yaml"))
+
+
+def preset_text(name: str) -> str:
+    """The YAML of a built-in recipe."""
+    return (_presets_folder() / f"{name}.yaml").read_text()
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = (), seed: int | None = None) -> Recipe:
+    """Read a recipe file or a preset, with `key.path=value` overrides.
+
+    Raises RecipeError for an unknown preset, key or value, with the key path and what is allowed.
+    """
+    text, where = _read(str(name))
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {where} is no YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {where} must be a mapping such as `quantize: {{method: ptq}}`, not {data!r}.")
+    for override in overrides:
+        _override_(data, override)
+    if seed is not None:
+        data["seed"] = seed
+    return parse_recipe(data, where)
+
+
+def parse_recipe(data: dict[str, Any], where: str = "given") -> Recipe:
+    """Check recipe data. Raises RecipeError naming the key path, the value and what is allowed."""
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {where}: " + "; ".join(map(_explain, error.errors()))) from error
+    if recipe.quantize is None:
+        raise RecipeError(f"recipe {where} changes nothing: give it a stage such as `quantize: {{method: ptq}}`.")
+    return recipe
+
+
+def _presets_folder() -> Traversable:
+    return files("diffpress") / "recipes"
+
+
+def _read(name: str) -> tuple[str, str]:
+    if Path(name).is_file():
+        return Path(name).read_text(), name
+    if name in presets():
+        return preset_text(name), name
+    close = get_close_matches(name, presets(), 1, 0.4)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise RecipeError(f"there is no recipe {name!r}.{hint} Built in are {', '.join(presets())}; or give a YAML file.")
+
+
+def _override_(data: dict[str, Any], override: str) -> None:
+    path, found, value = override.partition("=")
+    if not found or not path:
+        raise RecipeError(f"--set {override!r} must read key.path=value, such as quantize.weights=4.")
+    *outer, last = path.split(".")
+    for key in outer:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"--set {override!r}: {key} is no section.")
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: {value!r} is no YAML value ({error}).") from error
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{path} is missing"
+    if error["type"] != "extra_forbidden":
+        return f"{path} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    allowed = _keys(error["loc"][:-1])
+    close = get_close_matches(str(error["loc"][-1]), allowed, 1, 0.5)
+    hint = f", did you mean {close[0]!r}?" if close else ","
+    return f"unknown key {path!r}{hint} allowed here: {', '.join(allowed)}"
+
+
+def _keys(path: Sequence[int | str]) -> list[str]:
+    section: Any = Recipe
+    for part in path:
+        section = _section(section.model_fields[str(part)].annotation)
+    return list(section.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section a field holds, also where it may be left out."""
+    return next((t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields")), None)
+
+
+def reference_rows() -> list[tuple[str, str, str]]:
+    """Key, default and meaning of everything a recipe may say, from the fields themselves."""
+    rows = []
+    for key, info in Recipe.model_fields.items():
+        section = _section(info.annotation)
+        fields = (
+            {key: info} if section is None else {f"{key}.{name}": entry for name, entry in section.model_fields.items()}
+        )
+        for path, entry in fields.items():
+            default = "" if entry.is_required() else json.dumps(entry.default)
+            rows.append((path, default, entry.description or ""))
+    return rows
+
+
+def reference() -> str:
+    """The recipe reference as a Markdown table."""
+    rows = [
+        f"| `{key}` | {f'`{default}`' if default else ''} | {meaning} |" for key, default, meaning in reference_rows()
+    ]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows])

@@ -1,0 +1,148 @@
+"""Figures laid out in percent of their box, so that the page draws them at any width with text at its own size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .pictures import spread
+from .words import scientific, significant
+
+LOGARITHMIC = 30
+"""Values that span more than this factor are drawn on a logarithmic axis."""
+LABELS = 6
+BINS = 8
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark on an axis, at a share of its length in percent."""
+
+    at: float
+    text: str
+    below: str = ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value; `x` from the left and `y` from the top, in percent. `text` says it in words."""
+
+    x: float
+    y: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values against steps."""
+
+    points: list[Point]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    logarithmic: bool
+
+    @property
+    def path(self) -> str:
+        """The line as SVG path data in a box of 100 by 100."""
+        return "M" + "L".join(f"{point.x:.2f} {point.y:.2f}" for point in self.points)
+
+    @property
+    def dots(self) -> str:
+        """A line of no length at every point, which round caps make a dot."""
+        return "".join(f"M{point.x:.2f} {point.y:.2f}h0" for point in self.points)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How many values lie between two edges; `height` in percent of the tallest."""
+
+    count: int
+    height: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts in bins of equal width."""
+
+    bars: list[Bar]
+    ticks: list[Tick]
+
+
+def step_curve(errors: Sequence[float], timesteps: Sequence[float]) -> Curve | None:
+    """`errors` against the step, with time steps where there is one for each. None where nothing is finite."""
+    known = timesteps if len(timesteps) == len(errors) else []
+    finite = [(step, error) for step, error in enumerate(errors) if math.isfinite(error)]
+    if not finite:
+        return None
+    values = [error for _, error in finite]
+    positive = [value for value in values if value > 0]
+    logarithmic = bool(positive) and max(positive) / min(positive) > LOGARITHMIC
+    low, high, ticks = _decades(positive) if logarithmic else _from_zero(max(values))
+    place = math.log10 if logarithmic else float
+    bottom, top = place(low), place(high)
+    points = [
+        Point(_across(step, len(errors)), 100 - 100 * (place(max(value, low)) - bottom) / (top - bottom), words)
+        for (step, value), words in zip(finite, (_point_words(s, e, known) for s, e in finite), strict=True)
+    ]
+    y_ticks = [Tick(100 - 100 * (place(value) - bottom) / (top - bottom), _tick_words(value)) for value in ticks]
+    labels = [_step_tick(step, len(errors), known) for step in spread(len(errors), LABELS)]
+    return Curve(points, labels, y_ticks, logarithmic)
+
+
+def histogram(values: Sequence[float]) -> Histogram | None:
+    """`values` in about BINS bins with round edges. None where nothing is finite."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    width = nice((max(finite) - min(finite)) / BINS) if max(finite) > min(finite) else 1.0
+    first = math.floor(min(finite) / width)
+    places = [math.floor(value / width) - first for value in finite]
+    counts = [places.count(place) for place in range(max(places) + 1)]
+    edges = [significant_edge((first + i) * width, width) for i in range(len(counts) + 1)]
+    bars = [
+        Bar(count, 100 * count / max(counts), f"{count} from {edges[i]} to {edges[i + 1]} dB")
+        for i, count in enumerate(counts)
+    ]
+    return Histogram(bars, [Tick(100 * i / len(counts), edges[i]) for i in spread(len(edges), LABELS)])
+
+
+def nice(value: float) -> float:
+    """The next of 1, 2, 5 and their powers of ten at or above `value`."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9))
+
+
+def significant_edge(value: float, width: float) -> str:
+    """A bin's edge with as many places as its width needs."""
+    return f"{value:.{max(0, -math.floor(math.log10(width)))}f}"
+
+
+def _across(step: int, count: int) -> float:
+    return 50.0 if count == 1 else 100 * step / (count - 1)
+
+
+def _from_zero(highest: float) -> tuple[float, float, list[float]]:
+    step = nice(highest / 4) if highest > 0 else 1.0
+    count = max(1, math.ceil(highest / step - 1e-9))
+    return 0.0, step * count, [step * i for i in range(count + 1)]
+
+
+def _decades(values: Sequence[float]) -> tuple[float, float, list[float]]:
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    every = math.ceil((high - low) / LABELS)
+    return 10.0**low, 10.0**high, [10.0**power for power in range(low, high + 1, every)]
+
+
+def _tick_words(value: float) -> str:
+    return scientific(value).replace("1.0 × ", "") if value else "0"
+
+
+def _point_words(step: int, value: float, timesteps: Sequence[float]) -> str:
+    when = f" (time step {significant(timesteps[step])})" if timesteps else ""
+    return f"step {step + 1}{when}: {scientific(value)}"
+
+
+def _step_tick(step: int, count: int, timesteps: Sequence[float]) -> Tick:
+    return Tick(_across(step, count), str(step + 1), f"{timesteps[step]:g}" if timesteps else "")

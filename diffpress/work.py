@@ -1,0 +1,78 @@
+"""Where a `compress` keeps what it has done so far: a hidden folder beside `--out`, gone when the artifact is in place."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffpress.export.errors import OutputError
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request's folder; a different request given for the same `--out` starts anew."""
+
+    folder: Path
+
+    @property
+    def recorded(self) -> Path:
+        return self.folder / "recorded"
+
+    @property
+    def staged(self) -> Path:
+        return self.folder / "staged"
+
+    @property
+    def exported(self) -> Path:
+        return self.folder / "exported"
+
+
+def fingerprint(request: dict[str, Any]) -> str:
+    """Digest of everything the result depends on."""
+    text = json.dumps({**request, "machine": platform.machine()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def work_folder(out: Path, request: str, fresh: bool) -> Iterator[Work]:
+    """The folder of `request`, locked while in use; kept where the body raises, removed where it returns.
+
+    Raises OutputError where another process is compressing into the same `out`.
+    """
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / f".{out.name}.diffpress-work"
+    with _lock(parent / f".{out.name}.diffpress-lock", out):
+        if fresh or _request_of(folder) != request:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        (folder / "request").write_text(request)
+        yield Work(folder)
+        shutil.rmtree(folder)
+
+
+def _request_of(folder: Path) -> str | None:
+    path = folder / "request"
+    return path.read_text() if path.is_file() else None
+
+
+@contextmanager
+def _lock(path: Path, out: Path) -> Iterator[None]:
+    """Held by the operating system, so that a killed process leaves none behind."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another diffpress is writing --out {out}. Wait for it, or name another folder."
+            ) from error
+        yield
+    path.unlink(missing_ok=True)

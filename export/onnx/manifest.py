@@ -1,0 +1,171 @@
+"""`export.json`: what an export folder holds, how to sample with it, and what its self test must give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..digests import digest
+from ..errors import ArtifactError
+from ..manifest import File, inside
+
+EXPORT = "export.json"
+SCHEMA = 1
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Port(_Data):
+    """One input or output of a graph."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    """A number where the size is fixed; `batch` may be anything from 1 on."""
+
+
+class Graph(_Data):
+    """One ONNX file with its weights beside it, and how closely it followed torch when it was written."""
+
+    file: str
+    data: str
+    format: Literal["float32", "int8"]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    max_abs_error: float
+    relative_error: float
+    """Root mean square of the difference over that of torch's output."""
+    tolerance: float
+    """What `relative_error` had to stay under."""
+
+
+class Tokens(_Data):
+    """The condition is a prompt."""
+
+    file: str
+    length: int
+    pad_token: str
+
+
+class Labels(_Data):
+    """The condition is a class: its number, or a name."""
+
+    count: int
+    null: int
+    """The class that stands for none, used for guidance."""
+    names: dict[str, int]
+
+
+class SchedulerTable(_Data):
+    """A whole sampling run of a linear scheduler, as numbers."""
+
+    init_noise_sigma: float
+    """Factor on the noise before the first call."""
+    timesteps: tuple[float, ...]
+    """Per call of the denoiser, what it is told."""
+    input_scale: tuple[float, ...]
+    """Per call, the factor on the sample that the denoiser sees."""
+    coefficients: tuple[tuple[float, ...], ...]
+    """Per call, the next sample as weights of the first sample and of all outputs so far."""
+
+
+class SelfTest(_Data):
+    """One image that torch made of the source pipeline."""
+
+    condition: str
+    seed: int
+    steps: int
+    guidance_scale: float | None
+    image: str
+    """numpy file, float32 [H, W, C] in 0..1."""
+    rms_error: float
+    """Measured when the export was written."""
+    tolerance: float
+    """Root mean square difference that is still right."""
+
+
+class ExportManifest(_Data):
+    """Everything an export says of itself."""
+
+    schema_version: int = SCHEMA
+    pipeline: str
+    """Class name of the source pipeline."""
+    opset: int
+    versions: dict[str, str]
+    components: dict[str, Graph]
+    latent_shape: tuple[int, int, int]
+    """Channels, height and width of the noise."""
+    scaling_factor: float
+    """Latents are divided by it before they are decoded."""
+    tokens: Tokens | None
+    labels: Labels | None
+    first_half: Literal["conditional", "unconditional"] | None
+    """Which half of a guided batch comes first; None where there is no guidance."""
+    steps: int
+    guidance_scale: float | None
+    """Used where the caller names none; guidance is off at 1 and below."""
+    schedules: dict[int, SchedulerTable]
+    """Per number of steps."""
+    self_test: SelfTest
+    files: dict[str, File]
+
+
+def list_files(folder: Path) -> dict[str, File]:
+    """Size and digest of every file of `folder` but the manifest."""
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name: File(size_bytes=path.stat().st_size, sha256=digest(path)) for name, path in names.items() if name != EXPORT
+    }
+
+
+def write_manifest(folder: Path, manifest: ExportManifest) -> None:
+    """Write `export.json`, keys sorted."""
+    text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1)
+    (folder / EXPORT).write_text(text + "\n")
+
+
+def read_manifest(folder: Path) -> ExportManifest:
+    """Read `export.json`. Raises ArtifactError where it is missing, damaged, too new, or points out of its folder."""
+    path = folder / EXPORT
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is no ONNX export of diffpress: it has no {EXPORT}.")
+    try:
+        data = json.loads(path.read_text())
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > SCHEMA:
+            raise ArtifactError(f"{path} has schema {version}, this diffpress reads up to {SCHEMA}: update diffpress.")
+        manifest = ExportManifest.model_validate(data)
+    except (ValueError, ValidationError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}. Export again.") from error
+    _check_names(folder, manifest)
+    return manifest
+
+
+def _check_names(folder: Path, manifest: ExportManifest) -> None:
+    named = {manifest.self_test.image, *([manifest.tokens.file] if manifest.tokens else [])}
+    for graph in manifest.components.values():
+        named |= {graph.file, graph.data}
+    for name in sorted(named | manifest.files.keys()):
+        inside(folder, name)
+    unlisted = sorted(named - manifest.files.keys())
+    if unlisted:
+        raise ArtifactError(f"{folder}: {EXPORT} uses {unlisted[0]} but lists no digest of it. Export again.")
+
+
+def check_files(folder: Path, manifest: ExportManifest) -> None:
+    """Compare every file with its digest. Raises ArtifactError naming the first that differs, lacks or is not listed."""
+    for name, expected in manifest.files.items():
+        path = inside(folder, name)
+        if not path.is_file():
+            raise ArtifactError(f"{folder}: {name} is missing. Copy the export again, or export anew.")
+        if path.stat().st_size != expected.size_bytes or digest(path) != expected.sha256:
+            raise ArtifactError(f"{folder}: {name} is not what was exported (its digest differs). Copy it again.")
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name != EXPORT and name not in manifest.files:
+            raise ArtifactError(f"{folder}: {name} is not listed in {EXPORT}. Remove it, or export anew.")

@@ -1,0 +1,48 @@
+"""The noise of torch's CPU generator, without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+BLOCK = 16
+"""torch draws normal numbers in blocks of this size; smaller tensors take another path there."""
+
+
+def torch_noise(shape: Sequence[int], seed: int) -> Floats:
+    """What `torch.randn(shape, generator=torch.Generator().manual_seed(seed))` gives, to float32 rounding.
+
+    Raises ValueError for fewer than sixteen numbers, which torch draws in another way.
+    """
+    size = math.prod(shape)
+    if size < BLOCK:
+        raise ValueError(f"noise of shape {tuple(shape)} has {size} numbers, at least {BLOCK} are needed")
+    # torch seeds its Mersenne twister with the lower 32 bits, and numpy seeds an integer in the same way.
+    twister = np.random.RandomState(seed & 0xFFFFFFFF)
+    whole = size - size % BLOCK
+    values = _uniform(twister, size)
+    values[:whole] = _box_muller(values[:whole])
+    if whole < size:
+        values[-BLOCK:] = _box_muller(_uniform(twister, BLOCK))
+    return values.reshape(shape)
+
+
+def _uniform(twister: np.random.RandomState, count: int) -> Floats:
+    """The 24 lower bits of each draw, as a number in 0..1."""
+    draws = twister.randint(0, 2**32, size=count, dtype=np.uint32)
+    return (draws & 0xFFFFFF).astype(np.float32) * np.float32(2.0**-24)
+
+
+def _box_muller(uniform: Floats) -> Floats:
+    """Normal numbers of blocks of sixteen uniform ones: eight radii, then eight angles.
+
+    G. E. P. Box and M. E. Muller, A note on the generation of random normal deviates, 1958.
+    """
+    halves = uniform.reshape(-1, 2, BLOCK // 2)
+    radius = np.sqrt(-2 * np.log(1 - halves[:, 0]))
+    angle = np.float32(2 * math.pi) * halves[:, 1]
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)

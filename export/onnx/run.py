@@ -1,0 +1,95 @@
+"""Run an export folder with numpy, onnxruntime and tokenizers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError
+from .conditions import conditioner_of
+from .manifest import ExportManifest, SchedulerTable, check_files, read_manifest
+from .noise import torch_noise
+from .sampler import sample_by_table
+from .sessions import Array, open_session, run_session
+
+Floats = NDArray[np.float32]
+
+
+class OnnxPipeline:
+    """A pipeline made of the graphs and tables of one export folder."""
+
+    def __init__(self, path: str | Path, threads: int = 0) -> None:
+        """Open the folder once every digest has matched; 0 threads leaves the number to onnxruntime."""
+        folder = Path(path)
+        self.manifest: ExportManifest = read_manifest(folder)
+        check_files(folder, self.manifest)
+        self._conditioner = conditioner_of(folder, self.manifest, threads)
+        self._denoiser = open_session(folder / self.manifest.components["denoiser"].file, threads)
+        decoder = self.manifest.components.get("decoder")
+        self._decoder = None if decoder is None else open_session(folder / decoder.file, threads)
+
+    def generate(
+        self, condition: str = "", seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
+    ) -> Floats:
+        """One image [H, W, C] in 0..1 of a prompt, a class number or name, or "" where the pipeline takes neither.
+
+        Raises UserError for a condition, a number of steps or a guidance that this export has not.
+        """
+        return self.generate_batch([condition], [seed], steps, guidance_scale)[0]
+
+    def generate_batch(
+        self,
+        conditions: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Floats:
+        """Images [B, H, W, C] in 0..1, one for each condition and seed (see `generate`)."""
+        if len(conditions) != len(seeds) or not seeds:
+            raise UserError(f"Give as many seeds as conditions, and at least one: {len(conditions)} and {len(seeds)}.")
+        table, guidance = self._table(steps), self._guidance(guidance_scale)
+        inputs = self._conditioner.encode(conditions)
+        if guidance > 1:
+            inputs = self._join(inputs, self._conditioner.encode_null(len(seeds)))
+        noise = np.concatenate([torch_noise((1, *self.manifest.latent_shape), seed) for seed in seeds])
+
+        def denoise(sample: Floats, timestep: float) -> Floats:
+            now = np.array([timestep], np.float32)
+            doubled = np.concatenate([sample, sample]) if guidance > 1 else sample
+            output = run_session(self._denoiser, {"sample": doubled, "timestep": now, **inputs})
+            return self._guide(output, guidance) if guidance > 1 else output
+
+        return self._decode(sample_by_table(noise, table, denoise))
+
+    def _table(self, steps: int | None) -> SchedulerTable:
+        known = self.manifest.schedules
+        wanted = self.manifest.steps if steps is None else steps
+        if wanted not in known:
+            have = ", ".join(str(count) for count in sorted(known))
+            raise UserError(f"This export has no schedule of {wanted} steps. Use one of {have}, or export with --steps.")
+        return known[wanted]
+
+    def _guidance(self, scale: float | None) -> float:
+        if self.manifest.first_half is None:
+            if scale is not None:
+                raise UserError("This pipeline has no guidance. Leave the guidance scale out.")
+            return 1.0
+        chosen = self.manifest.guidance_scale if scale is None else scale
+        return 1.0 if chosen is None else chosen
+
+    def _join(self, conditional: dict[str, Array], null: dict[str, Array]) -> dict[str, Array]:
+        first, second = (conditional, null) if self.manifest.first_half == "conditional" else (null, conditional)
+        return {name: np.concatenate([first[name], second[name]]) for name in first}
+
+    def _guide(self, output: Floats, scale: float) -> Floats:
+        first, second = np.split(output, 2)
+        conditional, null = (first, second) if self.manifest.first_half == "conditional" else (second, first)
+        return null + np.float32(scale) * (conditional - null)
+
+    def _decode(self, sample: Floats) -> Floats:
+        if self._decoder is not None:
+            sample = run_session(self._decoder, {"latents": sample / np.float32(self.manifest.scaling_factor)})
+        return np.ascontiguousarray((sample / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1))

@@ -1,0 +1,166 @@
+"""A pipeline folder to an export folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..artifact import check_output, check_space, is_artifact, load, load_pipeline, publish
+from ..errors import ArtifactError
+from ..folder import PipelineFolder
+from .check import check_graph
+from .graph import OPSET, Part, packed_layers, widen_weights_, write_graph
+from .kinds import Kind, defaults, kind_of, latent_shape, torch_image
+from .manifest import ExportManifest, Graph, Port, SchedulerTable, SelfTest, list_files, write_manifest
+from .run import OnnxPipeline
+from .tables import STANDARD_STEPS, build_tables
+from .verify import self_test_error
+
+PACKAGES = ("diffpress", "diffusers", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
+TEST_STEPS = 4
+FLOAT_LIMIT, INTEGER_LIMIT = 1e-3, 0.1
+"""Root mean square difference to torch's image, of 0..1, past which an export is refused: a quarter of an 8-bit level,
+and 20 dB, since integer codes that fall on the other side of an edge lead sampling elsewhere."""
+MARGIN = 4.0
+"""How much further from torch's image another machine may be than this one."""
+
+
+def ignore(message: str) -> None:
+    """The progress callback of those who want none."""
+
+
+def export_onnx(
+    source: PipelineFolder,
+    out: Path,
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    force: bool = False,
+    progress: Callable[[str], None] = ignore,
+) -> ExportManifest:
+    """Write the whole pipeline at `source` as ONNX to `out`, checked against torch; returns what `export.json` says.
+
+    `steps` and `guidance_scale` become the export's defaults, else the pipeline's own are. Raises
+    UnsupportedModelError, ArtifactError or OutputError, and then leaves `out` as it was.
+    """
+    kind = kind_of(str(source.index["_class_name"]))
+    check_output(out, force)
+    progress("loading the pipeline")
+    pipeline = load(source.path) if is_artifact(source.path) else _load_plain(source)
+    kind.check(pipeline)
+    components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    check_space(out, 4 * sum(tensor.numel() for part in components for tensor in part.state_dict().values()))
+    staged = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        manifest = _write(kind, pipeline, staged, steps, guidance_scale, progress)
+        publish(staged, out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return manifest
+
+
+def _load_plain(source: PipelineFolder) -> Any:
+    source.check()
+    return load_pipeline(source)
+
+
+def _write(
+    kind: Kind,
+    pipeline: Any,
+    folder: Path,
+    steps: int | None,
+    guidance_scale: float | None,
+    progress: Callable[[str], None],
+) -> ExportManifest:
+    own_steps, own_guidance = defaults(pipeline)
+    steps = own_steps if steps is None else steps
+    progress("turning the scheduler into tables")
+    schedules = build_tables(pipeline.scheduler, steps, (TEST_STEPS, *STANDARD_STEPS), kind.scales_input)
+    graphs: dict[str, Graph] = {}
+    for part in kind.parts(pipeline, schedules[steps].timesteps):
+        progress(f"exporting {part.name}")
+        graphs[part.name] = _write_part(part, folder)
+    denoiser = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+    guidance = None if kind.first_half is None else own_guidance if guidance_scale is None else guidance_scale
+    manifest = ExportManifest(
+        pipeline=type(pipeline).__name__,
+        opset=OPSET,
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        components=graphs,
+        latent_shape=latent_shape(denoiser),
+        scaling_factor=pipeline.vae.config.scaling_factor if hasattr(pipeline, "vae") else 1.0,
+        tokens=kind.tokens(pipeline, folder),
+        labels=kind.labels(pipeline),
+        first_half=kind.first_half,
+        steps=steps,
+        guidance_scale=guidance,
+        schedules=schedules,
+        self_test=_write_test(kind, pipeline, folder, schedules, guidance),
+        files=list_files(folder),
+    )
+    progress("comparing an image with torch's")
+    return _measure(manifest, folder)
+
+
+def _write_part(part: Part, folder: Path) -> Graph:
+    """One graph on disk, checked against torch."""
+    layers = packed_layers(part.module)
+    widen_weights_(part.module)
+    write_graph(part, folder)
+    file = f"{part.name}.onnx"
+    agreement = check_graph(part, folder / file)
+    with torch.no_grad():
+        output = part.module(*part.example(1, torch.Generator().manual_seed(0)).values())
+    return Graph(
+        file=file,
+        data=f"{file}.data",
+        format="int8" if layers else "float32",
+        inputs=tuple(item.port() for item in part.inputs),
+        outputs=(Port(name=part.output, dtype="float32", shape=("batch", *output.shape[1:])),),
+        max_abs_error=agreement.max_abs_error,
+        relative_error=agreement.relative_error,
+        tolerance=agreement.tolerance,
+    )
+
+
+def _write_test(
+    kind: Kind, pipeline: Any, folder: Path, schedules: dict[int, SchedulerTable], guidance: float | None
+) -> SelfTest:
+    steps = min(schedules)
+    image = torch_image(kind, pipeline, kind.example, 0, steps, guidance)
+    np.save(folder / "selftest.npy", image.numpy())
+    return SelfTest(
+        condition=kind.example,
+        seed=0,
+        steps=steps,
+        guidance_scale=guidance,
+        image="selftest.npy",
+        rms_error=0.0,
+        tolerance=0.0,
+    )
+
+
+def _measure(manifest: ExportManifest, folder: Path) -> ExportManifest:
+    """Run the self test and write the manifest with its result. Raises ArtifactError where the image is not torch's."""
+    write_manifest(folder, manifest)
+    error = self_test_error(OnnxPipeline(folder, torch.get_num_threads()), folder)
+    integer = any(graph.format == "int8" for graph in manifest.components.values())
+    limit = INTEGER_LIMIT if integer else FLOAT_LIMIT
+    if not error <= limit:
+        raise ArtifactError(
+            f"The exported pipeline's image differs from torch's by {error:.2g} (root mean square), allowed is {limit:.2g}. "
+            "Nothing was written; report this model with the versions of torch and onnxruntime."
+        )
+    floor = MARGIN * FLOAT_LIMIT if integer else FLOAT_LIMIT
+    test = manifest.self_test.model_copy(update={"rms_error": error, "tolerance": max(floor, MARGIN * error)})
+    manifest = manifest.model_copy(update={"self_test": test})
+    write_manifest(folder, manifest)
+    return manifest

@@ -1,0 +1,164 @@
+"""Tiny pipelines with random weights, written to disk in half precision as real ones are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffpress.export.edits import Pack
+from diffpress.export.runtime import why_not_packable
+from diffpress.kernels import code_range, pack_int4, quantize
+from diffpress.zoo.emoji import train_tokenizer
+
+torch.set_num_threads(1)
+
+CAPTIONS = ["red apple", "slice of pizza", "green tree", "blue car", "birthday cake"]
+NO_CLASS = 1000
+"""The label DiTPipeline hard-codes for the unconditional half."""
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A StableDiffusionPipeline making 16x16 pictures."""
+    folder = tmp_path_factory.mktemp("tiny-text")
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(CAPTIONS, folder / "vocabulary")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            projection_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    scheduler = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
+    pipeline = StableDiffusionPipeline(
+        _autoencoder(3), text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    return _saved(pipeline, folder / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def tiny_class(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DiTPipeline making one-channel 16x16 pictures of ten classes."""
+    torch.manual_seed(1)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=NO_CLASS,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+        activation_fn="gelu-approximate",
+        attention_bias=True,
+    )
+    scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+    labels = {index: str(index) for index in range(10)}
+    pipeline = DiTPipeline(transformer, _autoencoder(1), scheduler, labels)
+    return _saved(pipeline, tmp_path_factory.mktemp("tiny-class") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def tiny_pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DDIMPipeline making one-channel 8x8 pictures without being asked for anything."""
+    torch.manual_seed(2)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=4,
+    )
+    pipeline = DDIMPipeline(unet, DDIMScheduler(timestep_spacing="trailing", clip_sample=False))
+    return _saved(pipeline, tmp_path_factory.mktemp("tiny-pixels") / "pipeline")
+
+
+def _autoencoder(channels: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+
+
+def _saved(pipeline: DiffusionPipeline, folder: Path) -> Path:
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pack_all():
+    """A function: every packable layer of a denoiser, packed with the largest magnitude of each row as full scale.
+
+    It takes the denoiser, its component name, the bits and the number of steps, and gives the edits and their tensors. The
+    activation scales differ from step to step, so that a clock that stands still is noticed.
+    """
+
+    def pack(
+        denoiser: nn.Module, component: str, weight_bits: int, activation_bits: int, steps: int
+    ) -> tuple[list[Pack], dict[str, Tensor]]:
+        edits, tensors = [], {}
+        for name, layer in denoiser.named_modules():
+            if why_not_packable(layer) is not None:
+                continue
+            codes, scale = absmax(layer.weight.detach().float().flatten(1), weight_bits)
+            activation = torch.linspace(6, 3, steps) / code_range(activation_bits)[1]
+            tensors[f"{name}.weight"] = codes if weight_bits == 8 else pack_int4(codes)
+            tensors[f"{name}.weight_scale"], tensors[f"{name}.activation_scale"] = scale, activation
+            edits.append(
+                Pack(component=component, module=name, weight_bits=weight_bits, activation_bits=activation_bits)
+            )
+        return edits, tensors
+
+    return pack
+
+
+def absmax(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] and scales [N] with each row's largest magnitude at the largest code."""
+    scale = (rows.abs().amax(1) / code_range(bits)[1]).clamp(min=1e-8)
+    return quantize(rows, scale[:, None], bits), scale
