@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from diffpress.export.errors import RecipeError
+from diffpress.export.errors import RecipeError, UserError
 
 PROMPTS = Path(__file__).with_name("prompts")
 """The built-in prompts, one a line: `record.txt` to calibrate with and `compare.txt`, kept apart, to report on."""
@@ -59,10 +59,26 @@ def _texts(pipeline: Any, wanted: str | Sequence[str], purpose: Purpose) -> list
         texts = _read(Path(wanted))
     if not texts:
         raise RecipeError("record.prompts: the list is empty. Give at least one prompt or label.")
-    if takes == "label" and not all(text.isdecimal() for text in texts):
-        wrong = next(text for text in texts if not text.isdecimal())
-        raise RecipeError(f"record.prompts: {wrong!r} is no class number; this pipeline takes labels such as 3.")
+    for text in texts:
+        try:
+            check_text(pipeline, text)
+        except UserError as error:
+            raise RecipeError(f"record.prompts: {error}") from error
     return texts
+
+
+def check_text(pipeline: Any, text: str) -> None:
+    """Raises UserError where `text` is not what the pipeline takes."""
+    name, takes = type(pipeline).__name__, kind(pipeline)
+    if takes == "nothing" and text:
+        raise UserError(f"{name} draws without prompt or label: leave {text!r} out.")
+    if takes != "label":
+        return
+    if not text.isdecimal():
+        raise UserError(f"{name} draws classes: {text!r} is no class number such as 3 (--label 3).")
+    classes = pipeline.transformer.config.num_embeds_ada_norm
+    if int(text) >= classes:
+        raise UserError(f"there is no class {text}: {name} knows 0 to {classes - 1}.")
 
 
 def _read(path: Path) -> list[str]:

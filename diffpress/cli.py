@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -262,10 +264,27 @@ def _print_estimate(values: dict[str, Any], as_json: bool) -> None:
     print_table("estimate, from one timed step", ("", ""), rows)
 
 
+QUIET = {
+    "DIFFUSERS_VERBOSITY": "error",
+    "KINETO_LOG_LEVEL": "5",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""What keeps the libraries underneath from talking over our own progress; a setting of the user's wins."""
+
+
 def main() -> None:
     """Run the command line; a wrong input ends in one message and status 2."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     try:
         app()
     except UserError as error:
         ERRORS.print(f"diffpress: {error}", markup=False, soft_wrap=True)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

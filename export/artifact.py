@@ -35,7 +35,8 @@ def write_pipeline(
 ) -> None:
     """Write the pipeline files of an artifact into the empty `folder`: copies, but for components with edits.
 
-    Weights of the variant fp16 lose it in their names, so that all components load alike.
+    So that all parts load alike when no precision is asked for, fp16 weights lose that in their names and text encoders
+    in their configs.
     `tensors` holds per component what the edits store, named `MODULE.TENSOR`.
     """
     edited = {edit.component for edit in edits}
@@ -55,7 +56,12 @@ def write_pipeline(
 def _copy_plain(source: Path, folder: Path, name: str) -> None:
     plain = name.replace(VARIANT, "")
     (folder / plain).parent.mkdir(parents=True, exist_ok=True)
-    if plain != name and name.endswith(".json"):
+    config = json.loads((source / name).read_text()) if name.endswith("/config.json") else {}
+    stored = {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
+    if stored:
+        # Transformers would load the precision named here, diffusers loads float32: the parts would not fit together.
+        (folder / plain).write_text(json.dumps(config | stored, indent=1, sort_keys=True) + "\n")
+    elif plain != name and name.endswith(".json"):
         (folder / plain).write_text((source / name).read_text().replace(VARIANT, ""))
     else:
         shutil.copyfile(source / name, folder / plain)
@@ -78,7 +84,12 @@ def publish(staged: Path, out: Path) -> None:
         # Left over where an earlier run was killed right here.
         _remove(old)
         out.replace(old)
-    staged.replace(out)
+    try:
+        staged.replace(out)
+    except OSError:
+        if old.exists():
+            old.replace(out)
+        raise
     _remove(old)
 
 
@@ -138,13 +149,17 @@ def _check_edits_apply(folder: PipelineFolder, component: str, edits: list[Edit]
     with init_empty_weights(include_buffers=True):
         model = model_class.from_config({k: v for k, v in config.items() if k != "quantization_config"})
         apply_edits_(model, edits, timesteps)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored = {name: tuple(tensor.shape) for name, tensor in folder.tensors(component)}
+    expected = {name: _form(tensor) for name, tensor in model.state_dict().items()}
+    stored = {name: _form(tensor) for name, tensor in folder.tensors(component)}
     for name in sorted(expected.keys() | stored.keys()):
         if expected.get(name) != stored.get(name):
             raise ArtifactError(
                 f"{folder.name}: {component} should hold {name} as {expected.get(name)}, but holds {stored.get(name)}."
             )
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{'float' if tensor.is_floating_point() else str(tensor.dtype)} {list(tensor.shape)}"
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
@@ -157,7 +172,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> diffusers.Diff
 def load_pipeline(folder: PipelineFolder, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
     """Any local pipeline folder, from safetensors only, without network."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder.path, torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=folder.variant
+        folder.path, dtype=dtype, use_safetensors=True, local_files_only=True, variant=folder.variant
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

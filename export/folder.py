@@ -49,6 +49,11 @@ class PipelineFolder:
     def components(self) -> dict[str, str]:
         """Component name to class name, without those the pipeline leaves empty."""
         pairs = {name: value for name, value in self.index.items() if isinstance(value, list) and len(value) == 2}
+        for name in pairs:
+            if not name.isidentifier():
+                raise ModelFileError(
+                    f"{self.name}: model_index.json names a part {name!r}, which is no name of a folder."
+                )
         return {name: str(value[1]) for name, value in pairs.items() if value[1] is not None}
 
     @cached_property

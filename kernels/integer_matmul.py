@@ -13,10 +13,8 @@ def integer_matmul(left: Tensor, right: Tensor) -> Tensor:
     is exact, since |sum| <= K * 2**14 < 2**53.
     """
     rows, depth = left.shape
-    if left.device.type == "cpu":
-        supported = depth > 1
-    else:
-        supported = rows > 16 and depth % 8 == 0 and len(right) % 8 == 0
+    aligned = rows > 16 and depth % 8 == 0 and len(right) % 8 == 0
+    supported = depth > 1 if left.device.type == "cpu" else aligned
     if supported:
         return torch._int_mm(left, right.t())
     return (left.double() @ right.double().t()).to(torch.int32)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .pictures import spread
-from .words import scientific, significant
+from .words import TIMES, scientific, significant
 
 LOGARITHMIC = 30
 """Values that span more than this factor are drawn on a logarithmic axis."""
 LABELS = 6
 BINS = 8
+NARROWEST_DB = 0.1
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Curve:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     logarithmic: bool
+    stride: float
+    """Between two steps, in percent of the width."""
 
     @property
     def path(self) -> str:
@@ -88,7 +91,7 @@ def step_curve(errors: Sequence[float], timesteps: Sequence[float]) -> Curve | N
     ]
     y_ticks = [Tick(100 - 100 * (place(value) - bottom) / (top - bottom), _tick_words(value)) for value in ticks]
     labels = [_step_tick(step, len(errors), known) for step in spread(len(errors), LABELS)]
-    return Curve(points, labels, y_ticks, logarithmic)
+    return Curve(points, labels, y_ticks, logarithmic, 100 / max(1, len(errors) - 1))
 
 
 def histogram(values: Sequence[float]) -> Histogram | None:
@@ -96,27 +99,28 @@ def histogram(values: Sequence[float]) -> Histogram | None:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return None
-    width = nice((max(finite) - min(finite)) / BINS) if max(finite) > min(finite) else 1.0
+    width = nice(max((max(finite) - min(finite)) / BINS, NARROWEST_DB))
     first = math.floor(min(finite) / width)
     places = [math.floor(value / width) - first for value in finite]
     counts = [places.count(place) for place in range(max(places) + 1)]
-    edges = [significant_edge((first + i) * width, width) for i in range(len(counts) + 1)]
+    edges = [_edge_words((first + i) * width, width) for i in range(len(counts) + 1)]
     bars = [
         Bar(count, 100 * count / max(counts), f"{count} from {edges[i]} to {edges[i + 1]} dB")
         for i, count in enumerate(counts)
     ]
-    return Histogram(bars, [Tick(100 * i / len(counts), edges[i]) for i in spread(len(edges), LABELS)])
+    every = math.ceil(len(edges) / LABELS)
+    return Histogram(bars, [Tick(100 * i / len(counts), edges[i]) for i in range(0, len(edges), every)])
 
 
 def nice(value: float) -> float:
-    """The next of 1, 2, 5 and their powers of ten at or above `value`."""
+    """The next of 1, 2, 2.5, 5, or one of these times a power of ten, at or above `value`."""
     power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9))
+    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * (1 - 1e-9))
 
 
-def significant_edge(value: float, width: float) -> str:
+def _edge_words(value: float, width: float) -> str:
     """A bin's edge with as many places as its width needs."""
-    return f"{value:.{max(0, -math.floor(math.log10(width)))}f}"
+    return f"{value:.{len(f'{width:g}'.partition('.')[2])}f}"
 
 
 def _across(step: int, count: int) -> float:
@@ -136,7 +140,7 @@ def _decades(values: Sequence[float]) -> tuple[float, float, list[float]]:
 
 
 def _tick_words(value: float) -> str:
-    return scientific(value).replace("1.0 × ", "") if value else "0"
+    return scientific(value).replace(f".0 {TIMES}", f" {TIMES}") if value else "0"
 
 
 def _point_words(step: int, value: float, timesteps: Sequence[float]) -> str:

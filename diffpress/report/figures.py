@@ -7,10 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .words import byte_size, change, decibels, milliseconds, quantity, significant
-
-IDENTICAL_DB = 100
-"""PSNR given to equal pictures."""
+from .words import IDENTICAL_DB, TIMES, byte_size, change, decibels, milliseconds, quantity, significant
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Tile:
     unit: str
     detail: str
     tone: str = ""
-    """`good`, `bad`, or nothing."""
+    """`good`, `bad`, `absent` or nothing."""
 
 
 LABELS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -69,7 +66,7 @@ def gates_tile(gates: Mapping[str, Any], missed: list[str]) -> Tile:
     """Whether the limits of the recipe were met."""
     asked = gates_asked(gates)
     if not asked and not missed:
-        return Tile("Gates", "none", "", "the recipe sets no limits")
+        return Tile("Gates", "none", "", "the recipe sets no limits", "absent")
     count = max(len(asked), len(missed))
     if missed:
         return Tile("Gates", f"{len(missed)} of {count}", "missed", "; ".join(asked), "bad")
@@ -83,8 +80,12 @@ def pairs_tile(metrics: Mapping[str, Any]) -> Tile:
 
 def gates_asked(gates: Mapping[str, Any]) -> list[str]:
     """The limits that were set, in words."""
-    words = {"psnr_db": "PSNR at least {} dB", "size": "size at most {}×", "latency": "latency at most {}×"}
-    return [text.format(f"{gates[key]:g}") for key, text in words.items() if gates.get(key) is not None]
+    words = {
+        "psnr_db": ("PSNR at least", " dB"),
+        "size": ("size at most", TIMES),
+        "latency": ("latency at most", TIMES),
+    }
+    return [f"{start} {gates[key]:g}{unit}" for key, (start, unit) in words.items() if gates.get(key) is not None]
 
 
 def _measure(label: str, words: Callable[[float], str], both: Mapping[str, float]) -> Measure:
@@ -95,15 +96,17 @@ def _measure(label: str, words: Callable[[float], str], both: Mapping[str, float
 
 def _change_tile(label: str, measure: Measure | None, less: str, more: str) -> Tile:
     if measure is None:
-        return Tile(label, "—", "", "not measured")
+        return Tile(label, "—", "", "not measured", "absent")
     value, unit = change(measure.ratio, less, more)
     tone = {less: "good", more: "bad"}.get(unit, "")
-    return Tile(label, value, unit, f"{measure.reference} → {measure.candidate}", tone)
+    equal = measure.reference == measure.candidate
+    detail = f"{measure.reference} each" if equal else f"{measure.reference} → {measure.candidate}"
+    return Tile(label, value, unit, detail, tone)
 
 
 def _psnr_tile(metrics: Mapping[str, Any], psnr_db: list[float]) -> Tile:
     if min(psnr_db) >= IDENTICAL_DB:
-        return Tile("PSNR", "equal", "", f"all {len(psnr_db)} pairs, to the last bit that counts", "good")
+        return Tile("PSNR", "equal", "", "no difference in any pair", "good")
     return Tile("PSNR", decibels(metrics["psnr_db"]), "dB", f"mean; worst pair {decibels(min(psnr_db))} dB")
 
 

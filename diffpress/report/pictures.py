@@ -6,7 +6,6 @@ import base64
 import io
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -15,6 +14,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from diffpress.calibration.conditions import Condition
 
+from ..compare import Pairs
+from .words import IDENTICAL_DB, decibels
+
 SHOWN = 8
 LARGEST = 512
 """Longer side of an embedded picture; larger ones are averaged down."""
@@ -22,6 +24,7 @@ LOSSLESS = 128
 """Up to this side pictures are stored as PNG and enlarged with visible pixels; above it as JPEG."""
 JPEG_QUALITY = 85
 FACTORS = (1, 2, 5, 10, 20, 50, 100)
+ROUNDING = 1e-4
 BRIGHT = 0.99
 """Share of the differences that must stay within the colour scale."""
 SCALE = ((6, 7, 20), (51, 18, 92), (120, 32, 113), (186, 55, 84), (237, 105, 37), (252, 178, 24), (252, 255, 190))
@@ -35,7 +38,8 @@ class Shown:
     title: str
     rank: str
     seed: int
-    psnr_db: float
+    score: str
+    """PSNR in words."""
     reference: str
     candidate: str
     difference: str
@@ -56,7 +60,7 @@ class Gallery:
     """CSS colours of the difference maps, from none to the most."""
 
 
-def gallery(pairs: Any) -> Gallery:
+def gallery(pairs: Pairs) -> Gallery:
     """Up to SHOWN of `pairs`, spread over the ranking from the worst to the best."""
     ranking = sorted(range(len(pairs.psnr_db)), key=lambda i: (not math.isnan(pairs.psnr_db[i]), pairs.psnr_db[i]))
     ranks = spread(len(ranking), SHOWN)
@@ -92,7 +96,7 @@ def rank_words(rank: int, count: int) -> str:
         return "the only pair"
     if rank == 0:
         return f"worst of {count}"
-    return f"best of {count}" if rank == count - 1 else f"number {rank + 1} of {count} from the worst"
+    return f"best of {count}" if rank == count - 1 else f"rank {rank + 1} of {count}"
 
 
 def title(condition: Condition) -> str:
@@ -100,6 +104,11 @@ def title(condition: Condition) -> str:
     if not condition.text:
         return "no prompt"
     return f"class {condition.text}" if condition.text.isdecimal() else f"“{condition.text}”"
+
+
+def score(psnr_db: float) -> str:
+    """The PSNR of one pair in words."""
+    return "equal" if psnr_db >= IDENTICAL_DB else f"{decibels(psnr_db)} dB"
 
 
 def difference(reference: Tensor, candidate: Tensor) -> Tensor:
@@ -111,7 +120,7 @@ def amplification(differences: list[Tensor]) -> int:
     """The largest of FACTORS that keeps nearly all `differences` at or below 1."""
     values = torch.cat([value.flatten() for value in differences]).sort().values
     bright = float(values[min(len(values) - 1, int(BRIGHT * len(values)))])
-    return max(factor for factor in FACTORS if factor == 1 or factor * bright <= 1)
+    return max(factor for factor in FACTORS if factor == 1 or factor * bright <= 1 + ROUNDING)
 
 
 def colour(values: Tensor) -> Tensor:
@@ -145,13 +154,13 @@ def data_url(picture: Tensor) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _shown(pairs: Any, index: int, rank: str, factor: int, change: Tensor) -> Shown:
+def _shown(pairs: Pairs, index: int, rank: str, factor: int, change: Tensor) -> Shown:
     condition = pairs.conditions[index]
     return Shown(
         title(condition),
         rank,
         condition.seed,
-        pairs.psnr_db[index],
+        score(pairs.psnr_db[index]),
         data_url(pairs.reference[index]),
         data_url(pairs.candidate[index]),
         data_url(colour(factor * change)),

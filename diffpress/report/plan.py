@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from diffpress.export.manifest import PlanRow
 
-from .words import byte_size, scientific
+from .words import TIMES, byte_size, scientific
 
 MOST_SENSITIVE = 20
 FORMAT_COLOURS = 6
@@ -37,20 +37,35 @@ class SensitivityBar:
     text: str
 
 
-def packed(row: PlanRow) -> bool:
-    """Whether the module is stored in a format such as W4A8 rather than left in its dtype."""
-    return row.format.startswith("W")
+@dataclass(frozen=True)
+class Line:
+    """One row of the plan as the page shows it."""
+
+    component: str
+    module: str
+    shape: str
+    format: str
+    colour: int
+    before: str
+    after: str
+    reason: str
+    error: str
+
+
+def packed(format: str) -> bool:
+    """Whether a format is one such as W4A8, rather than the dtype a module was left in."""
+    return format.startswith("W")
 
 
 def totals(plan: Sequence[PlanRow]) -> list[Total]:
     """One entry a format, packed formats first."""
-    formats = sorted({row.format for row in plan}, key=lambda name: (not name.startswith("W"), name))
+    formats = sorted({row.format for row in plan}, key=lambda name: (not packed(name), name))
     return [_total(name, place, [row for row in plan if row.format == name]) for place, name in enumerate(formats)]
 
 
 def summary(plan: Sequence[PlanRow]) -> str:
     """What was done, in words: `W8A8, 84 of 97 layers`."""
-    done = [total for total in totals(plan) if total.format.startswith("W")]
+    done = [total for total in totals(plan) if packed(total.format)]
     if not done:
         return f"nothing packed, {len(plan)} layers left as they were"
     if len(done) == 1:
@@ -72,19 +87,15 @@ def sensitivity(plan: Sequence[PlanRow]) -> list[SensitivityBar]:
     ]
 
 
-def shape_words(row: PlanRow) -> str:
-    """Such as 320 × 320 × 3 × 3."""
-    return " × ".join(map(str, row.shape)) or "scalar"
+def lines(plan: Sequence[PlanRow]) -> list[Line]:
+    """Every row in the order of the plan."""
+    colours = {total.format: total.colour for total in totals(plan)}
+    return [_line(row, colours[row.format]) for row in plan]
 
 
-def error_words(row: PlanRow) -> str:
-    """The sensitivity of one row, empty where it was not measured."""
-    return "" if row.error is None else scientific(row.error)
-
-
-def saving(before: int, after: int) -> str:
-    """Bytes before and after as a ratio."""
-    return f"{after / before:.3f}" if before else "—"
+def saving(part: Total) -> str:
+    """Bytes after over bytes before."""
+    return f"{part.after / part.before:.3f}" if part.before else "—"
 
 
 def whole(parts: Sequence[Total]) -> Total:
@@ -103,11 +114,21 @@ def _total(name: str, place: int, rows: Sequence[PlanRow]) -> Total:
     return Total(name, colour, len(rows), sum(row.source_bytes for row in rows), sum(row.bytes for row in rows))
 
 
+def _line(row: PlanRow, colour: int) -> Line:
+    return Line(
+        row.component,
+        row.module,
+        f" {TIMES} ".join(map(str, row.shape)) or "scalar",
+        row.format,
+        colour,
+        byte_size(row.source_bytes),
+        byte_size(row.bytes),
+        row.reason,
+        "" if row.error is None else scientific(row.error),
+    )
+
+
 def _share(error: float, largest: float) -> float:
     if not math.isfinite(error):
         return 100.0
     return 100 * error / largest if largest > 0 else 0.0
-
-
-FILTERS = {"shape": shape_words, "error": error_words, "bytes": byte_size}
-"""How the template writes a row."""

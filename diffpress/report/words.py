@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+TIMES = "\N{MULTIPLICATION SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+IDENTICAL_DB = 100
+"""PSNR that equal pictures are given."""
 SAME = 0.005
 """Ratios this close to 1 are called the same."""
 
@@ -20,11 +23,11 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def scientific(value: float) -> str:
-    """Small and large numbers as 1.3 × 10⁻⁴, others as they are."""
+    """Small and large numbers with a power of ten, others as they are."""
     if not math.isfinite(value) or value == 0 or 1e-2 <= abs(value) < 1e4:
         return significant(value)
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa} × 10{str(int(exponent)).translate(SUPERSCRIPTS)}"
+    return f"{mantissa} {TIMES} 10{str(int(exponent)).translate(SUPERSCRIPTS)}"
 
 
 def scaled(value: float, units: list[str]) -> str:
@@ -47,19 +50,19 @@ def quantity(value: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """A time, in seconds from one second on."""
-    return f"{significant(value)} ms" if value < 1000 else f"{significant(value / 1000)} s"
+    """A time, in seconds from ten seconds on."""
+    return f"{significant(value)} ms" if value < 1e4 else f"{significant(value / 1000)} s"
 
 
-def decibels(value: float, digits: int = 1) -> str:
-    """A PSNR; 100 dB is what equal pictures are given."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
+def decibels(value: float) -> str:
+    """A PSNR to a tenth of a decibel."""
+    return f"{value:.1f}" if math.isfinite(value) else "not finite"
 
 
 def change(ratio: float, less: str, more: str) -> tuple[str, str]:
-    """A ratio candidate / reference as a factor and the direction: 0.25 is `4.00×` and `less`."""
+    """A ratio candidate / reference as a factor and the direction: 0.25 is 4.00 times and `less`."""
     if not math.isfinite(ratio) or ratio <= 0:
         return "—", "not known"
     if abs(ratio - 1) <= SAME:
-        return "1×", "the same"
-    return f"{significant(1 / ratio if ratio < 1 else ratio)}×", less if ratio < 1 else more
+        return f"1{TIMES}", "the same"
+    return f"{significant(1 / ratio if ratio < 1 else ratio)}{TIMES}", less if ratio < 1 else more

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,108 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from diffpress.calibration.conditions import Condition
-from diffpress.export.manifest import Manifest, PlanRow
+from diffpress.export.manifest import Manifest
 
+from ..compare import Pairs
 from .charts import histogram, step_curve
 from .figures import gates_tile, measures, pairs_tile, tiles
 from .pictures import gallery
-from .plan import FILTERS, saving, sensitivity, summary, totals, whole
-from .words import byte_size, decibels, milliseconds, quantity, scientific
+from .plan import lines, saving, sensitivity, summary, totals, whole
+from .words import byte_size, decibels, significant
+
+UNMEASURED = {
+    "parameters": "parameters",
+    "macs_per_image": "multiply-accumulates",
+    "latency_ms": "latency",
+    "peak_memory_bytes": "peak memory",
+}
+"""What the cost section says of figures that it was not given."""
+
+
+def write_report(
+    path: Path,
+    model: str,
+    manifest: Manifest | None,
+    pairs: Pairs,
+    metrics: dict[str, Any],
+    cost: dict[str, Any],
+) -> None:
+    """Write the report to `path`: of an artifact, or of a plain comparison where `manifest` is None.
+
+    `metrics` and `cost` are what `compare` gives; figures that are missing are said to be.
+    """
+    shared = _shared(model, pairs, metrics, cost)
+    own = _comparison(pairs, metrics) if manifest is None else _artifact(manifest, pairs, metrics)
+    page = _environment().get_template("report.html.j2").render(**shared, **own)
+    path.write_text(page, encoding="utf-8")
+
+
+def _environment() -> Environment:
+    folder = files(__package__)
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": byte_size, "decibels": decibels, "significant": significant}
+    return environment
+
+
+def _shared(model: str, pairs: Pairs, metrics: dict[str, Any], cost: dict[str, Any]) -> dict[str, Any]:
+    measured = measures(metrics, cost)
+    return {
+        "model": model,
+        "count": len(pairs.psnr_db),
+        "steps": pairs.steps,
+        "seeds": (pairs.conditions[0].seed, pairs.conditions[-1].seed),
+        "tiles": tiles(measured, metrics, pairs.psnr_db),
+        "gallery": gallery(pairs),
+        "spread": histogram(pairs.psnr_db),
+        "psnr": _psnr_words(pairs.psnr_db),
+        "measured": list(measured.values()),
+        "unmeasured": [words for key, words in UNMEASURED.items() if key not in measured],
+        "timed": "latency_ms" in measured,
+    }
+
+
+def _psnr_words(psnr_db: list[float]) -> list[tuple[str, str]]:
+    named: dict[str, Callable[[list[float]], float]] = {
+        "worst": min,
+        "median": statistics.median,
+        "mean": statistics.fmean,
+        "best": max,
+    }
+    return [(name, decibels(of(psnr_db))) for name, of in named.items()]
+
+
+def _comparison(pairs: Pairs, metrics: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "artifact": None,
+        "sides": ("reference", "candidate"),
+        "status": pairs_tile(metrics),
+        "missed": [],
+        "curve": step_curve(pairs.step_error, []),
+    }
+
+
+def _artifact(manifest: Manifest, pairs: Pairs, metrics: dict[str, Any]) -> dict[str, Any]:
+    missed = metrics.get("gates_missed", [])
+    parts = totals(manifest.plan)
+    return {
+        "artifact": {
+            "summary": summary(manifest.plan),
+            "sensitivity": sensitivity(manifest.plan),
+            "plan": lines(manifest.plan),
+            "totals": [(part, saving(part)) for part in [*parts, whole(parts)]],
+            "recipe": yaml.safe_dump(manifest.recipe, sort_keys=False, allow_unicode=True),
+            "versions": manifest.versions,
+            "digests": manifest.source.get("files", {}),
+            "fingerprint": manifest.fingerprint,
+        },
+        "sides": ("original", "compressed"),
+        "status": gates_tile(manifest.recipe.get("gates") or {}, missed),
+        "missed": missed,
+        "curve": step_curve(pairs.step_error, manifest.timesteps),
+    }

@@ -17,7 +17,7 @@ NO_CLASS = 1000
 """The label DiTPipeline hard-codes for the unconditional half."""
 CLASS_DROPOUT = 0.1
 AUTOENCODER = Schedule(steps=1000, rate=2e-3, save_every=200)
-DENOISER = Schedule(steps=4500, rate=1e-3, save_every=250)
+DENOISER = Schedule(steps=2800, rate=1e-3, save_every=250)
 BATCH = 64
 
 

@@ -14,15 +14,19 @@ from torch import Tensor, nn
 
 from ..apply import apply_edits_
 from ..edits import Edit
-from ..runtime.packed import EXACT
+from .registration import METHOD
 
 EDITS: TypeAdapter[list[Edit]] = TypeAdapter(list[Edit])
 
 
-class Method(str, Enum):  # noqa: UP042  # diffusers compares it as a plain str and reads its value
-    """The name diffusers knows us by."""
+EXACT = ("weight_scale", "activation_scale")
+"""Tensors that stay in the precision they are stored in, whatever dtype the rest is loaded in."""
 
-    DIFFPRESS = "diffpress"
+
+class Method(str, Enum):  # noqa: UP042  # diffusers compares it as a plain str and reads its value
+    """Our one entry in diffusers' tables."""
+
+    DIFFPRESS = METHOD
 
 
 class EditsConfig(QuantizationConfigMixin):
@@ -79,11 +83,3 @@ class EditsQuantizer(DiffusersQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def register() -> None:
-    """Make diffusers know artifacts of ours."""
-    from diffusers.quantizers import auto
-
-    auto.AUTO_QUANTIZER_MAPPING[Method.DIFFPRESS.value] = EditsQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.DIFFPRESS.value] = EditsConfig

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 TARGET = "diffusers.quantizers.auto"
+METHOD = "diffpress"
+"""The name diffusers knows us by."""
 
 
 def register_with_diffusers() -> None:
@@ -20,9 +23,24 @@ def register_with_diffusers() -> None:
 
 
 def _register() -> None:
-    from .quantizer import register
+    """Enter stand-ins that import the real classes when an artifact is loaded: importing them here would be circular."""
+    auto = sys.modules[TARGET]
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = _quantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _Config
 
-    register()
+
+def _quantizer(config: Any, **options: Any) -> Any:
+    from .quantizer import EditsQuantizer
+
+    return EditsQuantizer(config, **options)
+
+
+class _Config:
+    @staticmethod
+    def from_dict(data: dict[str, Any], **options: Any) -> Any:
+        from .quantizer import EditsConfig
+
+        return EditsConfig.from_dict(data, **options)
 
 
 class _Finder(MetaPathFinder):

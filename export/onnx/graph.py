@@ -11,10 +11,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from diffpress.kernels import unpack_int4
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnxscript import optimizer
 from torch import Tensor, nn
+
+from diffpress.kernels import unpack_int4
 
 from ..errors import UnsupportedModelError
 from ..runtime import PackedConv2d, PackedLayer, PackedLinear, StepClock

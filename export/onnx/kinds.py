@@ -54,7 +54,9 @@ class PromptKind:
 
     def check(self, pipeline: Any) -> None:
         if pipeline.unet.config.time_cond_proj_dim is not None:
-            raise UnsupportedModelError("The unet takes the guidance scale as an input (time_cond_proj_dim); not supported.")
+            raise UnsupportedModelError(
+                "The unet takes the guidance scale as an input (time_cond_proj_dim); not supported."
+            )
         if pipeline.unet.config.addition_embed_type or pipeline.unet.config.class_embed_type:
             raise UnsupportedModelError("The unet takes more inputs than a prompt (extra embeddings); not supported.")
         if getattr(pipeline.text_encoder.config, "use_attention_mask", False):
@@ -77,7 +79,9 @@ class PromptKind:
         tokenizer.save_pretrained(folder / "tokenizer")
         file = "tokenizer/tokenizer.json"
         if not (folder / file).is_file():
-            raise UnsupportedModelError(f"{type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers export.")
+            raise UnsupportedModelError(
+                f"{type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers export."
+            )
         return Tokens(file=file, length=tokenizer.model_max_length, pad_token=str(tokenizer.pad_token))
 
     def labels(self, pipeline: Any) -> Labels | None:
@@ -153,9 +157,7 @@ KINDS: dict[str, Kind] = {
 def kind_of(pipeline_class: str) -> Kind:
     """The kind of a pipeline class. Raises UnsupportedModelError for one that is not exported yet."""
     if pipeline_class not in KINDS:
-        raise UnsupportedModelError(
-            f"{pipeline_class} cannot be exported to ONNX. Supported are {', '.join(KINDS)}."
-        )
+        raise UnsupportedModelError(f"{pipeline_class} cannot be exported to ONNX. Supported are {', '.join(KINDS)}.")
     return KINDS[pipeline_class]
 
 

@@ -96,6 +96,10 @@ class ExportManifest(_Data):
     pipeline: str
     """Class name of the source pipeline."""
     opset: int
+    format: Literal["float32", "int8"]
+    """`int8` where any graph multiplies integers."""
+    largest_error: float
+    """Of all graphs' outputs against torch's, absolute."""
     versions: dict[str, str]
     components: dict[str, Graph]
     latent_shape: tuple[int, int, int]
@@ -119,17 +123,19 @@ def list_files(folder: Path) -> dict[str, File]:
     """Size and digest of every file of `folder` but the manifest."""
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        name: File(size_bytes=path.stat().st_size, sha256=digest(path)) for name, path in names.items() if name != EXPORT
+        name: File(size_bytes=path.stat().st_size, sha256=digest(path))
+        for name, path in names.items()
+        if name != EXPORT
     }
 
 
-def write_manifest(folder: Path, manifest: ExportManifest) -> None:
+def write_export(folder: Path, manifest: ExportManifest) -> None:
     """Write `export.json`, keys sorted."""
     text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1)
     (folder / EXPORT).write_text(text + "\n")
 
 
-def read_manifest(folder: Path) -> ExportManifest:
+def read_export(folder: Path) -> ExportManifest:
     """Read `export.json`. Raises ArtifactError where it is missing, damaged, too new, or points out of its folder."""
     path = folder / EXPORT
     if not path.is_file():

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from .conditions import conditioner_of
-from .manifest import ExportManifest, SchedulerTable, check_files, read_manifest
+from .manifest import ExportManifest, SchedulerTable, check_files, read_export
 from .noise import torch_noise
 from .sampler import sample_by_table
 from .sessions import Array, open_session, run_session
@@ -24,7 +24,7 @@ class OnnxPipeline:
     def __init__(self, path: str | Path, threads: int = 0) -> None:
         """Open the folder once every digest has matched; 0 threads leaves the number to onnxruntime."""
         folder = Path(path)
-        self.manifest: ExportManifest = read_manifest(folder)
+        self.manifest: ExportManifest = read_export(folder)
         check_files(folder, self.manifest)
         self._conditioner = conditioner_of(folder, self.manifest, threads)
         self._denoiser = open_session(folder / self.manifest.components["denoiser"].file, threads)
@@ -69,7 +69,9 @@ class OnnxPipeline:
         wanted = self.manifest.steps if steps is None else steps
         if wanted not in known:
             have = ", ".join(str(count) for count in sorted(known))
-            raise UserError(f"This export has no schedule of {wanted} steps. Use one of {have}, or export with --steps.")
+            raise UserError(
+                f"This export has no schedule of {wanted} steps. Use one of {have}, or export with --steps."
+            )
         return known[wanted]
 
     def _guidance(self, scale: float | None) -> float:

@@ -20,9 +20,7 @@ TOLERANCE = 1e-4
 """Relative to the largest value of the run; schedulers compute in float32."""
 
 
-def build_tables(
-    scheduler: Any, wanted: int, others: Iterable[int], scales_input: bool
-) -> dict[int, SchedulerTable]:
+def build_tables(scheduler: Any, wanted: int, others: Iterable[int], scales_input: bool) -> dict[int, SchedulerTable]:
     """Tables for `wanted` steps and for those of `others` that the scheduler has.
 
     Raises UnsupportedModelError where the scheduler is not linear, or has no `wanted` steps. `scales_input` tells

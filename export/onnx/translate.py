@@ -38,16 +38,14 @@ def quantized_linear(
     weight_bits: int,
     activation_bits: int,
 ) -> Value:
-    """y = s_x MatMul(DQ(Q(x / s_x)), DQ(W)) + b: the folded form, which keeps integer kernels in every engine.
+    """y = s_x s_w MatMulInteger(Q(x), W) + b, which onnxruntime fuses into one kernel. Weights are at 8 bits here.
 
-    The quantiser is constant, int8 with scale 1, so the step's scale is outside of it. Weights are at 8 bits here.
+    Speed over floats of whole denoisers, batch 2 and 8, one thread of a Zen 5 core: 8-layer DiT of width 128 1.44 and
+    1.49, emoji UNet 1.24 and 1.37. The same with Q/DQ pairs in uint8: 1.2 everywhere (three passes over the output
+    instead of none); in int8: 0.9 to 1.05, since onnxruntime runs layers that share a quantiser in floats.
     """
-    one = op.Constant(value_float=1.0)
-    codes = op.QuantizeLinear(_scaled(x, activation_scale, activation_bits), one, _constant(0, np.int8))
-    weights = op.DequantizeLinear(op.Transpose(weight, perm=[1, 0]), weight_scale, axis=1)
-    product = op.MatMul(op.DequantizeLinear(codes, one, _constant(0, np.int8)), weights)
-    output = op.Mul(product, activation_scale)
-    return output if bias is None else op.Add(output, bias)
+    codes = _quantized(x, activation_scale, activation_bits)
+    return _product(codes, op.Transpose(weight, perm=[1, 0]), weight_scale, activation_scale, bias)
 
 
 def quantized_conv2d(
@@ -70,20 +68,29 @@ def quantized_conv2d(
     [4, 640, 16] 3.3, [2, 32, 32] 0.9; 1x1: 1.1 to 2.4. A Q/DQ Conv falls back to float (0.6 to 0.9), ConvInteger is
     0.2, QLinearConv is 1.6 to 3.8 but rounds its output to 8 bits.
     """
-    ones = op.Constant(value_float=1.0)
-    codes = op.QuantizeLinear(_scaled(x, activation_scale, activation_bits), ones, _constant(ZERO, np.uint8))
-    windows = _windows(op.Transpose(codes, perm=[0, 2, 3, 1]), kernel_size, stride, padding, dilation)
-    product = op.MatMulInteger(windows, _window_weights(weight, kernel_size), _constant(ZERO, np.uint8))
-    output = op.Mul(op.Cast(product, to=int(ir.DataType.FLOAT)), op.Mul(activation_scale, weight_scale))
-    output = output if bias is None else op.Add(output, bias)
+    codes = op.Transpose(_quantized(x, activation_scale, activation_bits), perm=[0, 2, 3, 1])
+    windows = _windows(codes, kernel_size, stride, padding, dilation)
+    output = _product(windows, _window_weights(weight, kernel_size), weight_scale, activation_scale, bias)
     return op.Transpose(output, perm=[0, 3, 1, 2])
 
 
-def _scaled(x: Value, scale: Value, bits: int) -> Value:
-    """x / scale, cut to what `bits` hold where the quantiser itself would not."""
+def _quantized(x: Value, scale: Value, bits: int) -> Value:
+    """uint8 codes of x / scale, cut to what `bits` hold where the quantiser itself would not.
+
+    The quantiser is constant, with scale 1, and the step's scale is outside of it: the form that engines understand.
+    """
     scaled = op.Div(x, scale)
-    low, high = code_range(bits)
-    return scaled if bits == 8 else op.Clip(scaled, _constant(low, np.float32), _constant(high, np.float32))
+    if bits < 8:
+        low, high = code_range(bits)
+        scaled = op.Clip(scaled, _constant(low, np.float32), _constant(high, np.float32))
+    return op.QuantizeLinear(scaled, op.Constant(value_float=1.0), _constant(ZERO, np.uint8))
+
+
+def _product(codes: Value, weight: Value, weight_scale: Value, scale: Value, bias: Value | None) -> Value:
+    """Codes [..., K] times weights [K, N], summed as integers, in floats and with the bias on top."""
+    product = op.Cast(op.MatMulInteger(codes, weight, _constant(ZERO, np.uint8)), to=int(ir.DataType.FLOAT))
+    output = op.Mul(product, op.Mul(scale, weight_scale))
+    return output if bias is None else op.Add(output, bias)
 
 
 def _windows(

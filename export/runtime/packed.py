@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +9,6 @@ from diffpress.kernels import quantized_conv2d, quantized_linear
 
 from ..edits import Pack
 from .clock import StepClock
-
-EXACT = ("weight_scale", "activation_scale")
-"""Tensors that stay in the precision they are stored in, whatever dtype the rest runs in."""
 
 
 class PackedLayer(nn.Module):
@@ -32,18 +27,6 @@ class PackedLayer(nn.Module):
         self.register_buffer("weight_scale", torch.ones(rows))
         self.register_buffer("activation_scale", torch.ones(len(clock.timesteps)))
         self.register_buffer("bias", torch.zeros(rows) if has_bias else None)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
-        """The scales follow to another device, but stay float32 under `.half()` and `.to(dtype)`."""
-        exact = {name: self._buffers[name] for name in EXACT}
-        super()._apply(fn, recurse)
-        for name, scale in exact.items():
-            moved = self._buffers[name]
-            assert scale is not None
-            assert moved is not None
-            if moved.dtype != scale.dtype:
-                self._buffers[name] = scale.to(moved.device)
-        return self
 
     def extra_repr(self) -> str:
         return f"weight_bits={self.weight_bits}, activation_bits={self.activation_bits}"

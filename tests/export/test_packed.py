@@ -87,22 +87,6 @@ def test_steps_that_do_not_fall_are_an_artifact_error() -> None:
         apply_edits_(Model(), [], [])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_scales_stay_in_single_precision_when_the_model_is_cast(dtype: torch.dtype) -> None:
-    model = Model()
-    apply_edits_(model, [pack("blocks.0")], STEPS)
-    layer = model.blocks[0]
-    layer.weight_scale.fill_(0.1)
-    scale = layer.weight_scale.clone()
-    model.to(dtype)
-    assert torch.equal(layer.weight_scale, scale)
-    assert layer.weight_scale.dtype == layer.activation_scale.dtype == torch.float32
-    assert layer.weight.dtype == torch.int8
-    assert layer.bias.dtype == model.norm.weight.dtype == dtype
-    assert model(torch.zeros(2, 5, dtype=dtype), 100.0).dtype == dtype
-    assert model.to_empty(device="meta").blocks[0].weight_scale.is_meta
-
-
 def test_edits_of_keeps_the_order_and_only_the_component() -> None:
     edits = [pack("b"), pack("x", component="vae"), pack("a")]
     assert [edit.module for edit in edits_of("unet", edits)] == ["b", "a"]

@@ -7,7 +7,17 @@ import torch
 
 from diffpress.kernels.integer_matmul import integer_matmul
 
-SHAPES = [(1, 1, 1), (1, 63, 100), (16, 100, 7), (17, 64, 8), (100, 1000, 63), (63, 8, 1), (0, 5, 3), (33, 1, 16), (2, 1, 2)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 63, 100),
+    (16, 100, 7),
+    (17, 64, 8),
+    (100, 1000, 63),
+    (63, 8, 1),
+    (0, 5, 3),
+    (33, 1, 16),
+    (2, 1, 2),
+]
 
 
 @pytest.mark.parametrize(("M", "K", "N"), SHAPES)

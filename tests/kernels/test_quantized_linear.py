@@ -8,7 +8,16 @@ from torch import Tensor
 
 from diffpress.kernels import code_range, pack_int4, quantized_linear, unpack_int4
 
-SHAPES = [((1,), 1, 1), ((5,), 1, 6), ((63,), 63, 100), ((100,), 1000, 63), ((2, 7), 100, 33), ((3, 1, 5), 64, 8), ((), 17, 9), ((0,), 8, 4)]
+SHAPES = [
+    ((1,), 1, 1),
+    ((5,), 1, 6),
+    ((63,), 63, 100),
+    ((100,), 1000, 63),
+    ((2, 7), 100, 33),
+    ((3, 1, 5), 64, 8),
+    ((), 17, 9),
+    ((0,), 8, 4),
+]
 """Leading sizes, K, N."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -79,7 +88,11 @@ def test_is_a_well_behaved_operation(bits: int) -> None:
     ("position", "value", "message"),
     [
         (0, torch.ones(2, 8, dtype=torch.int8), r"x must be floating point \[..., K\].*int8"),
-        (1, torch.zeros(4, 7, dtype=torch.int8), r"weight must be torch.int8 \[N, 8\] at 8 bits, got torch.int8 \[4, 7\]"),
+        (
+            1,
+            torch.zeros(4, 7, dtype=torch.int8),
+            r"weight must be torch.int8 \[N, 8\] at 8 bits, got torch.int8 \[4, 7\]",
+        ),
         (1, torch.zeros(4, 8), "weight must be torch.int8.*got torch.float32"),
         (1, torch.zeros(4, 4, dtype=torch.uint8), "weight must be torch.int8.*got torch.uint8"),
         (2, torch.ones(3), r"weight_scale must be torch.float32 \[4\], got torch.float32 \[3\]"),

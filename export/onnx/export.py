@@ -17,7 +17,7 @@ from ..folder import PipelineFolder
 from .check import check_graph
 from .graph import OPSET, Part, packed_layers, widen_weights_, write_graph
 from .kinds import Kind, defaults, kind_of, latent_shape, torch_image
-from .manifest import ExportManifest, Graph, Port, SchedulerTable, SelfTest, list_files, write_manifest
+from .manifest import ExportManifest, Graph, Port, SchedulerTable, SelfTest, list_files, write_export
 from .run import OnnxPipeline
 from .tables import STANDARD_STEPS, build_tables
 from .verify import self_test_error
@@ -31,7 +31,7 @@ MARGIN = 4.0
 """How much further from torch's image another machine may be than this one."""
 
 
-def ignore(message: str) -> None:
+def ignore(done: int, total: int) -> None:
     """The progress callback of those who want none."""
 
 
@@ -42,7 +42,7 @@ def export_onnx(
     steps: int | None = None,
     guidance_scale: float | None = None,
     force: bool = False,
-    progress: Callable[[str], None] = ignore,
+    progress: Callable[[int, int], None] = ignore,
 ) -> ExportManifest:
     """Write the whole pipeline at `source` as ONNX to `out`, checked against torch; returns what `export.json` says.
 
@@ -51,7 +51,6 @@ def export_onnx(
     """
     kind = kind_of(str(source.index["_class_name"]))
     check_output(out, force)
-    progress("loading the pipeline")
     pipeline = load(source.path) if is_artifact(source.path) else _load_plain(source)
     kind.check(pipeline)
     components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
@@ -78,21 +77,25 @@ def _write(
     folder: Path,
     steps: int | None,
     guidance_scale: float | None,
-    progress: Callable[[str], None],
+    progress: Callable[[int, int], None],
 ) -> ExportManifest:
     own_steps, own_guidance = defaults(pipeline)
     steps = own_steps if steps is None else steps
-    progress("turning the scheduler into tables")
     schedules = build_tables(pipeline.scheduler, steps, (TEST_STEPS, *STANDARD_STEPS), kind.scales_input)
-    graphs: dict[str, Graph] = {}
-    for part in kind.parts(pipeline, schedules[steps].timesteps):
-        progress(f"exporting {part.name}")
+    parts = kind.parts(pipeline, schedules[steps].timesteps)
+    # The last of the steps is comparing an image with torch's.
+    total, graphs = len(parts) + 1, {}
+    for done, part in enumerate(parts):
+        progress(done, total)
         graphs[part.name] = _write_part(part, folder)
+    progress(len(parts), total)
     denoiser = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
     guidance = None if kind.first_half is None else own_guidance if guidance_scale is None else guidance_scale
     manifest = ExportManifest(
         pipeline=type(pipeline).__name__,
         opset=OPSET,
+        format="int8" if any(graph.format == "int8" for graph in graphs.values()) else "float32",
+        largest_error=max(graph.max_abs_error for graph in graphs.values()),
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
         components=graphs,
         latent_shape=latent_shape(denoiser),
@@ -106,8 +109,9 @@ def _write(
         self_test=_write_test(kind, pipeline, folder, schedules, guidance),
         files=list_files(folder),
     )
-    progress("comparing an image with torch's")
-    return _measure(manifest, folder)
+    manifest = _measure(manifest, folder)
+    progress(total, total)
+    return manifest
 
 
 def _write_part(part: Part, folder: Path) -> Graph:
@@ -150,9 +154,9 @@ def _write_test(
 
 def _measure(manifest: ExportManifest, folder: Path) -> ExportManifest:
     """Run the self test and write the manifest with its result. Raises ArtifactError where the image is not torch's."""
-    write_manifest(folder, manifest)
+    write_export(folder, manifest)
     error = self_test_error(OnnxPipeline(folder, torch.get_num_threads()), folder)
-    integer = any(graph.format == "int8" for graph in manifest.components.values())
+    integer = manifest.format == "int8"
     limit = INTEGER_LIMIT if integer else FLOAT_LIMIT
     if not error <= limit:
         raise ArtifactError(
@@ -162,5 +166,5 @@ def _measure(manifest: ExportManifest, folder: Path) -> ExportManifest:
     floor = MARGIN * FLOAT_LIMIT if integer else FLOAT_LIMIT
     test = manifest.self_test.model_copy(update={"rms_error": error, "tolerance": max(floor, MARGIN * error)})
     manifest = manifest.model_copy(update={"self_test": test})
-    write_manifest(folder, manifest)
+    write_export(folder, manifest)
     return manifest

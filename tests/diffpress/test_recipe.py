@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffpress.export.errors import RecipeError
+from diffpress.recipe import Recipe, load_recipe, parse_recipe, preset_text, presets, reference, reference_rows
+
+
+def test_presets_are_recipes():
+    assert presets() == ["balanced", "small"]
+    balanced, small = map(load_recipe, presets())
+    assert balanced.quantize is not None
+    assert small.quantize is not None
+    assert (balanced.quantize.weights, balanced.quantize.activations) == (8, 8)
+    assert (small.quantize.weights, small.quantize.activations) == (4, 8)
+
+
+def test_file_and_preset_give_the_same_recipe(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(preset_text("small"))
+    assert load_recipe(path) == load_recipe("small")
+
+
+def test_overrides_reach_nested_keys_and_win_over_the_file():
+    recipe = load_recipe(
+        "small", ["quantize.weights=8", "record.trajectories=3", "sampling.guidance_scale=1.5"], seed=7
+    )
+    assert recipe.quantize is not None
+    assert (recipe.quantize.weights, recipe.record.trajectories, recipe.seed) == (8, 3, 7)
+    assert recipe.sampling.guidance_scale == 1.5
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"quantise": {"method": "ptq"}}, ["'quantise'", "did you mean 'quantize'", "sampling"]),
+        ({"quantize": {"method": "ptq", "weight": 4}}, ["quantize.weight", "did you mean 'weights'"]),
+        ({"quantize": {"weights": 4}}, ["quantize.method is missing"]),
+        ({"quantize": {"method": "ptq", "weights": 5}}, ["quantize.weights = 5", "4 or 8"]),
+        ({"quantize": {"method": "magic"}}, ["quantize.method = 'magic'", "'ptq'"]),
+        ({"quantize": {"method": "ptq"}, "record": {"trajectories": 0}}, ["record.trajectories = 0", "greater"]),
+        ({"quantize": {"method": "ptq"}, "seed": -1}, ["seed = -1"]),
+        ({"quantize": {"method": "ptq"}, "gates": {"size": float("nan")}}, ["gates.size", "finite"]),
+        ({"quantize": {"method": "ptq"}, "export": ["coreml"]}, ["export.0 = 'coreml'", "'onnx'"]),
+        ({"seed": 1}, ["changes nothing"]),
+    ],
+)
+def test_wrong_recipes_are_refused_with_key_value_and_what_is_allowed(data, words):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(data)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unknown_preset_suggests_the_nearest():
+    with pytest.raises(RecipeError, match=r"Did you mean 'balanced'\? Built in are balanced, small"):
+        load_recipe("balaned")
+
+
+@pytest.mark.parametrize("override", ["quantize.weights", "=4", "seed.more=1", "quantize.weights=[1"])
+def test_malformed_overrides_are_refused(override: str):
+    with pytest.raises(RecipeError, match="--set"):
+        load_recipe("small", ["seed=3", override])
+
+
+@pytest.mark.parametrize("text", ["quantize: [", "- a list", "42"])
+def test_files_that_are_no_mapping_are_refused(tmp_path: Path, text: str):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=str(path)):
+        load_recipe(path)
+
+
+def test_readme_holds_the_generated_recipe_reference():
+    assert reference() in Path(__file__).parents[2].joinpath("README.md").read_text()
+
+
+def test_every_key_is_explained():
+    assert all(meaning for _, _, meaning in reference_rows())
+    assert {key.split(".")[0] for key, _, _ in reference_rows()} == set(Recipe.model_fields)
+
+
+def test_recipe_survives_yaml():
+    recipe = load_recipe("balanced")
+    assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe

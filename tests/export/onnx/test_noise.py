@@ -1,0 +1,22 @@
+"""Torch's noise without torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diffpress.export.onnx.noise import torch_noise
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**32 + 7, 2**63])
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (16,), (17,), (31,), (1, 3, 5, 7), (1, 1, 28, 28)])
+def test_equals_torch(shape: tuple[int, ...], seed: int) -> None:
+    expected = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
+    # torch uses its own vectorised logarithm and cosine: a few roundings of values up to five.
+    np.testing.assert_allclose(torch_noise(shape, seed), expected, atol=5 * 2**-21)
+
+
+def test_few_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 16"):
+        torch_noise((1, 3, 2, 2), 0)

@@ -1,0 +1,373 @@
+"""Artifacts: written, verified, loaded, published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffpress.calibration.conditions import conditions
+from diffpress.calibration.sampling import Sampling, denoiser_of, sample
+from diffpress.export.apply import apply_edits_
+from diffpress.export.artifact import (
+    check_output,
+    check_space,
+    is_artifact,
+    load,
+    load_pipeline,
+    publish,
+    verify,
+    write_pipeline,
+)
+from diffpress.export.edits import edits_of
+from diffpress.export.errors import ArtifactError, ModelFileError, OutputError
+from diffpress.export.folder import PipelineFolder
+from diffpress.export.manifest import MANIFEST, Manifest, list_files, read_manifest, write_manifest
+from diffpress.export.runtime import PackedLayer
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEPS = 3
+SOURCES = ["tiny_text", "tiny_class", "tiny_pixels"]
+
+
+def picture(pipeline: Any) -> Tensor:
+    """Two pictures with other steps than the scales were made for, so that the clock interpolates."""
+    wanted = conditions(pipeline, "builtin", 2, seed=3)
+    return sample(pipeline, wanted, Sampling(STEPS + 1, 3.0)).images
+
+
+def compress(source: Path, out: Path, bits: tuple[int, int], pack_all: Callable[..., Any]) -> Path:
+    """An artifact of `source` with every packable layer of its denoiser packed."""
+    folder = PipelineFolder(source, source.name)
+    pipeline = load_pipeline(folder)
+    pipeline.scheduler.set_timesteps(STEPS)
+    timesteps = [float(step) for step in pipeline.scheduler.timesteps]
+    edits, tensors = pack_all(denoiser_of(pipeline), folder.denoiser, *bits, STEPS)
+    out.mkdir()
+    write_pipeline(out, folder, edits, {folder.denoiser: tensors}, timesteps)
+    manifest = Manifest(
+        fingerprint="",
+        versions={},
+        recipe={},
+        source={},
+        timesteps=timesteps,
+        edits=edits,
+        plan=[],
+        metrics={},
+        files=list_files(out),
+    )
+    write_manifest(out, manifest)
+    return out
+
+
+def resign(path: Path, **changes: Any) -> None:
+    """Let the manifest vouch for the files as they are now."""
+    write_manifest(path, read_manifest(path).model_copy(update={"files": list_files(path), **changes}))
+
+
+@pytest.fixture(scope="module")
+def artifacts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pack_all: Callable[..., Any]
+) -> Callable[..., Path]:
+    """A function: the artifact of a named source at so many bits, made once."""
+    made: dict[tuple[str, int, int], Path] = {}
+
+    def artifact(source: str, weight_bits: int = 4, activation_bits: int = 8) -> Path:
+        key = (source, weight_bits, activation_bits)
+        if key not in made:
+            out = tmp_path_factory.mktemp("artifact") / source
+            made[key] = compress(request.getfixturevalue(source), out, key[1:], pack_all)
+        return made[key]
+
+    return artifact
+
+
+@pytest.fixture
+def spoilt(artifacts: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of the smallest artifact, to spoil."""
+    shutil.copytree(artifacts("tiny_pixels"), tmp_path / "artifact")
+    return tmp_path / "artifact"
+
+
+def in_memory(source: Path, artifact: Path, pack_all: Callable[..., Any], bits: tuple[int, int]) -> Any:
+    """The source pipeline with the same packed modules, built without any of the loading code."""
+    folder, manifest = PipelineFolder(source, source.name), read_manifest(artifact)
+    pipeline = load_pipeline(folder)
+    denoiser = denoiser_of(pipeline)
+    edits, packed = pack_all(denoiser, folder.denoiser, *bits, STEPS)
+    assert edits == edits_of(folder.denoiser, manifest.edits)
+    kept = denoiser.state_dict()
+    apply_edits_(denoiser, edits, manifest.timesteps)
+    denoiser.load_state_dict(kept | packed, strict=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8)], ids=lambda bits: f"W{bits[0]}A{bits[1]}")
+@pytest.mark.parametrize("source", SOURCES)
+def test_loaded_is_what_was_packed_bit_for_bit(
+    source: str,
+    bits: tuple[int, int],
+    artifacts: Callable[..., Path],
+    pack_all: Callable[..., Any],
+    request: pytest.FixtureRequest,
+) -> None:
+    path, original = artifacts(source, *bits), request.getfixturevalue(source)
+    manifest = verify(path)
+    assert len(manifest.edits) > 10
+    assert is_artifact(path)
+    pipeline = load(path)
+    packed = [module for module in denoiser_of(pipeline).modules() if isinstance(module, PackedLayer)]
+    assert len(packed) == len(manifest.edits)
+    images = picture(pipeline)
+    assert torch.equal(images, picture(in_memory(original, path, pack_all, bits)))
+    assert torch.isfinite(images).all()
+    assert not torch.equal(images, picture(load_pipeline(PipelineFolder(original, source))))
+
+
+def test_plain_from_pretrained_in_a_fresh_process(artifacts: Callable[..., Path], tmp_path: Path) -> None:
+    program = """
+import sys, diffpress, torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from diffpress.calibration.conditions import conditions
+from diffpress.calibration.sampling import Sampling, sample
+torch.set_num_threads(1)
+images = {}
+for path in sys.argv[2:]:
+    pipeline = DiffusionPipeline.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = conditions(pipeline, "builtin", 2, seed=3)
+    images[path] = sample(pipeline, wanted, Sampling(4, 3.0)).images.contiguous()
+save_file(images, sys.argv[1])
+"""
+    paths = [str(artifacts(source)) for source in SOURCES]
+    out = tmp_path / "images.safetensors"
+    done = subprocess.run([sys.executable, "-c", program, out, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    images = load_file(out)
+    for path in paths:
+        assert torch.equal(images[path], picture(load(path)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_loading_in_half_precision_keeps_scales_and_integers(
+    dtype: torch.dtype, artifacts: Callable[..., Path]
+) -> None:
+    path = artifacts("tiny_class")
+    stored = load_file(path / "transformer" / WEIGHTS)
+    pipeline = load(path, dtype)
+    for name, value in denoiser_of(pipeline).state_dict().items():
+        exact = name.endswith("_scale") or not stored[name].is_floating_point()
+        assert value.dtype == (stored[name].dtype if exact else dtype), name
+        assert torch.equal(value, stored[name].to(value.dtype)), name
+    assert torch.isfinite(picture(pipeline)).all()
+    # A later cast would round the scales: diffusers refuses it for us.
+    with pytest.raises(ValueError, match="Casting a quantized model"):
+        pipeline.to(torch.float64)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_saving_a_loaded_pipeline_keeps_it(source: str, artifacts: Callable[..., Path], tmp_path: Path) -> None:
+    pipeline = load(artifacts(source))
+    pipeline.save_pretrained(tmp_path / "again")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again")
+    again.set_progress_bar_config(disable=True)
+    first, second = denoiser_of(pipeline).state_dict(), denoiser_of(again).state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)
+    assert torch.equal(picture(again), picture(pipeline))
+
+
+def test_the_same_edits_give_the_same_bytes(
+    artifacts: Callable[..., Path], tiny_pixels: Path, tmp_path: Path, pack_all: Callable[..., Any]
+) -> None:
+    again = compress(tiny_pixels, tmp_path / "again", (4, 8), pack_all)
+    assert list_files(again) == list_files(artifacts("tiny_pixels"))
+
+
+def test_an_artifact_is_smaller_than_its_source(artifacts: Callable[..., Path], tiny_class: Path) -> None:
+    sizes = [PipelineFolder(path, "").component_bytes("transformer") for path in (artifacts("tiny_class"), tiny_class)]
+    assert sizes[0] < sizes[1]
+
+
+def test_a_source_of_variants_loads_without_naming_one(
+    tiny_text: Path, tmp_path: Path, pack_all: Callable[..., Any], artifacts: Callable[..., Path]
+) -> None:
+    source = tmp_path / "tiny_text"
+    shutil.copytree(tiny_text, source)
+    for file in list(source.rglob("*.safetensors")):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    # The autoencoder in two files with an index, as large models come.
+    file = next((source / "vae").glob("*.safetensors"))
+    tensors = load_file(file)
+    names = [f"diffusion_pytorch_model.fp16-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    places = {name: names[index % 2] for index, name in enumerate(sorted(tensors))}
+    for name in names:
+        save_file({key: tensors[key] for key, place in places.items() if place == name}, source / "vae" / name)
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (source / "vae" / f"{WEIGHTS}.index.fp16.json").write_text(index)
+    file.unlink()
+
+    path = compress(source, tmp_path / "artifact", (4, 8), pack_all)
+    verify(path)
+    assert not [name for name in list_files(path) if "fp16" in name]
+    assert torch.equal(picture(load(path)), picture(load(artifacts("tiny_text"))))
+
+
+def test_a_flipped_bit_is_refused_by_verify_and_load(spoilt: Path) -> None:
+    file = spoilt / "unet" / WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(data)
+    for check in (verify, load):
+        with pytest.raises(ArtifactError, match=f"unet/{WEIGHTS} is not what was saved"):
+            check(spoilt)
+
+
+def test_verify_wants_manifest_and_config_to_agree(spoilt: Path) -> None:
+    manifest = read_manifest(spoilt)
+    resign(spoilt, timesteps=[step + 1 for step in manifest.timesteps])
+    with pytest.raises(ArtifactError, match="disagree about the edits"):
+        verify(spoilt)
+    resign(spoilt, timesteps=manifest.timesteps, edits=manifest.edits[:-1])
+    with pytest.raises(ArtifactError, match="disagree about the edits"):
+        verify(spoilt)
+
+
+@pytest.mark.parametrize("component", ["vae", "scheduler"])
+def test_verify_refuses_edits_of_parts_that_carry_none(spoilt: Path, component: str) -> None:
+    edits = [edit.model_copy(update={"component": component}) for edit in read_manifest(spoilt).edits]
+    resign(spoilt, edits=edits)
+    with pytest.raises(ArtifactError, match=f"{component} has no readable edits"):
+        verify(spoilt)
+
+
+def test_verify_refuses_a_config_that_lost_its_edits(spoilt: Path) -> None:
+    file = spoilt / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]
+    file.write_text(json.dumps(config))
+    resign(spoilt)
+    with pytest.raises(ArtifactError, match="unet has no readable edits"):
+        verify(spoilt)
+
+
+def test_verify_compares_every_tensor_with_the_edited_model(spoilt: Path) -> None:
+    file = spoilt / "unet" / WEIGHTS
+    sound = load_file(file)
+    name = "conv_in.weight"
+    assert sound[name].dtype == torch.uint8
+    spoilers = {
+        "lost": {key: value for key, value in sound.items() if key != name},
+        "surplus": sound | {"conv_in.extra": torch.ones(1)},
+        "shape": sound | {name: sound[name][:, :-1].contiguous()},
+        "dtype": sound | {name: sound[name].float()},
+    }
+    for tensors in spoilers.values():
+        save_file(tensors, file)
+        resign(spoilt)
+        with pytest.raises(ArtifactError, match=r"unet should hold conv_in\.\w+ as"):
+            verify(spoilt)
+
+
+def test_verify_finds_impossible_scales(spoilt: Path) -> None:
+    file = spoilt / "unet" / WEIGHTS
+    tensors = load_file(file)
+    tensors["conv_in.weight_scale"][0] = float("nan")
+    save_file(tensors, file)
+    resign(spoilt)
+    with pytest.raises(ModelFileError, match=r"unet\.conv_in has NaN"):
+        verify(spoilt)
+
+
+def test_a_source_folder_is_no_artifact(tiny_pixels: Path) -> None:
+    assert not is_artifact(tiny_pixels)
+    with pytest.raises(ArtifactError, match=f"it has no {MANIFEST}"):
+        load(tiny_pixels)
+
+
+@pytest.fixture
+def staged(tmp_path: Path) -> Path:
+    """A finished folder beside where it shall be."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "new").write_text("new")
+    return tmp_path / "work"
+
+
+def test_publish_makes_parents_and_leaves_nothing_behind(staged: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "er" / "out"
+    publish(staged, out)
+    assert (out / "new").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep"]
+
+
+@pytest.mark.parametrize("older", ["folder", "empty", "file", "link"])
+def test_publish_replaces_what_was_there(staged: Path, tmp_path: Path, older: str) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("kept")
+    if older == "file":
+        out.write_text("old")
+    elif older == "link":
+        out.symlink_to(elsewhere, target_is_directory=True)
+    else:
+        out.mkdir()
+    if older == "folder":
+        (out / "old").write_text("old")
+    publish(staged, out)
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
+    assert (elsewhere / "kept").exists()
+
+
+def test_publish_goes_on_after_it_was_killed_between_its_renames(staged: Path, tmp_path: Path) -> None:
+    (tmp_path / "work.replaced").mkdir()
+    (tmp_path / "work.replaced" / "older").write_text("older")
+    (tmp_path / "out").mkdir()
+    publish(staged, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "out"]
+
+
+def test_publish_that_fails_leaves_the_older_result(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        publish(tmp_path / "missing", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "out"]
+
+
+def test_check_output_accepts_what_may_be_replaced(tmp_path: Path, spoilt: Path) -> None:
+    check_output(tmp_path / "new", force=False)
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", force=False)
+    check_output(spoilt, force=False)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "export.json").write_text("{}")
+    check_output(tmp_path / "export", force=False)
+
+
+def test_check_output_refuses_what_is_not_ours_unless_forced(tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("x")
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("x")
+    for path, message in ((file, "is a file"), (folder, "was not written by diffpress")):
+        with pytest.raises(OutputError, match=message):
+            check_output(path, force=False)
+        check_output(path, force=True)
+
+
+def test_check_space_looks_at_the_nearest_folder_there_is(tmp_path: Path) -> None:
+    check_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(OutputError, match=rf"{tmp_path} has .* MB free, but 1,000,000,000,000 MB are needed"):
+        check_space(tmp_path / "not" / "yet", 10**18)
