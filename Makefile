@@ -24,7 +24,7 @@ test: .venv/ready lint
 test-long: .venv/ready
 	$(BIN)/pytest -m long
 
-lint: .venv/ready
+lint: .venv/ready build/links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -35,9 +35,13 @@ lint: .venv/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	# The editable install also puts the repository root on sys.path, where our `kernels` would answer for that distribution.
 	sed -i.bak '/^\//d' .venv/lib/python3*/site-packages/_editable_skbc_diffpress.pth
-	mkdir -p build/links
-	ln -sfn ../../diffpress build/links/diffpress
 	touch $@
+
+# One tree as it is installed, for mypy: the four folders inside the package.
+build/links: $(wildcard diffpress/*)
+	rm -rf $@
+	mkdir -p $@/diffpress
+	ln -s $(CURDIR)/diffpress/* $(addprefix $(CURDIR)/,calibration compress export kernels) $@/diffpress
 
 clean:
 	rm -rf .venv build $(OUT)

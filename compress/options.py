@@ -15,9 +15,13 @@ class Ptq(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Literal["ptq"] = Field(description="`ptq`: round to nearest, scales searched on what was recorded")
-    weights: Bits = Field(8, description="bits of a weight; first, last and conditioning layers keep 8")
-    activations: Bits = Field(8, description="bits of a layer's input; first, last and conditioning layers keep 8")
-    components: list[str] = Field(["denoiser"], min_length=1, description="what to quantize: ptq does the denoiser")
+    weights: Bits = Field(default=8, description="bits of a weight; first, last and conditioning layers keep 8")
+    activations: Bits = Field(
+        default=8, description="bits of a layer's input; first, last and conditioning layers keep 8"
+    )
+    components: list[str] = Field(
+        default=["denoiser"], min_length=1, description="what to quantize: ptq does the denoiser"
+    )
 
 
 METHODS: list[tuple[str, str, type[BaseModel]]] = [("quantize", "ptq", Ptq)]

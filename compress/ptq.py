@@ -65,7 +65,7 @@ def quantize_denoiser(
 
 
 def _packable_layers(denoiser: nn.Module, result: Quantized) -> dict[str, nn.Module]:
-    layers = {}
+    layers: dict[str, nn.Module] = {}
     for name, module in denoiser.named_modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             continue
@@ -82,7 +82,8 @@ def _choose_bits(
 ) -> dict[str, tuple[int, int]]:
     """Weight and activation bits of each layer: as asked, but 8 where an error would reach everything."""
     bits = {}
-    edges = {next(iter(layers)): "first layer", next(reversed(layers)): "last layer"}
+    order = list(layers)
+    edges = {order[0]: "first layer", order[-1]: "last layer"}
     for name in layers:
         reason = edges.get(name) or ("conditioning layer" if inputs[name].conditioning else "")
         bits[name] = (8, 8) if reason else (options.weights, options.activations)

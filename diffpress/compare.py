@@ -25,8 +25,6 @@ from .opening import default_sampling, open_pipeline
 
 BATCH = 8
 REPEATS = 5
-SHOWN = 8
-"""Pairs kept for the report."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +166,8 @@ def compare_by_name(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`diffpress compare`: sampled as the candidate was made for, unless `steps` says otherwise."""
     first, second = resolve(reference), resolve(candidate)
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
     made_for = default_sampling(second)
     sampling = Sampling(steps or made_for.steps, made_for.guidance_scale)
     metrics, cost, pairs = compare(first, second, count, sampling, seed, lambda d, t: notify("compare", d, t))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from diffpress.export.artifact import is_artifact
 from diffpress.export.errors import UserError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import check_files, read_manifest
 
-from .opening import default_sampling, is_artifact
+from .opening import default_sampling
 
 
 def export_to_onnx(source: PipelineFolder, out: Path, notify: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def _tables(path: Path, manifest: Manifest) -> list[tuple[str, tuple[str, ...], 
         ("denoiser bytes", f"{before:,} -> {after:,}"),
         *((key, f"{value:.4g}") for key, value in manifest.metrics.items() if isinstance(value, (int, float))),
     ]
-    plan = [
+    plan: list[tuple[str, ...]] = [
         (row.module, "x".join(map(str, row.shape)), row.format, f"{row.bytes:,}", row.reason) for row in manifest.plan
     ]
     return [

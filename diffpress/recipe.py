@@ -26,37 +26,41 @@ class Section(BaseModel):
 class SamplingSection(Section):
     """How the pipeline samples while it is recorded and compared."""
 
-    steps: int | None = Field(None, ge=1, le=1000, description="sampling steps; left out: the pipeline's own default")
-    guidance_scale: float | None = Field(None, ge=0, description="guidance; left out: the pipeline's own default")
+    steps: int | None = Field(
+        default=None, ge=1, le=1000, description="sampling steps; left out: the pipeline's own default"
+    )
+    guidance_scale: float | None = Field(
+        default=None, ge=0, description="guidance; left out: the pipeline's own default"
+    )
 
 
 class RecordSection(Section):
     """What is observed of the original before anything is changed."""
 
-    trajectories: int = Field(32, ge=1, description="sampling runs to record")
+    trajectories: int = Field(default=32, ge=1, description="sampling runs to record")
     prompts: str | list[str] = Field(
         "builtin", description="`builtin`, a file with one prompt or label a line, or a list"
     )
-    batch: int = Field(4, ge=1, description="runs at a time; memory grows with it")
+    batch: int = Field(default=4, ge=1, description="runs at a time; memory grows with it")
 
 
 class GatesSection(Section):
     """Limits that the result must meet; where one is missed the exit status is 3."""
 
-    psnr_db: float | None = Field(None, ge=0, description="lowest PSNR against the original, in dB")
-    size: float | None = Field(None, gt=0, description="largest ratio of the denoiser's stored bytes")
-    latency: float | None = Field(None, gt=0, description="largest ratio of the time an image takes")
+    psnr_db: float | None = Field(default=None, ge=0, description="lowest PSNR against the original, in dB")
+    size: float | None = Field(default=None, gt=0, description="largest ratio of the denoiser's stored bytes")
+    latency: float | None = Field(default=None, gt=0, description="largest ratio of the time an image takes")
 
 
 class Recipe(Section):
     """The stages, always run in this order; one that is left out is not run."""
 
-    seed: int = Field(0, ge=0, lt=2**31, description="the only source of randomness")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="the only source of randomness")
     sampling: SamplingSection = SamplingSection()
     record: RecordSection = RecordSection()
-    quantize: Ptq | None = Field(None, description="store weights as integers")
+    quantize: Ptq | None = Field(default=None, description="store weights as integers")
     gates: GatesSection = GatesSection()
-    export: list[Literal["onnx"]] = Field([], description="formats to export the result to")
+    export: list[Literal["onnx"]] = Field(default=[], description="formats to export the result to")
 
 
 def presets() -> list[str]:

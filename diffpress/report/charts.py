@@ -140,7 +140,8 @@ def _decades(values: Sequence[float]) -> tuple[float, float, list[float]]:
 
 
 def _tick_words(value: float) -> str:
-    return scientific(value).replace(f".0 {TIMES}", f" {TIMES}") if value else "0"
+    text = scientific(value)
+    return text.replace(f".0 {TIMES}", f" {TIMES}") if TIMES in text else f"{value:g}"
 
 
 def _point_words(step: int, value: float, timesteps: Sequence[float]) -> str:

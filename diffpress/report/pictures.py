@@ -22,7 +22,7 @@ LARGEST = 512
 """Longer side of an embedded picture; larger ones are averaged down."""
 LOSSLESS = 128
 """Up to this side pictures are stored as PNG and enlarged with visible pixels; above it as JPEG."""
-JPEG_QUALITY = 85
+JPEG_QUALITY = 80
 FACTORS = (1, 2, 5, 10, 20, 50, 100)
 ROUNDING = 1e-4
 BRIGHT = 0.99

@@ -101,7 +101,7 @@ def saving(part: Total) -> str:
 def whole(parts: Sequence[Total]) -> Total:
     """The sum over all formats."""
     return Total(
-        "all",
+        "All formats",
         0,
         sum(part.modules for part in parts),
         sum(part.before for part in parts),

@@ -37,14 +37,18 @@ def write_report(
     metrics: dict[str, Any],
     cost: dict[str, Any],
 ) -> None:
-    """Write the report to `path`: of an artifact, or of a plain comparison where `manifest` is None.
+    """Write the report to `path`.
 
-    `metrics` and `cost` are what `compare` gives; figures that are missing are said to be.
+    It is titled as a comparison unless `metrics` says which gates were missed; without a manifest it has no plan.
+    Figures that `cost` lacks are said not to be measured.
     """
-    shared = _shared(model, pairs, metrics, cost)
-    own = _comparison(pairs, metrics) if manifest is None else _artifact(manifest, pairs, metrics)
-    page = _environment().get_template("report.html.j2").render(**shared, **own)
-    path.write_text(page, encoding="utf-8")
+    page = _environment().get_template("report.html.j2")
+    text = page.render(
+        **_shared(model, manifest, pairs, metrics, cost),
+        **_status(manifest, metrics),
+        artifact=None if manifest is None else _artifact(manifest),
+    )
+    path.write_text(text, encoding="utf-8")
 
 
 def _environment() -> Environment:
@@ -60,7 +64,9 @@ def _environment() -> Environment:
     return environment
 
 
-def _shared(model: str, pairs: Pairs, metrics: dict[str, Any], cost: dict[str, Any]) -> dict[str, Any]:
+def _shared(
+    model: str, manifest: Manifest | None, pairs: Pairs, metrics: dict[str, Any], cost: dict[str, Any]
+) -> dict[str, Any]:
     measured = measures(metrics, cost)
     return {
         "model": model,
@@ -74,6 +80,7 @@ def _shared(model: str, pairs: Pairs, metrics: dict[str, Any], cost: dict[str, A
         "measured": list(measured.values()),
         "unmeasured": [words for key, words in UNMEASURED.items() if key not in measured],
         "timed": "latency_ms" in measured,
+        "curve": step_curve(pairs.step_error, manifest.timesteps if manifest else []),
     }
 
 
@@ -87,32 +94,33 @@ def _psnr_words(psnr_db: list[float]) -> list[tuple[str, str]]:
     return [(name, decibels(of(psnr_db))) for name, of in named.items()]
 
 
-def _comparison(pairs: Pairs, metrics: dict[str, Any]) -> dict[str, Any]:
+def _status(manifest: Manifest | None, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Gates stand only beside the run that checked them: a later comparison may have another reference."""
+    if manifest is None or "gates_missed" not in metrics:
+        return {
+            "comparison": True,
+            "sides": ("reference", "candidate"),
+            "status": pairs_tile(metrics),
+            "missed": [],
+        }
+    missed = metrics["gates_missed"]
     return {
-        "artifact": None,
-        "sides": ("reference", "candidate"),
-        "status": pairs_tile(metrics),
-        "missed": [],
-        "curve": step_curve(pairs.step_error, []),
-    }
-
-
-def _artifact(manifest: Manifest, pairs: Pairs, metrics: dict[str, Any]) -> dict[str, Any]:
-    missed = metrics.get("gates_missed", [])
-    parts = totals(manifest.plan)
-    return {
-        "artifact": {
-            "summary": summary(manifest.plan),
-            "sensitivity": sensitivity(manifest.plan),
-            "plan": lines(manifest.plan),
-            "totals": [(part, saving(part)) for part in [*parts, whole(parts)]],
-            "recipe": yaml.safe_dump(manifest.recipe, sort_keys=False, allow_unicode=True),
-            "versions": manifest.versions,
-            "digests": manifest.source.get("files", {}),
-            "fingerprint": manifest.fingerprint,
-        },
+        "comparison": False,
         "sides": ("original", "compressed"),
         "status": gates_tile(manifest.recipe.get("gates") or {}, missed),
         "missed": missed,
-        "curve": step_curve(pairs.step_error, manifest.timesteps),
+    }
+
+
+def _artifact(manifest: Manifest) -> dict[str, Any]:
+    parts = totals(manifest.plan)
+    return {
+        "summary": summary(manifest.plan),
+        "sensitivity": sensitivity(manifest.plan),
+        "plan": lines(manifest.plan),
+        "totals": [(part, saving(part)) for part in [*parts, whole(parts)]],
+        "recipe": yaml.safe_dump(manifest.recipe, sort_keys=False, allow_unicode=True),
+        "versions": manifest.versions,
+        "digests": manifest.source.get("files", {}),
+        "fingerprint": manifest.fingerprint,
     }

@@ -50,9 +50,7 @@ def _load_in_float32(config: Path) -> None:
 
 def build_scheduler() -> DDIMScheduler:
     """Linear betas, v-prediction, trailing steps: sampling starts at the noisiest trained step."""
-    return DDIMScheduler(
-        prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False, steps_offset=1
-    )
+    return DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False, steps_offset=1)
 
 
 def build_autoencoder() -> AutoencoderKL:

@@ -18,7 +18,7 @@ STEPS = 25
 DIGITS_GUIDANCE = 3.0
 EMOJI_GUIDANCE = 3.0
 BATCH = 50
-FUNCTION_WORDS = frozenset("a an and at by down for from in into of on or over the through to under up with".split())
+FUNCTION_WORDS = frozenset({"a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"})
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class EditsQuantizer(DiffusersQuantizer):
 
     quantization_config: EditsConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         with init_empty_weights(include_buffers=True):
             apply_edits_(model, self.quantization_config.edits, self.quantization_config.timesteps)
         model.config["quantization_config"] = self.quantization_config

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from .graph import Input, Part
@@ -161,7 +161,7 @@ def kind_of(pipeline_class: str) -> Kind:
     return KINDS[pipeline_class]
 
 
-def latent_shape(denoiser: nn.Module) -> tuple[int, int, int]:
+def latent_shape(denoiser: Any) -> tuple[int, int, int]:
     """Channels, height and width of the noise a denoiser starts from."""
     size = denoiser.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -188,9 +188,9 @@ def torch_image(
     return torch.from_numpy(images[0])
 
 
-def _sample_inputs(denoiser: nn.Module, timesteps: Sequence[float]) -> tuple[Input, Input]:
+def _sample_inputs(denoiser: Any, timesteps: Sequence[float]) -> tuple[Input, Input]:
     return Input("sample", latent_shape(denoiser)), Input("timestep", (1,), choices=tuple(timesteps))
 
 
-def _decoder(pipeline: Any, denoiser: nn.Module) -> Part:
+def _decoder(pipeline: Any, denoiser: Any) -> Part:
     return Part("decoder", Decoder(pipeline.vae), (Input("latents", latent_shape(denoiser)),), "image")

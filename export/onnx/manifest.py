@@ -102,6 +102,8 @@ class ExportManifest(_Data):
     """Of all graphs' outputs against torch's, absolute."""
     versions: dict[str, str]
     components: dict[str, Graph]
+    left_out: tuple[str, ...]
+    """Models of the source that are not exported, such as a safety checker."""
     latent_shape: tuple[int, int, int]
     """Channels, height and width of the noise."""
     scaling_factor: float

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from diffpress.calibration.conditions import Condition, conditions, kind
-from diffpress.export.errors import RecipeError
+from diffpress.calibration.conditions import Condition, check_text, conditions, kind
+from diffpress.export.errors import RecipeError, UserError
 
 
 class Prompted:
@@ -21,6 +22,7 @@ class Labelled:
     """Called with class numbers."""
 
     labels = {"two": 2, "seven": 7, "sieben": 7}  # noqa: RUF012
+    transformer = SimpleNamespace(config=SimpleNamespace(num_embeds_ada_norm=10))
 
     def __call__(self, class_labels: list[int], generator: Any = None) -> None: ...
 
@@ -87,3 +89,16 @@ def test_an_empty_list_is_refused() -> None:
 def test_labels_are_numbers(text: str) -> None:
     with pytest.raises(RecipeError, match="is no class number"):
         conditions(Labelled(), ["3", text], 2, 0)
+
+
+def test_labels_are_classes_there_are() -> None:
+    assert conditions(Labelled(), ["9"], 1, 0) == [Condition("9", 0)]
+    with pytest.raises(RecipeError, match="no class 10: Labelled knows 0 to 9"):
+        conditions(Labelled(), ["9", "10"], 2, 0)
+
+
+def test_a_text_for_a_pipeline_that_takes_none_is_refused() -> None:
+    check_text(Unasked(), "")
+    check_text(Prompted(), "anything")
+    with pytest.raises(UserError, match="Unasked draws without prompt or label: leave 'cat' out"):
+        check_text(Unasked(), "cat")

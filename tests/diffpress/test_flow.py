@@ -133,11 +133,20 @@ def test_continued_run_keeps_what_was_recorded(tiny_text, quick_recipe, tmp_path
 
 
 def test_missed_gate_keeps_the_artifact_and_gives_status_3(diffpress, tiny_pixels, quick_recipe, tmp_path):
-    arguments = ["--recipe", quick_recipe, "--out", tmp_path / "out", "--set", "gates.psnr_db=99", "--set", "gates.size=0.01"]
+    arguments = [
+        "--recipe",
+        quick_recipe,
+        "--out",
+        tmp_path / "out",
+        "--set",
+        "gates.psnr_db=99",
+        "--set",
+        "gates.size=0.01",
+    ]
     status, _, errors = diffpress("compress", tiny_pixels, *arguments)
     assert status == 3
-    assert "gate missed: psnr_db is" in errors
-    assert "gate missed: size is" in errors
+    assert "gate missed: PSNR is" in errors
+    assert "gate missed: the denoiser is" in errors
     assert len(verify(tmp_path / "out").metrics["gates_missed"]) == 2
 
 
@@ -164,7 +173,11 @@ def test_flipped_bit_in_an_artifact_stops_verify_run_compare_and_load(diffpress,
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    for command in (["verify", damaged], ["run", damaged, "--out", tmp_path / "a.png"], ["compare", tiny_text, damaged]):
+    for command in (
+        ["verify", damaged],
+        ["run", damaged, "--out", tmp_path / "a.png"],
+        ["compare", tiny_text, damaged],
+    ):
         status, _, errors = diffpress(*command)
         assert status == 2
         assert "unet/diffusion_pytorch_model.safetensors is not what was saved" in " ".join(errors.split())
@@ -204,7 +217,9 @@ def test_comparing_a_pipeline_with_itself_finds_no_difference(diffpress, tiny_pi
     assert printed["latent_mse"] == 0
 
 
-@pytest.mark.parametrize("arguments", [["recipes"], ["zoo"], ["methods"], ["doctor"], ["--help"], ["compress", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["recipes"], ["zoo"], ["methods"], ["doctor"], ["--help"], ["compress", "--help"]]
+)
 def test_commands_that_only_tell(diffpress, arguments):
     status, output, errors = diffpress(*arguments)
     assert status == 0, errors

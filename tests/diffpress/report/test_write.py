@@ -136,7 +136,7 @@ def test_totals_of_each_format(page):
     text = words(page(manifest=make_manifest()))
     assert "W4A8 20 328 kB 41.0 kB 0.125" in text
     assert "float32 20 328 kB 328 kB 1.000" in text
-    assert "all 40 655 kB 369 kB 0.562" in text
+    assert "All formats 40 655 kB 369 kB 0.562" in text
 
 
 def test_most_sensitive_layers_first(page):
@@ -207,6 +207,14 @@ def test_comparison_has_no_plan(page):
     assert "Reference and candidate compared on 4 pairs" in text
     for heading in ("Sensitivity", "Every module", "Recipe", "Gates"):
         assert heading not in text
+
+
+def test_gates_stand_only_beside_the_run_that_checked_them(page):
+    text = words(page(manifest=make_manifest(gates={"psnr_db": 99})))
+    assert "diffpress comparison" in text
+    assert "The candidate is W4A8, 20 of 40 layers." in text
+    assert "Gates" not in text
+    assert "Every module" in text
 
 
 def test_recipe_versions_and_digests_are_there(page):

@@ -18,10 +18,10 @@ from diffpress.export.artifact import load_pipeline
 from diffpress.export.errors import ArtifactError, OutputError, UnsupportedModelError, UserError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.onnx.conditions import PromptConditioner
+from diffpress.export.onnx.export import export_onnx
 from diffpress.export.onnx.manifest import EXPORT, read_export
 from diffpress.export.onnx.run import OnnxPipeline
 from diffpress.export.onnx.verify import is_export, verify_export
-from diffpress.export.onnx.export import export_onnx
 
 CONDITIONS = {"prompt": ["red car", "a slice of pizza"], "label": ["7", "digit 2"], "plain": ["", ""]}
 SEEDS = [11, 2**32 + 5]
