@@ -47,7 +47,7 @@ def quantize_denoiser(
     """
     result = Quantized()
     layers = _packable_layers(denoiser, result)
-    inputs = observe_inputs(denoiser, layers, trajectories, progress)
+    inputs = observe_inputs(denoiser, layers, trajectories, progress) if layers else {}
     result.reasons |= {name: "never called while recording" for name in layers if name not in inputs}
     layers = {name: layer for name, layer in layers.items() if name in inputs}
     if not layers:
