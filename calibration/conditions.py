@@ -54,7 +54,7 @@ def _texts(pipeline: Any, wanted: str | Sequence[str], purpose: Purpose) -> list
     if not isinstance(wanted, str):
         texts = list(wanted)
     elif wanted == "builtin":
-        texts = _builtin_labels(pipeline) if takes == "label" else _builtin_prompts(purpose)
+        texts = [str(label) for label in _labels(pipeline)] if takes == "label" else _builtin_prompts(purpose)
     else:
         texts = _read(Path(wanted))
     if not texts:
@@ -76,9 +76,15 @@ def check_text(pipeline: Any, text: str) -> None:
         return
     if not text.isdecimal():
         raise UserError(f"{name} draws classes: {text!r} is no class number such as 3 (--label 3).")
-    classes = pipeline.transformer.config.num_embeds_ada_norm
-    if int(text) >= classes:
-        raise UserError(f"there is no class {text}: {name} knows 0 to {classes - 1}.")
+    known = _labels(pipeline)
+    if int(text) not in known:
+        raise UserError(f"there is no class {text}: {name} knows {known[0]} to {known[-1]}.")
+
+
+def _labels(pipeline: Any) -> list[int]:
+    """Numbers of the classes: those that have names, or all that the model could embed."""
+    named = sorted(set((getattr(pipeline, "labels", None) or {}).values()))
+    return named or list(range(pipeline.transformer.config.num_embeds_ada_norm))
 
 
 def _read(path: Path) -> list[str]:
@@ -92,11 +98,6 @@ def _read(path: Path) -> list[str]:
     if not texts:
         raise RecipeError(f"record.prompts: {path} is empty. Write one prompt or label a line.")
     return texts
-
-
-def _builtin_labels(pipeline: Any) -> list[str]:
-    known = getattr(pipeline, "labels", None)
-    return [str(number) for number in sorted(set(known.values()))] if known else [str(number) for number in range(10)]
 
 
 def _builtin_prompts(purpose: Purpose) -> list[str]:

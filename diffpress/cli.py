@@ -104,19 +104,16 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Turn a whole pipeline into graphs that run without torch, checked against torch."""
-    from diffpress.export.artifact import check_output
-
     from .exporting import export_to_onnx
     from .models import resolve
 
-    check_output(out, force)
     with stages() as notify:
-        summary = export_to_onnx(resolve(artifact), out, notify)
+        summary = export_to_onnx(resolve(artifact), out, notify, force)
     if as_json:
         print_json(summary)
     else:
         rows = [(name, f"{value:.3g}") for name, value in summary["largest_error"].items()]
-        print_table(f"{out} agrees with torch", ("graph", "largest difference"), rows)
+        print_table(f"{out} agrees with torch", ("graph", "largest difference"), rows, numbers=True)
 
 
 @app.command()
@@ -261,7 +258,7 @@ def _print_estimate(values: dict[str, Any], as_json: bool) -> None:
         return
     rows = [(f"{stage}, seconds", f"{seconds:,.0f}") for stage, seconds in values["seconds"].items()]
     rows += [(name, f"{values[name] / 1e6:,.0f} MB") for name in ("disk_bytes", "memory_bytes")]
-    print_table("estimate, from one timed step", ("", ""), rows)
+    print_table("estimate, from one timed step", ("", ""), rows, numbers=True)
 
 
 QUIET = {

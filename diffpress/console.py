@@ -57,11 +57,11 @@ def print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=1, default=str) + "\n")
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output."""
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> None:
+    """A table on standard output; `numbers` sets all but the first column to the right."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(name, justify="right" if numbers and index else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     OUTPUT.print(table)
@@ -75,4 +75,4 @@ def print_comparison(metrics: Mapping[str, Any], cost: Mapping[str, Any]) -> Non
         ratio = value.get("ratio", value["candidate"] / value["reference"])
         rows.append((name, f"{value['reference']:,.6g}", f"{value['candidate']:,.6g}", f"{ratio:.3f}"))
     title = f"{metrics['count']} pairs, {metrics['steps']} steps, same prompts and noise"
-    print_table(title, ("", "reference", "candidate", "ratio"), rows)
+    print_table(title, ("", "reference", "candidate", "ratio"), rows, numbers=True)

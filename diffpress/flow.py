@@ -1,4 +1,4 @@
-"""Read this first: load, record, quantize, measure, save, export, in this order."""
+"""Read this first: load, record, quantize, measure, save, export, in this order (`compress`, then `_make`)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from diffpress.export.manifest import REPORT, Manifest, list_files, read_manifes
 
 from .compare import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
 from .estimate import needed_bytes
+from .exporting import export_to_onnx
 from .gates import check_gates
 from .models import resolve
 from .recipe import Recipe, load_recipe, parse_recipe
@@ -94,14 +95,31 @@ def compress(
 
     Raises UserError where the input is wrong; `out` is then as it was.
     """
-    check_output(out, force)
+    exports = [out.with_name(f"{out.name}-{target}") for target in recipe.export]
+    for folder in (out, *exports):
+        check_output(folder, force)
     _check_recipe_fits(source, recipe)
     source.check()
     check_space(out, needed_bytes(source, recipe))
     request = _request(source, recipe)
-    if not fresh and is_artifact(out) and read_manifest(out).fingerprint == request:
-        manifest = verify(out)
-        return Artifact(out, manifest, {}, manifest.metrics["gates_missed"])
+    done = None if fresh else _finished(out, request)
+    artifact = done or _make(source, recipe, out, request, device, fresh, notify)
+    for folder in exports:
+        export_to_onnx(PipelineFolder(out, str(out)), folder, notify, force)
+    return artifact
+
+
+def _finished(out: Path, request: str) -> Artifact | None:
+    """The artifact of an earlier, equal request."""
+    if not is_artifact(out) or read_manifest(out).fingerprint != request:
+        return None
+    manifest = verify(out)
+    return Artifact(out, manifest, {}, manifest.metrics["gates_missed"])
+
+
+def _make(
+    source: PipelineFolder, recipe: Recipe, out: Path, request: str, device: str, fresh: bool, notify: Notify
+) -> Artifact:
     with work_folder(out, request, fresh) as work:
         teacher = load_pipeline(source).to(device)
         trajectories = _record(teacher, recipe, work, notify)

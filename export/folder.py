@@ -116,7 +116,7 @@ class PipelineFolder:
         for component in self.components:
             self._check_complete(component)
             for name, tensor in self.tensors(component):
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                if tensor.is_floating_point() and not _finite(tensor):
                     layer = name.rsplit(".", 1)[0]
                     raise ModelFileError(
                         f"{self.name}: {component}.{layer} has NaN or infinite weights ({name}). Use a sound checkpoint."
@@ -164,6 +164,11 @@ class PipelineFolder:
 def _base(file: Path) -> str:
     """File name without `.safetensors` and without the number of a shard."""
     return file.name.removesuffix(".safetensors").split("-0")[0]
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers; torch cannot tell for the 8-bit floats themselves."""
+    return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
 
 
 def _is_weight(file: Path) -> bool:

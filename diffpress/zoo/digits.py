@@ -30,8 +30,9 @@ def train(data: Path, out: Path, work: Path, seed: int, steps: int | None = None
     scheduler = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
     schedule = Schedule(steps or DENOISER.steps, DENOISER.rate, save_every=DENOISER.save_every)
     train_denoiser_(transformer, scheduler, latents, digits.labels, schedule, work / "dit.safetensors", seed)
-    labels = {index: str(index) for index in range(10)}
-    DiTPipeline(transformer, vae, scheduler, labels).to(dtype=torch.float16).save_pretrained(out)
+    pipeline = DiTPipeline(transformer, vae, scheduler).to(dtype=torch.float16)
+    pipeline.register_to_config(id2label={str(index): str(index) for index in range(10)})
+    pipeline.save_pretrained(out)
 
 
 def build_autoencoder() -> AutoencoderKL:

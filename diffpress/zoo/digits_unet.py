@@ -12,7 +12,7 @@ from torch import Tensor
 from .data import load_digits
 from .trainer import Schedule, train_
 
-SCHEDULE = Schedule(steps=2400, rate=1.5e-3, save_every=200)
+SCHEDULE = Schedule(steps=2600, rate=1.5e-3, save_every=200)
 BATCH = 64
 
 
@@ -20,14 +20,16 @@ def train(data: Path, out: Path, work: Path, seed: int, steps: int | None = None
     """Train on the npz at `data` and write the pipeline folder `out`; checkpoints live in `work`."""
     images = load_digits(data, "train").images
     torch.manual_seed(seed)
-    unet, scheduler = build_denoiser(), DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+    unet = build_denoiser()
+    scheduler = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
     unet.train().to(memory_format=torch.channels_last)
 
     def loss(generator: torch.Generator) -> Tensor:
         target = images[torch.randint(len(images), (BATCH,), generator=generator)]
         noise = torch.randn(target.shape, generator=generator)
         steps = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=generator)
-        return F.mse_loss(unet(scheduler.add_noise(target, noise, steps), steps).sample, noise)
+        output = unet(scheduler.add_noise(target, noise, steps), steps).sample
+        return F.mse_loss(output, scheduler.get_velocity(target, noise, steps))
 
     schedule = Schedule(steps or SCHEDULE.steps, SCHEDULE.rate, save_every=SCHEDULE.save_every)
     train_(unet, loss, schedule, work / "unet.safetensors", seed)

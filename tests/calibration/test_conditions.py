@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -21,7 +21,7 @@ class Prompted:
 class Labelled:
     """Called with class numbers."""
 
-    labels = {"two": 2, "seven": 7, "sieben": 7}  # noqa: RUF012
+    labels: ClassVar[dict[str, int]] = {"two": 2, "seven": 7, "sieben": 7}
     transformer = SimpleNamespace(config=SimpleNamespace(num_embeds_ada_norm=10))
 
     def __call__(self, class_labels: list[int], generator: Any = None) -> None: ...
@@ -88,13 +88,22 @@ def test_an_empty_list_is_refused() -> None:
 @pytest.mark.parametrize("text", ["cat", "-1", "3.5", "²", "1 2", ""])
 def test_labels_are_numbers(text: str) -> None:
     with pytest.raises(RecipeError, match="is no class number"):
-        conditions(Labelled(), ["3", text], 2, 0)
+        conditions(Labelled(), ["2", text], 2, 0)
 
 
 def test_labels_are_classes_there_are() -> None:
-    assert conditions(Labelled(), ["9"], 1, 0) == [Condition("9", 0)]
-    with pytest.raises(RecipeError, match="no class 10: Labelled knows 0 to 9"):
-        conditions(Labelled(), ["9", "10"], 2, 0)
+    assert conditions(Labelled(), ["7"], 1, 0) == [Condition("7", 0)]
+    with pytest.raises(RecipeError, match="no class 9: Labelled knows 2 to 7"):
+        conditions(Labelled(), ["7", "9"], 2, 0)
+
+
+def test_classes_without_names_are_all_that_the_model_embeds() -> None:
+    class Nameless(Labelled):
+        labels: ClassVar[dict[str, int]] = {}
+
+    assert conditions(Nameless(), ["9"], 1, 0) == [Condition("9", 0)]
+    with pytest.raises(RecipeError, match="no class 10: Nameless knows 0 to 9"):
+        conditions(Nameless(), ["10"], 1, 0)
 
 
 def test_a_text_for_a_pipeline_that_takes_none_is_refused() -> None:

@@ -1,0 +1,113 @@
+"""Every preset on every model of the zoo, beside what one would pick instead: `python bench/recipes.py --json`.
+
+All rows of a model are taken in one run: same prompts, same noise, times in alternation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+
+from diffpress.calibration.conditions import Condition
+from diffpress.calibration.cost import latencies_ms, median_ratio, peak_memory_bytes
+from diffpress.calibration.metrics import psnr_db, ssim
+from diffpress.calibration.sampling import Sampling, sample
+from diffpress.compare import paired_conditions
+from diffpress.export.artifact import load_pipeline
+from diffpress.export.folder import PipelineFolder
+from diffpress.flow import compress
+from diffpress.models import resolve
+from diffpress.recipe import load_recipe, presets
+from diffpress.zoo import PIPELINES
+
+STEPS = 25
+FEWER_STEPS = 20
+SEED = 1000
+"""Apart from the seeds that anything was tuned on."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of running a model."""
+
+    name: str
+    pipeline: Any
+    steps: int
+    size_bytes: int
+    folder_bytes: int
+
+
+def rows_of(model: str, work: Path) -> list[Row]:
+    """The original, its cheap alternatives, and an artifact of each preset."""
+    source = resolve(model)
+    sizes = source.component_bytes(source.denoiser), source.size_bytes()
+    rows = [
+        Row("original, float32", load_pipeline(source), STEPS, *sizes),
+        Row("original, bfloat16", load_pipeline(source, torch.bfloat16), STEPS, *sizes),
+        Row(f"original, {FEWER_STEPS} steps", load_pipeline(source), FEWER_STEPS, *sizes),
+    ]
+    for preset in presets():
+        out = work / f"{model.removeprefix('zoo:')}-{preset}"
+        compress(source, load_recipe(preset), out)
+        folder = PipelineFolder(out, str(out))
+        sizes = folder.component_bytes(folder.denoiser), folder.size_bytes()
+        rows.append(Row(f"recipe {preset}", load_pipeline(folder), STEPS, *sizes))
+    return rows
+
+
+def measure(rows: list[Row], count: int, repeats: int) -> list[dict[str, Any]]:
+    """Quality against the first row, and cost of all."""
+    wanted = paired_conditions(rows[0].pipeline, count, SEED)
+    truth = draw(rows[0], wanted)
+    times = latencies_ms([lambda row=row: draw(row, wanted[:1]) for row in rows], repeats)
+    return [
+        {
+            "row": row.name,
+            "psnr_db": float(psnr_db(images := draw(row, wanted), truth).mean()),
+            "ssim": ssim(images, truth),
+            "denoiser_bytes": row.size_bytes,
+            "folder_bytes": row.folder_bytes,
+            "latency_ratio": median_ratio(own, times[0]),
+            "peak_memory_bytes": peak_memory_bytes(row.pipeline, wanted[0], Sampling(row.steps)),
+        }
+        for row, own in zip(rows, times, strict=True)
+    ]
+
+
+def draw(row: Row, wanted: list[Condition]) -> torch.Tensor:
+    return sample(row.pipeline, wanted, Sampling(row.steps)).images
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=[f"zoo:{name}" for name in PIPELINES])
+    parser.add_argument("--count", type=int, default=32, help="pairs of pictures")
+    parser.add_argument("--repeats", type=int, default=7, help="timings of each row, in alternation")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    results = {}
+    with tempfile.TemporaryDirectory() as work:
+        for model in arguments.models:
+            results[model] = measure(rows_of(model, Path(work)), arguments.count, arguments.repeats)
+    if arguments.json:
+        print(json.dumps({"machine": machine(), "count": arguments.count, "models": results}, indent=1))
+        return
+    for model, rows in results.items():
+        print(f"\n| {model} | denoiser | folder | PSNR dB | SSIM | time | peak memory |\n|---|---|---|---|---|---|---|")
+        for row in rows:
+            print(
+                f"| {row['row']} | {row['denoiser_bytes'] / 1e6:.2f} MB | {row['folder_bytes'] / 1e6:.2f} MB "
+                f"| {row['psnr_db']:.1f} | {row['ssim']:.4f} | {row['latency_ratio']:.2f} "
+                f"| {row['peak_memory_bytes'] / 1e6:.1f} MB |"
+            )
+
+
+if __name__ == "__main__":
+    main()
