@@ -56,48 +56,21 @@ def quantized_conv2d(
     )
 
 
-@torch.library.custom_op("diffpress::quantized_conv2d", mutates_args=())
-def _quantized_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    activation_scale: Tensor,
-    bias: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    weight_bits: int,
-    activation_bits: int,
-) -> Tensor:
-    return quantized_conv2d_reference(
-        x,
-        weight,
-        weight_scale,
-        activation_scale,
-        bias,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        weight_bits,
-        activation_bits,
-    )
+_op = torch.library.custom_op("diffpress::quantized_conv2d", quantized_conv2d_reference, mutates_args=())
 
 
-@_quantized_conv2d.register_fake
+@_op.register_fake
 def _(
     x: Tensor,
     weight: Tensor,
-    weight_scale: Tensor,
-    activation_scale: Tensor,
-    bias: Tensor | None,
+    _weight_scale: Tensor,
+    _activation_scale: Tensor,
+    _bias: Tensor | None,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    weight_bits: int,
-    activation_bits: int,
+    *_: object,
 ) -> Tensor:
     size = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     return x.new_empty((x.shape[0], weight.shape[0], *size))
