@@ -112,8 +112,7 @@ def export(
     if as_json:
         print_json(summary)
     else:
-        rows = [(name, f"{value:.3g}") for name, value in summary["largest_error"].items()]
-        print_table(f"{out} agrees with torch", ("graph", "largest difference"), rows, numbers=True)
+        OUTPUT.print(f"{out} is ready: its graphs agree with torch to {summary['largest_error']:.2g}")
 
 
 @app.command()
@@ -263,7 +262,8 @@ def _print_estimate(values: dict[str, Any], as_json: bool) -> None:
 
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
-    "KINETO_LOG_LEVEL": "5",
+    "KINETO_LOG_LEVEL": "6",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }

@@ -73,6 +73,10 @@ def print_comparison(metrics: Mapping[str, Any], cost: Mapping[str, Any]) -> Non
     pairs = {name: value for name, value in {**metrics, **cost}.items() if isinstance(value, dict)}
     for name, value in pairs.items():
         ratio = value.get("ratio", value["candidate"] / value["reference"])
-        rows.append((name, f"{value['reference']:,.6g}", f"{value['candidate']:,.6g}", f"{ratio:.3f}"))
+        rows.append((name, _figure(value["reference"]), _figure(value["candidate"]), f"{ratio:.3f}"))
     title = f"{metrics['count']} pairs, {metrics['steps']} steps, same prompts and noise"
     print_table(title, ("", "reference", "candidate", "ratio"), rows, numbers=True)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
