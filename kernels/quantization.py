@@ -17,7 +17,8 @@ def quantize(values: Tensor, scale: Tensor, bits: int) -> Tensor:
     The division is done in float32, so that every engine gets the same code from the same value.
     """
     low, high = code_range(bits)
-    return torch.round(values.float() / scale).clamp(low, high).to(torch.int8)
+    # A division gives a new tensor, so the rest may work in place.
+    return torch.div(values.float(), scale).round_().clamp_(low, high).to(torch.int8)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
