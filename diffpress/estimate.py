@@ -2,65 +2,72 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from math import ceil
 from typing import Any
 
-from diffpress.calibration.conditions import conditions
+from diffpress.calibration.conditions import Condition, conditions
 from diffpress.calibration.cost import peak_memory_bytes, weight_bytes
 from diffpress.calibration.sampling import Call, Sampling, sample, watch
-from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
 
+from .opening import open_pipeline
 from .recipe import Recipe
 
-REPLAYS = 3
-"""Passes of quantization over what was recorded, the costlier second one counted double."""
-PAIRS = 32
-"""Pictures that measuring makes."""
+REPLAYS = 4
+"""Passes of quantization over what was recorded, the search counted for its extra work."""
+PICTURES = 48
+"""Pictures that measuring makes, those for the timings included."""
 REPORT_BYTES = 8_000_000
 
 
-def needed_bytes(source: PipelineFolder, recipe: Recipe) -> int:
-    """Disk that is certainly needed: the artifact is at most as large as its source, and so is what stands in for it."""
+def needed_bytes(source: PipelineFolder) -> int:
+    """Disk that the artifact may take: it is at most as large as its source."""
     return source.size_bytes() + REPORT_BYTES
+
+
+def recorded_bytes(pipeline: Any, recipe: Recipe) -> int:
+    """Disk that the recorded trajectories will take, from one step of one of them."""
+    sizes: list[int] = []
+
+    def receive(call: Call) -> None:
+        tensors = [*call.inputs.values(), call.output]
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+    with watch(pipeline, receive):
+        sample(pipeline, recorded_conditions(pipeline, recipe)[:1], Sampling(1, recipe.sampling.guidance_scale))
+    return sum(sizes) * _steps(pipeline, recipe) * recipe.record.trajectories
+
+
+def recorded_conditions(pipeline: Any, recipe: Recipe) -> list[Condition]:
+    """What is recorded; its seeds are apart from those that results are reported on, which count up from the recipe's own."""
+    return conditions(pipeline, recipe.record.prompts, recipe.record.trajectories, recipe.seed + 2**31)
 
 
 def estimate(source: PipelineFolder, recipe: Recipe) -> dict[str, Any]:
     """Seconds, disk and memory of a `compress`, from one timed step of each kind; nothing is written."""
-    source.check()
-    pipeline = load_pipeline(source)
+    pipeline = open_pipeline(source)
     sampling = Sampling(2, recipe.sampling.guidance_scale)
-    wanted = conditions(pipeline, recipe.record.prompts, min(recipe.record.batch, recipe.record.trajectories), 0)
-    bytes_a_call: list[int] = []
-
-    def receive(call: Call) -> None:
-        tensors = [*call.inputs.values(), call.output]
-        bytes_a_call.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-
-    sample(pipeline, wanted[:1], sampling)
-    with watch(pipeline, receive):
-        start = time.perf_counter()
-        sample(pipeline, wanted, sampling)
-        seconds_a_step = (time.perf_counter() - start) / 2
-    steps = recipe.sampling.steps or _default_steps(pipeline)
-    shards = ceil(recipe.record.trajectories / recipe.record.batch)
-    record_seconds = seconds_a_step * steps * shards
-    measure_seconds = seconds_a_step * steps * ceil(PAIRS / recipe.record.batch) * 2
-    recorded = bytes_a_call[0] * len(bytes_a_call) // 2 * steps * shards
+    wanted = recorded_conditions(pipeline, recipe)[: recipe.record.batch]
+    recorded = recorded_bytes(pipeline, recipe)
+    start = time.perf_counter()
+    sample(pipeline, wanted, sampling)
+    seconds_a_step = (time.perf_counter() - start) / 2
+    steps = _steps(pipeline, recipe)
+    record_seconds = seconds_a_step * steps * ceil(recipe.record.trajectories / recipe.record.batch)
     return {
         "steps": steps,
         "seconds": {
             "record": record_seconds,
-            "quantize": record_seconds * (REPLAYS + 1) if recipe.quantize else 0.0,
-            "measure": measure_seconds,
+            "quantize": record_seconds * REPLAYS,
+            "measure": seconds_a_step * steps * ceil(PICTURES / recipe.record.batch),
         },
-        "disk_bytes": recorded + needed_bytes(source, recipe),
-        "memory_bytes": peak_memory_bytes(pipeline, wanted[0], sampling) * 2 + weight_bytes(pipeline),
+        "disk_bytes": recorded + needed_bytes(source),
+        "memory_bytes": peak_memory_bytes(pipeline, wanted[0], sampling) * len(wanted) + weight_bytes(pipeline),
     }
 
 
-def _default_steps(pipeline: Any) -> int:
-    import inspect
-
-    return int(inspect.signature(type(pipeline).__call__).parameters["num_inference_steps"].default)
+def _steps(pipeline: Any, recipe: Recipe) -> int:
+    default = inspect.signature(type(pipeline).__call__).parameters["num_inference_steps"].default
+    return recipe.sampling.steps or int(default)

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffpress.calibration.conditions import conditions
 from diffpress.calibration.sampling import Sampling, denoiser_of
 from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.compress.ptq import Quantized, edits_and_tensors, plan_rows, quantize_denoiser
@@ -28,7 +27,7 @@ from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, Manifest, list_files, read_manifest, write_manifest
 
 from .compare import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
-from .estimate import needed_bytes
+from .estimate import needed_bytes, recorded_bytes, recorded_conditions
 from .exporting import export_to_onnx
 from .gates import check_gates
 from .models import resolve
@@ -100,7 +99,7 @@ def compress(
         check_output(folder, force)
     _check_recipe_fits(source, recipe)
     source.check()
-    check_space(out, needed_bytes(source, recipe))
+    check_space(out, needed_bytes(source))
     request = _request(source, recipe)
     done = None if fresh else _finished(out, request)
     artifact = done or _make(source, recipe, out, request, device, fresh, notify)
@@ -120,8 +119,9 @@ def _finished(out: Path, request: str) -> Artifact | None:
 def _make(
     source: PipelineFolder, recipe: Recipe, out: Path, request: str, device: str, fresh: bool, notify: Notify
 ) -> Artifact:
+    teacher = load_pipeline(source).to(device)
+    check_space(out, needed_bytes(source) + recorded_bytes(teacher, recipe))
     with work_folder(out, request, fresh) as work:
-        teacher = load_pipeline(source).to(device)
         trajectories = _record(teacher, recipe, work, notify)
         quantized = _quantize(teacher, source, trajectories, recipe, notify)
         manifest = _stage(source, recipe, request, trajectories, quantized, work)
@@ -163,20 +163,14 @@ def _sampling(recipe: Recipe) -> Sampling:
 
 
 def _record(teacher: Any, recipe: Recipe, work: Work, notify: Notify) -> Trajectories:
-    wanted = conditions(teacher, recipe.record.prompts, recipe.record.trajectories, _recording_seed(recipe))
     return record(
         teacher,
-        wanted,
+        recorded_conditions(teacher, recipe),
         _sampling(recipe),
         work.recorded,
         recipe.record.batch,
         lambda done, total: notify("record", done, total),
     )
-
-
-def _recording_seed(recipe: Recipe) -> int:
-    """Apart from the seeds that results are reported on, which count up from the recipe's own."""
-    return recipe.seed + 2**31
 
 
 def _quantize(

@@ -74,5 +74,7 @@ def _lock(path: Path, out: Path) -> Iterator[None]:
             raise OutputError(
                 f"another diffpress is writing --out {out}. Wait for it, or name another folder."
             ) from error
-        yield
-    path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -21,6 +22,11 @@ TEXT_WIDTH = 96
 CAPTION_DROPOUT = 0.1
 AUTOENCODER = Schedule(steps=1600, rate=2e-3, save_every=200)
 DENOISER = Schedule(steps=7500, rate=1.2e-3, save_every=250)
+REFINEMENT = Schedule(steps=1800, rate=6e-4, cooldown=0.8, save_every=200)
+"""A second stage that also shows shortened captions, so that `pizza` alone means the slice of pizza."""
+SHORTENED_SHARE = 0.3
+VERSIONS = 8
+"""Each caption whole, and so many less one with some of its words."""
 VAE_BATCH, BATCH = 32, 64
 
 
@@ -33,8 +39,12 @@ def train(data: Path, out: Path, work: Path, seed: int, steps: int | None = None
     latents = train_autoencoder(vae, emoji.images, VAE_BATCH, AUTOENCODER, work / "vae.safetensors", seed)
     schedule = Schedule(steps or DENOISER.steps, DENOISER.rate, save_every=DENOISER.save_every)
     scheduler = build_scheduler()
-    tokens = tokenize(tokenizer, emoji.captions)
-    train_denoiser_(unet, text_encoder, scheduler, latents, tokens, schedule, work / "unet.safetensors", seed)
+    models = (unet, text_encoder, scheduler)
+    whole = tokenize(tokenizer, emoji.captions)[None]
+    train_denoiser_(*models, latents, whole, schedule, work / "unet.safetensors", seed)
+    short = [tokenize(tokenizer, shorten(emoji.captions, seed + index)) for index in range(1, VERSIONS)]
+    versions = torch.cat([whole, torch.stack(short)])
+    train_denoiser_(*models, latents, versions, REFINEMENT, work / "unet-refined.safetensors", seed + 1)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
@@ -121,6 +131,18 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return tokenizer(captions, **options).input_ids
 
 
+def shorten(captions: list[str], seed: int) -> list[str]:
+    """Each caption with about half of its words, in their order, and never with none."""
+    generator = random.Random(seed)
+    result = []
+    for caption in captions:
+        words = caption.split()
+        always = generator.randrange(len(words))
+        kept = [word for index, word in enumerate(words) if index == always or generator.random() < 0.5]
+        result.append(" ".join(kept))
+    return result
+
+
 def train_denoiser_(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
@@ -131,16 +153,21 @@ def train_denoiser_(
     checkpoint: Path,
     seed: int,
 ) -> None:
-    """Train `unet` and `text_encoder` in place; the last row of the token table stands for no caption."""
+    """Train `unet` and `text_encoder` in place.
+
+    `latents` are [N, 8, 8, 8], `tokens` [versions, N, TOKENS] with the whole captions first.
+    """
     unet.train().to(memory_format=torch.channels_last)
     text_encoder.train()
-    empty = tokens.new_full((1, tokens.shape[1]), text_encoder.config.eos_token_id)
+    empty = tokens.new_full((1, TOKENS), text_encoder.config.eos_token_id)
     empty[0, 0] = text_encoder.config.bos_token_id
 
     def loss(generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(latents), (BATCH,), generator=generator)
         dropped = torch.rand(BATCH, 1, generator=generator) < CAPTION_DROPOUT
-        states = text_encoder(torch.where(dropped, empty, tokens[chosen]))[0]
+        version = torch.randint(len(tokens), (BATCH,), generator=generator)
+        version *= torch.rand(BATCH, generator=generator) < SHORTENED_SHARE
+        states = text_encoder(torch.where(dropped, empty, tokens[version, chosen]))[0]
         target = latents[chosen]
         noise = torch.randn(target.shape, generator=generator)
         steps = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=generator)

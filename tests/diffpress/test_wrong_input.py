@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -148,6 +149,13 @@ def test_not_enough_disk(refused, model, monkeypatch):
     assert "1 MB free" in refused(model)
 
 
+def test_not_enough_disk_for_what_is_recorded(refused, model, monkeypatch):
+    """The artifact would fit; ten thousand trajectories of fifty steps would not."""
+    usage = shutil.disk_usage(model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000_000))
+    assert "record fewer trajectories" in refused(model, "balanced", "--set", "record.trajectories=10000")
+
+
 def test_label_that_the_model_has_not(diffpress, tiny_class, tmp_path):
     status, _, errors = diffpress("run", tiny_class, "--label", 4000, "--out", tmp_path / "a.png")
     assert status == 2
@@ -170,3 +178,20 @@ def test_pipelines_of_different_kinds_are_not_compared(diffpress, tiny_class, ti
 def test_verify_of_something_else(diffpress, tiny_class, tmp_path):
     assert "neither an artifact nor an export" in " ".join(diffpress("verify", tiny_class).errors.split())
     assert diffpress("verify", tmp_path / "missing").status == 2
+
+
+def test_device_that_is_not_there(refused, model):
+    assert "--device cuda:7 cannot be used here" in refused(model, "balanced", "--device", "cuda:7")
+
+
+@pytest.mark.parametrize("content", [b"no archive", None])
+def test_training_data_of_another_kind(diffpress, tmp_path, content):
+    data = tmp_path / "data.npz"
+    if content is None:
+        np.savez(data, something=np.zeros(3))
+    else:
+        data.write_bytes(content)
+    status, _, errors = diffpress("zoo", "train", "digits", "--data", data, "--out", tmp_path / "digits")
+    assert status == 2
+    assert "must be an npz file with the arrays train_x and train_y" in " ".join(errors.split())
+    assert not (tmp_path / "digits").exists()
