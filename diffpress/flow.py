@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from diffpress.export.artifact import (
     verify,
     write_pipeline,
 )
-from diffpress.export.errors import UnsupportedModelError
+from diffpress.export.digests import digest
+from diffpress.export.errors import ArtifactError, ModelFileError, UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, Manifest, list_files, read_manifest, write_manifest
 
@@ -34,6 +36,8 @@ from .models import resolve
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import write_report
 from .work import Work, fingerprint, work_folder
+
+logger = logging.getLogger(__name__)
 
 MEASURED = 16
 """Pairs that the report and the gates stand on."""
@@ -109,10 +113,14 @@ def compress(
 
 
 def _finished(out: Path, request: str) -> Artifact | None:
-    """The artifact of an earlier, equal request."""
-    if not is_artifact(out) or read_manifest(out).fingerprint != request:
+    """The artifact of an earlier, equal request; one that is damaged does not count."""
+    try:
+        if not is_artifact(out) or read_manifest(out).fingerprint != request:
+            return None
+        manifest = verify(out)
+    except (ArtifactError, ModelFileError) as error:
+        logger.warning("made anew: %s", error)
         return None
-    manifest = verify(out)
     return Artifact(out, manifest, {}, manifest.metrics["gates_missed"])
 
 
@@ -151,7 +159,16 @@ def _check_recipe_fits(source: PipelineFolder, recipe: Recipe) -> None:
 
 
 def _request(source: PipelineFolder, recipe: Recipe) -> str:
-    return fingerprint({"source": source.digests(), "recipe": recipe.model_dump(mode="json"), "versions": _versions()})
+    wanted = recipe.record.prompts
+    prompts = digest(Path(wanted)) if isinstance(wanted, str) and Path(wanted).is_file() else wanted
+    return fingerprint(
+        {
+            "source": source.digests(),
+            "recipe": recipe.model_dump(mode="json"),
+            "prompts": prompts,
+            "versions": _versions(),
+        }
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -92,6 +92,24 @@ def test_same_command_again_finds_it_done(diffpress, digests, pressed: Path, tin
     assert (pressed / REPORT).stat().st_mtime_ns == changed
 
 
+def test_damaged_artifact_is_made_anew_by_the_same_command(pressed, tiny_text, quick_recipe, digests, tmp_path):
+    damaged = shutil.copytree(pressed, tmp_path / "damaged")
+    (damaged / "model_index.json").write_text("{}")
+    compress(PipelineFolder(tiny_text, "tiny"), load_recipe(quick_recipe), damaged)
+    assert digests(damaged) == digests(pressed)
+
+
+def test_other_prompts_in_the_same_file_are_another_request(tiny_text, quick_recipe, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    recipe = load_recipe(quick_recipe, [f"record.prompts={prompts}"])
+    fingerprints = []
+    for text in ("red apple", "blue car"):
+        prompts.write_text(text)
+        artifact = compress(PipelineFolder(tiny_text, "tiny"), recipe, tmp_path / "out")
+        fingerprints.append(artifact.manifest.fingerprint)
+    assert fingerprints[0] != fingerprints[1]
+
+
 @pytest.mark.parametrize("stage", ["record", "quantize", "measure", "save"])
 def test_interrupted_run_continues_to_the_same_bytes(pressed, tiny_text, quick_recipe, digests, tmp_path, stage):
     class Killed(BaseException):
