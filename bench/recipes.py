@@ -63,21 +63,29 @@ def rows_of(model: str, work: Path) -> list[Row]:
 
 
 def measure(rows: list[Row], count: int, repeats: int) -> list[dict[str, Any]]:
-    """Quality against the first row, and cost of all."""
+    """Quality against the first row, and cost of all; a row that does not run says why."""
     wanted = paired_conditions(rows[0].pipeline, count, SEED)
-    truth = draw(rows[0], wanted)
-    times = latencies_ms([lambda row=row: draw(row, wanted[:1]) for row in rows], repeats)
-    return [
+    pictures: dict[str, torch.Tensor] = {}
+    failures: list[dict[str, Any]] = []
+    for row in rows:
+        try:
+            pictures[row.name] = draw(row, wanted)
+        except (RuntimeError, TypeError) as error:
+            failures.append({"row": row.name, "error": str(error)})
+    running = [row for row in rows if row.name in pictures]
+    times = latencies_ms([lambda row=row: draw(row, wanted[:1]) for row in running], repeats)
+    truth = pictures[rows[0].name]
+    return failures + [
         {
             "row": row.name,
-            "psnr_db": float(psnr_db(images := draw(row, wanted), truth).mean()),
-            "ssim": ssim(images, truth),
+            "psnr_db": float(psnr_db(pictures[row.name], truth).mean()),
+            "ssim": ssim(pictures[row.name], truth),
             "denoiser_bytes": row.size_bytes,
             "folder_bytes": row.folder_bytes,
             "latency_ratio": median_ratio(own, times[0]),
             "peak_memory_bytes": peak_memory_bytes(row.pipeline, wanted[0], Sampling(row.steps)),
         }
-        for row, own in zip(rows, times, strict=True)
+        for row, own in zip(running, times, strict=True)
     ]
 
 
@@ -102,6 +110,9 @@ def main() -> None:
     for model, rows in results.items():
         print(f"\n| {model} | denoiser | folder | PSNR dB | SSIM | time | peak memory |\n|---|---|---|---|---|---|---|")
         for row in rows:
+            if "error" in row:
+                print(f"| {row['row']} | does not run: {row['error']} | | | | | |")
+                continue
             print(
                 f"| {row['row']} | {row['denoiser_bytes'] / 1e6:.2f} MB | {row['folder_bytes'] / 1e6:.2f} MB "
                 f"| {row['psnr_db']:.1f} | {row['ssim']:.4f} | {row['latency_ratio']:.2f} "
