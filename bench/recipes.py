@@ -19,11 +19,11 @@ from diffpress.calibration.conditions import Condition
 from diffpress.calibration.cost import latencies_ms, median_ratio, peak_memory_bytes
 from diffpress.calibration.metrics import psnr_db, ssim
 from diffpress.calibration.sampling import Sampling, sample
-from diffpress.compare import paired_conditions
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
 from diffpress.flow import compress
 from diffpress.models import resolve
+from diffpress.pairs import paired_conditions
 from diffpress.recipe import load_recipe, presets
 from diffpress.zoo import PIPELINES
 

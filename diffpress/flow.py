@@ -28,11 +28,11 @@ from diffpress.export.errors import ArtifactError, ModelFileError, UnsupportedMo
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, Manifest, list_files, read_manifest, write_manifest
 
-from .compare import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
 from .estimate import needed_bytes, recorded_bytes, recorded_conditions
 from .exporting import export_to_onnx
 from .gates import check_gates
 from .models import resolve
+from .pairs import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import write_report
 from .work import Work, fingerprint, work_folder

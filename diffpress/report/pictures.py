@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from diffpress.calibration.conditions import Condition
 
-from ..compare import Pairs
+from ..pairs import Pairs
 from .words import IDENTICAL_DB, decibels
 
 SHOWN = 8

@@ -13,7 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from diffpress.export.manifest import Manifest
 
-from ..compare import Pairs
+from ..pairs import Pairs
 from .charts import histogram, step_curve
 from .figures import gates_tile, measures, pairs_tile, tiles
 from .pictures import gallery

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..apply import apply_edits_
 from ..edits import Edit
-from .registration import METHOD
+from .method import METHOD
 
 EDITS: TypeAdapter[list[Edit]] = TypeAdapter(list[Edit])
 

@@ -9,9 +9,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from .method import METHOD
+
 TARGET = "diffusers.quantizers.auto"
-METHOD = "diffpress"
-"""The name diffusers knows us by."""
 
 
 def register_with_diffusers() -> None:

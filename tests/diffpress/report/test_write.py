@@ -12,8 +12,8 @@ from PIL import Image
 
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.metrics import psnr_db
-from diffpress.compare import Pairs
 from diffpress.export.manifest import Manifest, PlanRow
+from diffpress.pairs import Pairs
 from diffpress.report import write_report
 
 HOSTILE = '<script>alert("1")</script>'

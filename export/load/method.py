@@ -1,0 +1,3 @@
+"""The name diffusers knows us by."""
+
+METHOD = "diffpress"
