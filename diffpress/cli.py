@@ -112,7 +112,8 @@ def export(
     if as_json:
         print_json(summary)
     else:
-        OUTPUT.print(f"{out} is ready: its graphs agree with torch to {summary['largest_error']:.2g}")
+        error = f"{summary['largest_error']:.2g}"
+        OUTPUT.print(f"{out} is ready ({summary['format']}): no graph differs from torch by more than {error}")
 
 
 @app.command()
