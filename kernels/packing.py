@@ -21,5 +21,6 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor, columns: int) -> Tensor:
     """The inverse of `pack_int4`: uint8 [N, ceil(columns / 2)] to int8 [N, columns]."""
-    halves = torch.stack([packed & 0xF, packed >> 4], dim=2).flatten(1)[:, :columns].to(torch.int8)
-    return halves - (halves > 7).to(torch.int8) * 16
+    # Shifting a signed byte right repeats its sign bit.
+    pairs = packed.view(torch.int8)
+    return torch.stack([(pairs << 4) >> 4, pairs >> 4], dim=2).flatten(1)[:, :columns]
