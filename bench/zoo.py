@@ -8,8 +8,8 @@ from pathlib import Path
 
 from machine import machine
 
+from diffpress.export.artifact import open_pipeline
 from diffpress.models import resolve
-from diffpress.opening import open_pipeline
 from diffpress.zoo.classifier import accuracy, load_classifier
 from diffpress.zoo.data import load_digits, load_emoji
 from diffpress.zoo.floors import caption_retrieval, class_accuracy

@@ -8,13 +8,13 @@ from typing import Any
 
 from diffpress.calibration.sampling import Sampling
 from diffpress.calibration.trajectory import Progress
-from diffpress.export.artifact import is_artifact
+from diffpress.export.artifact import is_artifact, open_pipeline
 from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import read_manifest
 
+from .defaults import default_sampling
 from .models import resolve
-from .opening import default_sampling, open_pipeline
 from .pairs import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
 from .report import write_report
 

@@ -10,9 +10,9 @@ from typing import Any
 from diffpress.calibration.conditions import Condition, conditions
 from diffpress.calibration.cost import peak_memory_bytes, weight_bytes
 from diffpress.calibration.sampling import Call, Sampling, sample, watch
+from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
 
-from .opening import open_pipeline
 from .recipe import Recipe
 
 REPLAYS = 4

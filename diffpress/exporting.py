@@ -8,7 +8,7 @@ from typing import Any
 from diffpress.export.errors import UserError
 from diffpress.export.folder import PipelineFolder
 
-from .opening import default_sampling
+from .defaults import default_sampling
 
 
 def export_to_onnx(source: PipelineFolder, out: Path, notify: Any, force: bool = False) -> dict[str, Any]:

@@ -9,14 +9,12 @@ from typing import Any
 from diffpress.export.artifact import is_artifact, verify
 from diffpress.export.errors import ArtifactError, UserError
 from diffpress.export.manifest import Manifest, read_manifest
-
-from .running import EXPORT
+from diffpress.export.onnx.manifest import is_export, read_export
 
 
 def verify_folder(path: Path) -> str:
     """A sentence on what was checked. Raises ArtifactError at the first thing that is not as it was saved."""
-    if (path / EXPORT).is_file():
-        from diffpress.export.onnx.manifest import read_export
+    if is_export(path):
         from diffpress.export.onnx.verify import verify_export
 
         verify_export(path)
@@ -28,9 +26,7 @@ def verify_folder(path: Path) -> str:
 
 def inspect_folder(path: Path) -> dict[str, Any]:
     """The manifest, with tables for people under `tables`."""
-    if (path / EXPORT).is_file():
-        from diffpress.export.onnx.manifest import read_export
-
+    if is_export(path):
         export = read_export(path)
         rows = [(name, f"{file.size_bytes:,}", file.sha256[:16]) for name, file in sorted(export.files.items())]
         return {**export.model_dump(mode="json"), "tables": [(f"export {path}", ("file", "bytes", "sha256"), rows)]}

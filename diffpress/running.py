@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffpress.export.errors import ArtifactError, UserError
+from diffpress.export.onnx.manifest import is_export
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXPORT = "export.json"
-
 
 def wanted_engine(model: str, asked: str | None) -> str:
     """`onnx` for an export, `torch` for a pipeline. Raises UserError where another engine was asked for."""
-    natural = "onnx" if (Path(model) / EXPORT).is_file() else "torch"
+    natural = "onnx" if is_export(Path(model)) else "torch"
     if asked is not None and asked != natural:
         hint = "" if natural == "onnx" else " Export it first: diffpress export MODEL --to onnx --out DIR."
         raise UserError(f"{model} runs with --engine {natural}, not {asked}.{hint}")
@@ -28,9 +27,10 @@ def run_torch(model: str, text: str, seed: int, steps: int | None, guidance: flo
     """Sample a pipeline or artifact."""
     from diffpress.calibration.conditions import Condition, check_text
     from diffpress.calibration.sampling import Sampling, sample
+    from diffpress.export.artifact import open_pipeline
 
+    from .defaults import default_sampling
     from .models import resolve
-    from .opening import default_sampling, open_pipeline
 
     folder = resolve(model)
     pipeline = open_pipeline(folder)

@@ -19,6 +19,7 @@ from .errors import ArtifactError, OutputError
 from .folder import PipelineFolder
 from .load.quantizer import EditsConfig
 from .manifest import MANIFEST, Manifest, check_files, read_manifest
+from .onnx.manifest import is_export
 
 Tensors = Mapping[str, Tensor]
 VARIANT = ".fp16"
@@ -106,7 +107,7 @@ def check_output(out: Path, force: bool) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"--out {out} is a file. Name a folder, or give --force to replace it.")
-    if any(out.iterdir()) and not is_artifact(out) and not (out / "export.json").is_file():
+    if any(out.iterdir()) and not is_artifact(out) and not is_export(out):
         raise OutputError(f"--out {out} exists and was not written by diffpress. Name another folder, or give --force.")
 
 
@@ -167,6 +168,14 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> diffusers.Diff
     path = Path(path)
     check_files(path, read_manifest(path).files)
     return load_pipeline(PipelineFolder(path, str(path)), dtype)
+
+
+def open_pipeline(folder: PipelineFolder) -> diffusers.DiffusionPipeline:
+    """The running pipeline; of an artifact only after every digest has matched, of others after every weight was read."""
+    if is_artifact(folder.path):
+        return load(folder.path)
+    folder.check()
+    return load_pipeline(folder)
 
 
 def load_pipeline(folder: PipelineFolder, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:

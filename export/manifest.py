@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -63,14 +64,14 @@ class Manifest(BaseModel):
     files: dict[str, File]
 
 
-def list_files(folder: Path) -> dict[str, File]:
-    """Every file of `folder` but the manifest and the report."""
+def list_files(folder: Path, apart: Sequence[str] = (MANIFEST, REPORT)) -> dict[str, File]:
+    """Size and digest of every file of `folder` but those named `apart`, such as the manifest itself."""
     found = sorted(file for file in folder.rglob("*") if file.is_file())
     names = {file.relative_to(folder).as_posix(): file for file in found}
     return {
         name: File(size_bytes=file.stat().st_size, sha256=digest(file))
         for name, file in names.items()
-        if name not in (MANIFEST, REPORT)
+        if name not in apart
     }
 
 

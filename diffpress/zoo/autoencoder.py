@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -42,10 +41,3 @@ def train_autoencoder(
 def encode(vae: AutoencoderKL, images: Tensor, batch: int = 128) -> Tensor:
     """Posterior means of images [N, C, H, W], unscaled."""
     return torch.cat([vae.encode(part).latent_dist.mean for part in images.split(batch)])
-
-
-@torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKL, images: Tensor) -> float:
-    """PSNR in dB of encode and decode, of images in -1..1."""
-    output = vae.decode(encode(vae, images)).sample.clamp(-1, 1)
-    return float(10 * torch.log10(4 / F.mse_loss(output, images)))

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from ..artifact import check_output, check_space, is_artifact, load, load_pipeline, publish
+from ..artifact import check_output, check_space, open_pipeline, publish
 from ..folder import PipelineFolder
+from ..manifest import list_files
 from .check import check_graph
 from .graph import OPSET, Part, packed_layers, widen_weights_, write_graph
 from .kinds import Kind, defaults, kind_of, latent_shape
-from .manifest import ExportManifest, Graph, Port, list_files
+from .manifest import EXPORT, ExportManifest, Graph, Port
 from .selftest import run_self_test, write_self_test
 from .tables import STANDARD_STEPS, build_tables
 
@@ -45,7 +46,7 @@ def export_onnx(
     """
     kind = kind_of(str(source.index["_class_name"]))
     check_output(out, force)
-    pipeline = load(source.path) if is_artifact(source.path) else _load_plain(source)
+    pipeline = open_pipeline(source)
     kind.check(pipeline)
     components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     check_space(out, 4 * sum(tensor.numel() for part in components for tensor in part.state_dict().values()))
@@ -59,11 +60,6 @@ def export_onnx(
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return manifest
-
-
-def _load_plain(source: PipelineFolder) -> Any:
-    source.check()
-    return load_pipeline(source)
 
 
 def _write(
@@ -103,7 +99,7 @@ def _write(
         guidance_scale=guidance,
         schedules=schedules,
         self_test=write_self_test(kind, pipeline, denoiser, folder, min(schedules), guidance),
-        files=list_files(folder),
+        files=list_files(folder, (EXPORT,)),
     )
     manifest = run_self_test(manifest, folder)
     progress(total, total)

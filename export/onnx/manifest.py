@@ -121,20 +121,15 @@ class ExportManifest(_Data):
     files: dict[str, File]
 
 
-def list_files(folder: Path) -> dict[str, File]:
-    """Size and digest of every file of `folder` but the manifest."""
-    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name: File(size_bytes=path.stat().st_size, sha256=digest(path))
-        for name, path in names.items()
-        if name != EXPORT
-    }
-
-
 def write_export(folder: Path, manifest: ExportManifest) -> None:
     """Write `export.json`, keys sorted."""
     text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1)
     (folder / EXPORT).write_text(text + "\n")
+
+
+def is_export(path: Path) -> bool:
+    """Whether a folder carries an export's manifest."""
+    return (path / EXPORT).is_file()
 
 
 def read_export(folder: Path) -> ExportManifest:

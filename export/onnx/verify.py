@@ -7,13 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ArtifactError
-from .manifest import EXPORT, ExportManifest
+from .manifest import ExportManifest
 from .run import OnnxPipeline
-
-
-def is_export(path: Path) -> bool:
-    """Whether a folder carries an export's manifest."""
-    return (path / EXPORT).is_file()
 
 
 def verify_export(path: Path, threads: int = 0) -> ExportManifest:

@@ -19,9 +19,9 @@ from diffpress.export.errors import ArtifactError, OutputError, UnsupportedModel
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.onnx.conditions import PromptConditioner
 from diffpress.export.onnx.export import export_onnx
-from diffpress.export.onnx.manifest import EXPORT, read_export
+from diffpress.export.onnx.manifest import EXPORT, is_export, read_export
 from diffpress.export.onnx.run import OnnxPipeline
-from diffpress.export.onnx.verify import is_export, verify_export
+from diffpress.export.onnx.verify import verify_export
 
 CONDITIONS = {"prompt": ["red car", "a slice of pizza"], "label": ["7", "digit 2"], "plain": ["", ""]}
 SEEDS = [11, 2**32 + 5]
