@@ -1,16 +1,28 @@
 """What computes: number formats and one folder per operation."""
 
-from .packing import pack_int4, unpack_int4
-from .quantization import code_range, dequantize, quantize
+from .fp8_conv2d import fp8_conv2d
+from .fp8_linear import fp8_linear
+from .packing import pack_codes, packed_form, unpack_codes
+from .quantization import FP8_MAX, code_range, dequantize, dequantize_groups, quantize, to_fp8
 from .quantized_conv2d import quantized_conv2d
 from .quantized_linear import quantized_linear
+from .weight_only_conv2d import weight_only_conv2d
+from .weight_only_linear import weight_only_linear
 
 __all__ = [
+    "FP8_MAX",
     "code_range",
     "dequantize",
-    "pack_int4",
+    "dequantize_groups",
+    "fp8_conv2d",
+    "fp8_linear",
+    "pack_codes",
+    "packed_form",
     "quantize",
     "quantized_conv2d",
     "quantized_linear",
-    "unpack_int4",
+    "to_fp8",
+    "unpack_codes",
+    "weight_only_conv2d",
+    "weight_only_linear",
 ]

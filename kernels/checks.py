@@ -1,37 +1,97 @@
-"""What every quantized operation asks of its arguments."""
+"""What the operations ask of their arguments: a ValueError names the first one that does not fit."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-STORED = {8: torch.int8, 4: torch.uint8}
-"""How weights of so many bits are stored."""
+from .packing import WEIGHT_BITS, packed_form
+from .windows import output_size
 
 
-def check_packed(
+def linear_depth(x: Tensor) -> int:
+    """Length of the sums of a linear layer over `x`. Raises ValueError unless `x` is floating point [..., K]."""
+    if x.ndim == 0 or not x.is_floating_point():
+        _refuse("x", "floating point [..., K]", x)
+    return x.shape[-1]
+
+
+def conv2d_depth(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> int:
+    """Length of the sums of a convolution over `x`. Raises ValueError where the geometry does not fit [B, C, H, W]."""
+    if x.ndim != 4 or not x.is_floating_point():
+        _refuse("x", "floating point [B, C, H, W]", x)
+    geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    for name, pair in geometry.items():
+        if len(pair) != 2:
+            raise ValueError(f"{name} must be two numbers, got {list(pair)}")
+    if min(output_size(x.shape[2:], **geometry)) < 1:
+        raise ValueError(f"kernel_size {list(kernel_size)} reaches beyond x {list(x.shape)} padded by {list(padding)}")
+    return x.shape[1] * kernel_size[0] * kernel_size[1]
+
+
+def check_quantized(
     depth: int,
     weight: Tensor,
     weight_scale: Tensor,
     activation_scale: Tensor,
+    zero_point: Tensor | None,
     bias: Tensor | None,
     weight_bits: int,
     activation_bits: int,
 ) -> None:
-    """Raises ValueError naming the first argument that does not fit products of `depth` terms."""
-    if weight_bits not in STORED:
-        raise ValueError(f"weight_bits must be 4 or 8, got {weight_bits}")
+    """The arguments of products of `depth` terms between integer weights and integer activations."""
     if not 2 <= activation_bits <= 8:
         raise ValueError(f"activation_bits must lie in 2..8, got {activation_bits}")
-    columns = depth if weight_bits == 8 else (depth + 1) // 2
-    if weight.ndim != 2 or (weight.dtype, weight.shape[1]) != (STORED[weight_bits], columns):
-        _refuse("weight", f"{STORED[weight_bits]} [N, {columns}] at {weight_bits} bits", weight)
-    if weight_scale.dtype != torch.float32 or weight_scale.shape != weight.shape[:1]:
-        _refuse("weight_scale", f"torch.float32 [{len(weight)}]", weight_scale)
-    if activation_scale.dtype != torch.float32 or activation_scale.shape != (1,):
-        _refuse("activation_scale", "torch.float32 [1]", activation_scale)
-    if bias is not None and (not bias.is_floating_point() or bias.shape != weight.shape[:1]):
-        _refuse("bias", f"floating point [{len(weight)}]", bias)
+    _check_codes(depth, weight, weight_bits)
+    _check("weight_scale", weight_scale, torch.float32, [len(weight)])
+    _check("activation_scale", activation_scale, torch.float32, [1])
+    if zero_point is not None:
+        _check("zero_point", zero_point, torch.int32, [1])
+    _check_bias(bias, len(weight))
+
+
+def check_weight_only(
+    depth: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, weight_bits: int, group_size: int
+) -> None:
+    """The arguments of products of `depth` terms between integer weights with a scale a group, and floats."""
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    _check_codes(depth, weight, weight_bits)
+    _check("weight_scale", weight_scale, torch.float32, [len(weight), -(-depth // group_size)])
+    _check_bias(bias, len(weight))
+
+
+def check_fp8(depth: int, weight: Tensor, weight_scale: Tensor, activation_scale: Tensor, bias: Tensor | None) -> None:
+    """The arguments of products of `depth` terms between float8 weights and float8 activations."""
+    _check_matrix(weight, torch.float8_e4m3fn, depth, "")
+    _check("weight_scale", weight_scale, torch.float32, [len(weight)])
+    _check("activation_scale", activation_scale, torch.float32, [1])
+    _check_bias(bias, len(weight))
+
+
+def _check_codes(depth: int, weight: Tensor, bits: int) -> None:
+    if bits not in WEIGHT_BITS:
+        raise ValueError(f"weight_bits must be 2, 3, 4 or 8, got {bits}")
+    _check_matrix(weight, *packed_form(depth, bits), f" at {bits} bits")
+
+
+def _check_matrix(weight: Tensor, dtype: torch.dtype, columns: int, where: str) -> None:
+    if weight.ndim != 2 or (weight.dtype, weight.shape[1]) != (dtype, columns):
+        _refuse("weight", f"{dtype} [N, {columns}]{where}", weight)
+
+
+def _check_bias(bias: Tensor | None, rows: int) -> None:
+    if bias is not None and (not bias.is_floating_point() or list(bias.shape) != [rows]):
+        _refuse("bias", f"floating point [{rows}]", bias)
+
+
+def _check(name: str, given: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
+    if given.dtype != dtype or list(given.shape) != shape:
+        _refuse(name, f"{dtype} {shape}", given)
 
 
 def _refuse(name: str, wanted: str, given: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_packed
+from ..checks import check_quantized, linear_depth
 from .reference import quantized_linear_reference
 
 __all__ = ["quantized_linear"]
@@ -16,20 +16,21 @@ def quantized_linear(
     weight: Tensor,
     weight_scale: Tensor,
     activation_scale: Tensor,
+    zero_point: Tensor | None,
     bias: Tensor | None,
     weight_bits: int,
     activation_bits: int,
 ) -> Tensor:
     """`x` [..., K] times integer weights: [..., N] in the dtype of `x`.
 
-    `weight` is int8 [N, K] at 8 bits and uint8 [N, ceil(K / 2)] at 4 (see `pack_int4`); `weight_scale` [N] and
-    `activation_scale` [1] are float32, `bias` is [N]. Raises ValueError naming the argument that does not fit.
+    `weight` [N, ...] is packed from [N, K] (see `pack_codes`); `weight_scale` [N] and `activation_scale` [1] are float32,
+    `zero_point` [1], the code of 0, is an int32 in -128..127, `bias` is [N]. Raises ValueError naming what does not fit.
     """
-    if x.ndim == 0 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point [..., K], got {x.dtype} {list(x.shape)}")
-    check_packed(x.shape[-1], weight, weight_scale, activation_scale, bias, weight_bits, activation_bits)
+    check_quantized(
+        linear_depth(x), weight, weight_scale, activation_scale, zero_point, bias, weight_bits, activation_bits
+    )
     return torch.ops.diffpress.quantized_linear(
-        x, weight, weight_scale, activation_scale, bias, weight_bits, activation_bits
+        x, weight, weight_scale, activation_scale, zero_point, bias, weight_bits, activation_bits
     )
 
 

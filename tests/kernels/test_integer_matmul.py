@@ -42,3 +42,13 @@ def test_strided_codes() -> None:
     codes = torch.randint(-128, 128, (40, 30), dtype=torch.int8, generator=generator)
     left, right = codes[::2, 1:-1:2], codes.t()[1::3, :14]
     assert torch.equal(integer_matmul(left, right).long(), left.long() @ right.long().t())
+
+
+@pytest.mark.parametrize("zero", [-128, -5, 127])
+@pytest.mark.parametrize(("M", "K", "N"), SHAPES)
+def test_the_zero_point_is_taken_off_without_loss(M: int, K: int, N: int, zero: int) -> None:  # noqa: N803
+    generator = torch.Generator().manual_seed(M + K + N)
+    left, right = (torch.randint(-128, 128, (n, K), dtype=torch.int8, generator=generator) for n in (M, N))
+    product = integer_matmul(left, right, torch.tensor([zero], dtype=torch.int32))
+    assert product.dtype == torch.int32
+    assert torch.equal(product.long(), (left.long() - zero) @ right.long().t())

@@ -1,4 +1,4 @@
-"""Two 4-bit codes in a byte."""
+"""Codes of a few bits in bytes."""
 
 from __future__ import annotations
 
@@ -7,36 +7,63 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffpress.kernels import pack_int4, unpack_int4
+from diffpress.kernels import code_range, pack_codes, packed_form, unpack_codes
+
+WIDTHS = [2, 3, 4, 8]
 
 
-@given(rows=st.integers(1, 5), columns=st.integers(1, 67), seed=st.integers(0, 2**31))
-def test_round_trip(rows: int, columns: int, seed: int) -> None:
+@given(rows=st.integers(0, 5), columns=st.integers(1, 67), bits=st.sampled_from(WIDTHS), seed=st.integers(0, 2**31))
+def test_round_trip(rows: int, columns: int, bits: int, seed: int) -> None:
+    low, high = code_range(bits)
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-8, 8, (rows, columns), dtype=torch.int8, generator=generator)
-    packed = pack_int4(codes)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (rows, (columns + 1) // 2)
-    assert torch.equal(unpack_int4(packed, columns), codes)
+    codes = torch.randint(low, high + 1, (rows, columns), dtype=torch.int8, generator=generator)
+    packed = pack_codes(codes, bits)
+    dtype, length = packed_form(columns, bits)
+    assert (packed.dtype, tuple(packed.shape)) == (dtype, (rows, length))
+    unpacked = unpack_codes(packed, columns, bits)
+    assert unpacked.dtype == torch.int8
+    assert torch.equal(unpacked, codes)
 
 
-def test_even_column_is_the_low_half_and_odd_ends_are_zero() -> None:
-    assert pack_int4(torch.tensor([[1, -1, -8]], dtype=torch.int8)).tolist() == [[0xF1, 0x08]]
+@pytest.mark.parametrize(
+    ("bits", "codes", "stored"),
+    [
+        (4, [1, -1, -8], [0xF1, 0x08]),
+        (2, [1, -2, -1, 0, 1], [0b00_11_10_01, 0b01]),
+        # Codes 2 and 5 lie across two bytes.
+        (3, [1, -4, -1, 2, 0, 3, -2, -3, 1], [0b11_100_001, 0b1_000_010_1, 0b101_110_01, 0b001]),
+        (3, [-1, -1, -1], [0xFF, 0x01]),
+        (8, [-128, 127], [-128, 127]),
+    ],
+)
+def test_the_first_code_is_lowest_and_the_rest_is_zero(bits: int, codes: list[int], stored: list[int]) -> None:
+    assert pack_codes(torch.tensor([codes], dtype=torch.int8), bits).tolist() == [stored]
 
 
-def test_every_byte_unpacks_to_its_two_codes() -> None:
-    unpacked = unpack_int4(torch.arange(256, dtype=torch.uint8)[:, None], 2)
-    assert torch.equal(pack_int4(unpacked)[:, 0], torch.arange(256, dtype=torch.uint8))
-    assert set(unpacked.flatten().tolist()) == set(range(-8, 8))
+@pytest.mark.parametrize("bits", [2, 4])
+def test_every_byte_unpacks_to_its_codes(bits: int) -> None:
+    every = torch.arange(256, dtype=torch.uint8)[:, None]
+    unpacked = unpack_codes(every, 8 // bits, bits)
+    assert torch.equal(pack_codes(unpacked, bits), every)
+    low, high = code_range(bits)
+    assert set(unpacked.flatten().tolist()) == set(range(low, high + 1))
 
 
-def test_no_rows_and_views_that_are_not_contiguous() -> None:
-    assert pack_int4(torch.empty(0, 5, dtype=torch.int8)).shape == (0, 3)
-    codes = torch.randint(-8, 8, (7, 4), dtype=torch.int8, generator=torch.Generator().manual_seed(0)).t()
-    assert torch.equal(unpack_int4(pack_int4(codes), 7), codes)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_views_that_are_not_contiguous(bits: int) -> None:
+    low, high = code_range(bits)
+    codes = torch.randint(low, high + 1, (7, 4), dtype=torch.int8, generator=torch.Generator().manual_seed(0)).t()
+    assert torch.equal(unpack_codes(pack_codes(codes, bits), 7, bits), codes)
 
 
-@pytest.mark.parametrize("wrong", [-9, 8, 127])
-def test_codes_beyond_four_bits_are_refused(wrong: int) -> None:
-    with pytest.raises(ValueError, match=rf"-8\.\.7.*{wrong}"):
-        pack_int4(torch.tensor([[0, wrong]], dtype=torch.int8))
+@pytest.mark.parametrize(("bits", "wrong"), [(4, -9), (4, 8), (4, 127), (3, 4), (3, -5), (2, 2), (2, -3)])
+def test_codes_beyond_their_bits_are_refused(bits: int, wrong: int) -> None:
+    low, high = code_range(bits)
+    with pytest.raises(ValueError, match=rf"{bits}-bit codes must lie in {low}\.\.{high}, got .*{wrong}"):
+        pack_codes(torch.tensor([[0, wrong]], dtype=torch.int8), bits)
+
+
+@pytest.mark.parametrize("bits", [1, 5, 16])
+def test_other_widths_are_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"stored in 2, 3, 4 or 8 bits, not in {bits}"):
+        pack_codes(torch.zeros(1, 8, dtype=torch.int8), bits)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffpress.kernels import code_range, pack_int4, quantized_conv2d, unpack_int4
+from diffpress.kernels import code_range, pack_codes, quantized_conv2d, unpack_codes
 
 
 class Case(NamedTuple):
@@ -37,31 +37,53 @@ CASES = [
     Case((1, 8, 16, 16), 3, (4, 4), (4, 4), (0, 0)),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-Arguments = tuple
 
 
-def arguments(case: Case, weight_bits: int, activation_bits: int, dtype: torch.dtype, bias: bool = True) -> Arguments:
-    """Inputs of which about one in a hundred is clipped, and weights that use every code."""
-    generator = torch.Generator().manual_seed(sum(case.x) + case.channels + weight_bits)
+class Format(NamedTuple):
+    """Bits of weights and activations, and the code of 0."""
+
+    weight_bits: int
+    activation_bits: int
+    zero: int | None = None
+
+
+FORMATS = [
+    Format(8, 8),
+    Format(4, 8),
+    Format(8, 4),
+    Format(4, 4),
+    Format(3, 6),
+    Format(2, 8),
+    Format(8, 8, -100),
+    Format(4, 4, -6),
+    Format(3, 2, 1),
+]
+Arguments = tuple[Any, ...]
+
+
+def arguments(case: Case, form: Format, dtype: torch.dtype, bias: bool = True) -> Arguments:
+    """Inputs of which some are clipped, and weights that use every code."""
+    generator = torch.Generator().manual_seed(sum(case.x) + case.channels + form.weight_bits)
     x = torch.randn(case.x, generator=generator).to(dtype)
-    low, high = code_range(weight_bits)
+    low, high = code_range(form.weight_bits)
     depth = case.x[1] * case.kernel[0] * case.kernel[1]
     codes = torch.randint(low, high + 1, (case.channels, depth), dtype=torch.int8, generator=generator)
     scale = (torch.rand(case.channels, generator=generator) + 0.5) / high / depth**0.5
-    activation_scale = torch.tensor([2.5 / code_range(activation_bits)[1]])
+    activation_scale = torch.tensor([2.5 / code_range(form.activation_bits)[1]])
+    zero_point = None if form.zero is None else torch.tensor([form.zero], dtype=torch.int32)
     offset = torch.randn(case.channels, generator=generator).to(dtype) if bias else None
-    weight = codes if weight_bits == 8 else pack_int4(codes)
-    return x, weight, scale, activation_scale, offset, *case[2:], weight_bits, activation_bits
+    weight = pack_codes(codes, form.weight_bits)
+    return x, weight, scale, activation_scale, zero_point, offset, *case[2:], *form[:2]
 
 
 def truth(case: Case, given: Arguments) -> tuple[Tensor, Tensor]:
-    """The product and the output, in float64."""
-    x, weight, scale, activation_scale, bias, *_, weight_bits, activation_bits = given
+    """The product and the output, in float64; the padding is zeros."""
+    x, weight, scale, activation_scale, zero_point, bias, *_, weight_bits, activation_bits = given
     low, high = code_range(activation_bits)
-    inputs = (x.float() / activation_scale).round().clamp(low, high).double()
+    zero = 0 if zero_point is None else int(zero_point)
+    inputs = ((x.float() / activation_scale).round() + zero).clamp(low, high).double() - zero
     depth = case.x[1] * case.kernel[0] * case.kernel[1]
-    weights = weight if weight_bits == 8 else unpack_int4(weight, depth)
-    kernel = weights.double().view(case.channels, case.x[1], *case.kernel)
+    kernel = unpack_codes(weight, depth, weight_bits).double().view(case.channels, case.x[1], *case.kernel)
     windows = F.conv2d(inputs, kernel, None, case.stride, case.padding, case.dilation)
     product = windows * activation_scale.double() * scale.double().view(-1, 1, 1)
     return product, product if bias is None else product + bias.double().view(-1, 1, 1)
@@ -77,10 +99,10 @@ def tolerance(product: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (8, 4), (4, 4)], ids=lambda bits: f"W{bits[0]}A{bits[1]}")
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: "W{}A{} zero {}".format(*form))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(part).replace(" ", "") for part in case))
-def test_matches_float64(case: Case, bits: tuple[int, int], dtype: torch.dtype) -> None:
-    given = arguments(case, *bits, dtype)
+def test_matches_float64(case: Case, form: Format, dtype: torch.dtype) -> None:
+    given = arguments(case, form, dtype)
     output = quantized_conv2d(*given)
     product, expected = truth(case, given)
     assert output.dtype == dtype
@@ -89,26 +111,34 @@ def test_matches_float64(case: Case, bits: tuple[int, int], dtype: torch.dtype) 
 
 
 def test_without_bias() -> None:
-    given = arguments(CASES[2], 8, 8, torch.float32, bias=False)
+    given = arguments(CASES[2], Format(8, 8), torch.float32, bias=False)
     product, expected = truth(CASES[2], given)
     error = (quantized_conv2d(*given).double() - expected).abs()
     assert torch.all(error <= tolerance(product, expected, torch.float32))
 
 
+@pytest.mark.parametrize("zero", [-128, 127])
+def test_padding_is_0_where_the_zero_point_is_an_end_of_the_range(zero: int) -> None:
+    x, scale, point = torch.zeros(1, 2, 3, 3), torch.ones(1), torch.tensor([zero], dtype=torch.int32)
+    weight = torch.ones(1, 18, dtype=torch.int8)
+    output = quantized_conv2d(x, weight, scale, scale, point, None, (3, 3), (1, 1), (2, 2), (1, 1), 8, 8)
+    assert not output.any()
+
+
 def test_channels_last_gives_the_same() -> None:
-    x, *rest = arguments(CASES[5], 4, 8, torch.float32)
+    x, *rest = arguments(CASES[5], Format(4, 8), torch.float32)
     assert torch.equal(quantized_conv2d(x.to(memory_format=torch.channels_last), *rest), quantized_conv2d(x, *rest))
 
 
 def test_no_pictures_give_no_pictures() -> None:
-    x, *rest = arguments(CASES[5], 8, 8, torch.float32)
+    x, *rest = arguments(CASES[5], Format(8, 8), torch.float32)
     assert quantized_conv2d(x[:0], *rest).shape == (0, 7, 4, 4)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_is_a_well_behaved_operation(bits: int) -> None:
-    x, *rest = arguments(CASES[9], bits, 8, torch.float32)
-    rest[4:8] = [list(pair) for pair in rest[4:8]]
+@pytest.mark.parametrize("form", [Format(2, 8), Format(3, 8, 5), Format(4, 8), Format(8, 8)])
+def test_is_a_well_behaved_operation(form: Format) -> None:
+    x, *rest = arguments(CASES[9], form, torch.float32)
+    rest[5:9] = [list(pair) for pair in rest[5:9]]
     operation = torch.ops.diffpress.quantized_conv2d.default
     torch.library.opcheck(operation, (x, *rest))
     torch.library.opcheck(operation, (x.to(memory_format=torch.channels_last), *rest), test_utils="test_faketensor")
@@ -123,17 +153,18 @@ def test_is_a_well_behaved_operation(bits: int) -> None:
         (1, torch.zeros(7, 5, 3, 3, dtype=torch.int8), r"weight must be.*\[7, 5, 3, 3\]"),
         (2, torch.ones(8), r"weight_scale must be torch.float32 \[7\]"),
         (3, torch.ones(2), r"activation_scale must be torch.float32 \[1\]"),
-        (4, torch.ones(8), r"bias must be floating point \[7\]"),
-        (5, (3,), "kernel_size must be two numbers"),
-        (6, (1, 1, 1), "stride must be two numbers"),
-        (7, (1,), "padding must be two numbers"),
-        (8, (9, 9), "reaches beyond x"),
-        (9, 6, "weight_bits must be 4 or 8, got 6"),
-        (10, 1, "activation_bits must lie in"),
+        (4, torch.ones(1), r"zero_point must be torch.int32 \[1\]"),
+        (5, torch.ones(8), r"bias must be floating point \[7\]"),
+        (6, (3,), "kernel_size must be two numbers"),
+        (7, (1, 1, 1), "stride must be two numbers"),
+        (8, (1,), "padding must be two numbers"),
+        (9, (9, 9), "reaches beyond x"),
+        (10, 6, "weight_bits must be 2, 3, 4 or 8, got 6"),
+        (11, 1, "activation_bits must lie in"),
     ],
 )
 def test_what_does_not_fit_is_named(position: int, value: object, message: str) -> None:
-    given = list(arguments(CASES[5], 8, 8, torch.float32))
+    given = list(arguments(CASES[5], Format(8, 8, 3), torch.float32))
     given[position] = value
     with pytest.raises(ValueError, match=message):
         quantized_conv2d(*given)
@@ -141,6 +172,6 @@ def test_what_does_not_fit_is_named(position: int, value: object, message: str) 
 
 @pytest.mark.long
 def test_compiles_into_one_graph() -> None:
-    given = arguments(CASES[5], 4, 8, torch.float32)
+    given = arguments(CASES[5], Format(4, 8, 3), torch.float32)
     compiled = torch.compile(quantized_conv2d, fullgraph=True)
     assert torch.equal(compiled(*given), quantized_conv2d(*given))

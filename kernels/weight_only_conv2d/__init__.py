@@ -1,0 +1,56 @@
+"""Two-dimensional convolution on integer weights, computed in floats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_weight_only, conv2d_depth
+from ..windows import empty_output
+from .reference import weight_only_conv2d_reference
+
+__all__ = ["weight_only_conv2d"]
+
+
+def weight_only_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    weight_bits: int,
+    group_size: int,
+) -> Tensor:
+    """`x` [B, C, H, W] convolved with integer weights: [B, O, H', W'], computed in the dtype of `x`, one group of channels.
+
+    `weight` [O, ...] is the kernel packed from [O, C*kh*kw] (see `pack_codes`); `weight_scale` and `bias` are those of
+    `weight_only_linear`, with N = O and K = C*kh*kw. Raises ValueError naming what does not fit.
+    """
+    depth = conv2d_depth(x, kernel_size, stride, padding, dilation)
+    check_weight_only(depth, weight, weight_scale, bias, weight_bits, group_size)
+    return torch.ops.diffpress.weight_only_conv2d(
+        x,
+        weight,
+        weight_scale,
+        bias,
+        list(kernel_size),
+        list(stride),
+        list(padding),
+        list(dilation),
+        weight_bits,
+        group_size,
+    )
+
+
+_op = torch.library.custom_op("diffpress::weight_only_conv2d", weight_only_conv2d_reference, mutates_args=())
+
+
+@_op.register_fake
+def _(x: Tensor, weight: Tensor, _scale: Tensor, _bias: Tensor | None, *rest: Any) -> Tensor:
+    return empty_output(x, weight, *rest[:4])

@@ -1,0 +1,30 @@
+"""The truth of `weight_only_conv2d`, in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..packing import unpack_codes
+from ..quantization import dequantize_groups
+
+
+def weight_only_conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    weight_bits: int,
+    group_size: int,
+) -> Tensor:
+    """y = x * (W s_w) + b, the weights dequantized in float32 and cast (see `weight_only_conv2d` for the shapes)."""
+    shape = (len(weight), x.shape[1], *kernel_size)
+    codes = unpack_codes(weight, shape[1] * shape[2] * shape[3], weight_bits)
+    weights = dequantize_groups(codes, weight_scale, group_size).to(x.dtype).view(shape)
+    return F.conv2d(x, weights, None if bias is None else bias.to(x.dtype), stride, padding, dilation)

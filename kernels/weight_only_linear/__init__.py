@@ -1,0 +1,31 @@
+"""Linear layer on integer weights, computed in floats."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_weight_only, linear_depth
+from .reference import weight_only_linear_reference
+
+__all__ = ["weight_only_linear"]
+
+
+def weight_only_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, weight_bits: int, group_size: int
+) -> Tensor:
+    """`x` [..., K] times integer weights: [..., N], computed in the dtype of `x`.
+
+    `weight` [N, ...] is packed from [N, K] (see `pack_codes`); `weight_scale` [N, ceil(K / group_size)] is float32, one a
+    group of neighbouring columns, the last of which may be short; `bias` is [N]. Raises ValueError naming what does not fit.
+    """
+    check_weight_only(linear_depth(x), weight, weight_scale, bias, weight_bits, group_size)
+    return torch.ops.diffpress.weight_only_linear(x, weight, weight_scale, bias, weight_bits, group_size)
+
+
+_op = torch.library.custom_op("diffpress::weight_only_linear", weight_only_linear_reference, mutates_args=())
+
+
+@_op.register_fake
+def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -1,0 +1,18 @@
+"""The truth of `weight_only_linear`, in torch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..packing import unpack_codes
+from ..quantization import dequantize_groups
+
+
+def weight_only_linear_reference(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, weight_bits: int, group_size: int
+) -> Tensor:
+    """y = x W s_w + b, the weights dequantized in float32 and cast (see `weight_only_linear` for the shapes)."""
+    codes = unpack_codes(weight, x.shape[-1], weight_bits)
+    weights = dequantize_groups(codes, weight_scale, group_size).to(x.dtype)
+    return F.linear(x, weights, None if bias is None else bias.to(x.dtype))

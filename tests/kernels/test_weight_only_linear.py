@@ -1,0 +1,98 @@
+"""weight_only_linear against the same layer in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffpress.kernels import code_range, pack_codes, unpack_codes, weight_only_linear
+
+SHAPES = [
+    ((1,), 1, 1, 1),
+    ((63,), 63, 100, 16),
+    ((2, 7), 100, 33, 100),
+    ((3, 1, 5), 64, 8, 32),
+    ((), 17, 9, 64),
+    ((0,), 8, 4, 3),
+    ((5,), 1000, 6, 128),
+]
+"""Leading sizes, K, N, group size: whole, short and single groups."""
+WIDTHS = [2, 3, 4, 8]
+Arguments = tuple[Any, ...]
+
+
+def arguments(
+    lead: tuple[int, ...], depth: int, rows: int, group_size: int, bits: int, dtype: torch.dtype, bias: bool = True
+) -> Arguments:
+    """Weights that use every code, with scales that differ from group to group."""
+    generator = torch.Generator().manual_seed(depth + rows + bits)
+    low, high = code_range(bits)
+    codes = torch.randint(low, high + 1, (rows, depth), dtype=torch.int8, generator=generator)
+    scale = (torch.rand(rows, -(-depth // group_size), generator=generator) + 0.5) / high / depth**0.5
+    x = torch.randn(*lead, depth, generator=generator).to(dtype)
+    offset = torch.randn(rows, generator=generator).to(dtype) if bias else None
+    return x, pack_codes(codes, bits), scale, offset, bits, group_size
+
+
+def dequantized(given: Arguments) -> Tensor:
+    """The weights [N, K] in float64, column by column."""
+    x, weight, scale, _, bits, group_size = given
+    codes = unpack_codes(weight, x.shape[-1], bits).double()
+    return torch.stack([codes[:, k] * scale[:, k // group_size] for k in range(codes.shape[1])], 1)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("lead", "depth", "rows", "group_size"), SHAPES)
+def test_matches_float64(lead: tuple[int, ...], depth: int, rows: int, group_size: int, bits: int, bias: bool) -> None:
+    """A weight is rounded once, and a sum of K products and the bias K + 1 times at most, in whatever order."""
+    given = arguments(lead, depth, rows, group_size, bits, torch.float32, bias)
+    x, weights = given[0].double(), dequantized(given)
+    offset = given[3].double() if bias else torch.zeros(rows).double()
+    output = weight_only_linear(*given)
+    assert output.shape == (*lead, rows)
+    largest = x.abs() @ weights.t().abs() + offset.abs()
+    roundings = (depth + 2) * torch.finfo(torch.float32).eps / 2
+    assert torch.all((output.double() - (x @ weights.t() + offset)).abs() <= roundings * largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_is_a_linear_layer_of_the_inputs_dtype(bits: int, dtype: torch.dtype) -> None:
+    x, weight, scale, bias, *rest = arguments((9,), 63, 10, 16, bits, dtype)
+    weights = dequantized((x, weight, scale, bias, *rest)).float().to(dtype)
+    # A float32 bias, as a model that keeps its small tensors exact has it, is cast like the weights.
+    for offset in (bias, bias.float()):
+        assert torch.equal(weight_only_linear(x, weight, scale, offset, *rest), F.linear(x, weights, bias))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_is_a_well_behaved_operation(bits: int) -> None:
+    given = arguments((3, 5), 33, 6, 8, bits, torch.float32)
+    torch.library.opcheck(torch.ops.diffpress.weight_only_linear.default, given)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.tensor(1.0), r"x must be floating point \[..., K\]"),
+        (1, torch.zeros(4, 7, dtype=torch.uint8), r"weight must be torch.uint8 \[N, 5\] at 4 bits.*\[4, 7\]"),
+        (1, torch.zeros(4, 5, dtype=torch.int8), "weight must be torch.uint8.*got torch.int8"),
+        (2, torch.ones(4), r"weight_scale must be torch.float32 \[4, 3\], got torch.float32 \[4\]"),
+        (2, torch.ones(4, 2), r"weight_scale must be torch.float32 \[4, 3\], got torch.float32 \[4, 2\]"),
+        (2, torch.ones(4, 3).half(), "weight_scale must be torch.float32.*got torch.float16"),
+        (3, torch.ones(3), r"bias must be floating point \[4\]"),
+        (4, 6, "weight_bits must be 2, 3, 4 or 8, got 6"),
+        (5, 0, "group_size must be at least 1, got 0"),
+        (5, 5, r"weight_scale must be torch.float32 \[4, 2\]"),
+    ],
+)
+def test_what_does_not_fit_is_named(position: int, value: object, message: str) -> None:
+    given = list(arguments((2,), 9, 4, 4, 4, torch.float32))
+    given[position] = value
+    with pytest.raises(ValueError, match=message):
+        weight_only_linear(*given)
