@@ -21,26 +21,32 @@ from .sampling import Sampling, denoiser_of, sample
 
 def macs_per_image(pipeline: Any, condition: Condition, sampling: Sampling) -> int:
     """Multiply-accumulates of one whole sampling call, decoder and text encoder included."""
-    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+    with FlopCounterMode(display=False, custom_mapping=operation_formulas()) as counter:
         sample(pipeline, [condition], sampling)
     return int(counter.get_total_flops()) // 2
 
 
-def _formulas() -> dict[Any, Callable[..., int]]:
-    """Operations that torch's counter does not know."""
+def operation_formulas() -> dict[Any, Callable[..., int]]:
+    """Operations that torch's counter does not know; it gives shapes in the place of tensors."""
 
     def linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
         return 2 * prod(x) * weight[0]
 
-    def conv2d(x: Any, _weight: Any, _s: Any, _a: Any, _b: Any, kernel: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-        return 2 * prod(out_shape) * x[1] * prod(kernel)
+    def conv2d(place: int) -> Callable[..., int]:
+        """The formula where the kernel's size is the argument at `place`."""
+        return lambda x, *others, out_shape, **_: 2 * prod(out_shape) * x[1] * prod(others[place - 1])
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
+    ops = torch.ops.diffpress
     return {
-        torch.ops.diffpress.quantized_linear: linear,
-        torch.ops.diffpress.quantized_conv2d: conv2d,
+        ops.quantized_linear: linear,
+        ops.weight_only_linear: linear,
+        ops.fp8_linear: linear,
+        ops.quantized_conv2d: conv2d(6),
+        ops.weight_only_conv2d: conv2d(4),
+        ops.fp8_conv2d: conv2d(5),
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
     }
 
@@ -93,10 +99,7 @@ def weight_bytes(pipeline: Any) -> int:
 
 def parameter_count(model: nn.Module) -> int:
     """Numbers the model computes with, however many bits each is stored in."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    for module in model.modules():
-        if isinstance(module, PackedLayer):
-            columns = module.weight.shape[1] * (2 if module.weight_bits == 4 else 1)
-            bias = 0 if module.bias is None else module.bias.numel()
-            total += module.weight.shape[0] * columns + bias
-    return total
+    packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    biases = [layer.bias.numel() for layer in packed if layer.bias is not None]
+    weights = [len(layer.weight) * layer.columns for layer in packed]
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(weights) + sum(biases)

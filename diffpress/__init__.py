@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from diffpress.export.load import register_with_diffusers
+from diffpress.export.load import register_quantizers
 
 if TYPE_CHECKING:
     from diffpress.export.artifact import load
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "__version__", "load", "press"]
 __version__ = _version("diffpress")
 
-register_with_diffusers()
+register_quantizers()
 
 _HOMES = {"Recipe": "diffpress.recipe", "load": "diffpress.export.artifact", "press": "diffpress.flow"}
 

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch import Tensor
 
-from diffpress.kernels import quantized_conv2d, quantized_linear
+from diffpress.kernels import (
+    fp8_conv2d,
+    fp8_linear,
+    pack_codes,
+    quantized_conv2d,
+    quantized_linear,
+    weight_only_conv2d,
+    weight_only_linear,
+)
 
 PACKAGES = ("diffpress", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+SIZE = 64
+"""Input and output channels of the layers that are tried."""
+POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1))
+"""Kernel size, stride, padding and dilation of a convolution that is a linear layer at every position."""
 
 
 def examine() -> dict[str, str]:
     """A finding a line: versions, and for every backend and kernel `works` or `fails: why`."""
     findings = {"machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"}
     findings |= {name: _version(name) for name in PACKAGES}
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for device in devices:
-        for name, kernel in (("quantized_linear", _linear), ("quantized_conv2d", _conv2d)):
-            for bits in (8, 4):
-                findings[f"{name} W{bits}A8 on {device}"] = _try(lambda k=kernel, b=bits, d=device: k(b, d))  # type: ignore[misc]
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for bits in (8, 4, 3, 2):
+            findings[f"quantized layers W{bits}A8 on {device}"] = _try(partial(_quantized, bits, device))
+            findings[f"weight-only layers W{bits} on {device}"] = _try(partial(_weight_only, bits, device))
+        findings[f"float8 layers on {device}"] = _try(partial(_float8, device))
     findings["onnxruntime engine"] = _try(_onnxruntime)
     return findings
 
@@ -43,30 +57,43 @@ def _try(check: Callable[[], None]) -> str:
     return "works"
 
 
-def _weight(rows: int, columns: int, bits: int, device: str) -> torch.Tensor:
-    stored = columns if bits == 8 else (columns + 1) // 2
-    return torch.ones(rows, stored, dtype=torch.int8 if bits == 8 else torch.uint8, device=device)
+def _quantized(bits: int, device: str) -> None:
+    weight, (scale, zero) = _weight(bits, device), (torch.ones(1, device=device), torch.ones(1, device=device).int())
+    scales = (torch.ones(SIZE, device=device), scale)
+    for point in (None, zero):
+        _expect(quantized_linear(_tokens(device), weight, *scales, point, None, bits, 8))
+        _expect(quantized_conv2d(_pixels(device), weight, *scales, point, None, *POINTWISE, bits, 8))
 
 
-def _linear(bits: int, device: str) -> None:
-    x, scale = torch.ones(32, 64, device=device), torch.ones(1, device=device)
-    _expect(
-        quantized_linear(x, _weight(64, 64, bits, device), torch.ones(64, device=device), scale, None, bits, 8), bits
-    )
+def _weight_only(bits: int, device: str) -> None:
+    weight, scale = _weight(bits, device), torch.ones(SIZE, 2, device=device)
+    _expect(weight_only_linear(_tokens(device), weight, scale, None, bits, SIZE // 2))
+    _expect(weight_only_conv2d(_pixels(device), weight, scale, None, *POINTWISE, bits, SIZE // 2))
 
 
-def _conv2d(bits: int, device: str) -> None:
-    x, scale = torch.ones(1, 64, 8, 8, device=device), torch.ones(1, device=device)
-    weight, weight_scale = _weight(64, 64, bits, device), torch.ones(64, device=device)
-    output = quantized_conv2d(x, weight, weight_scale, scale, None, (1, 1), (1, 1), (0, 0), (1, 1), bits, 8)
-    _expect(output, bits)
+def _float8(device: str) -> None:
+    weight = torch.ones(SIZE, SIZE, device=device).to(torch.float8_e4m3fn)
+    scales = (torch.ones(SIZE, device=device), torch.ones(1, device=device))
+    _expect(fp8_linear(_tokens(device), weight, *scales, None))
+    _expect(fp8_conv2d(_pixels(device), weight, *scales, None, *POINTWISE))
 
 
-def _expect(output: torch.Tensor, bits: int) -> None:
-    """All inputs are 1, so each output counts the weights that are: all of 64, or every other where a byte holds two."""
-    expected = 64 if bits == 8 else 32
-    if not bool((output == expected).all()):
-        raise ArithmeticError(f"expected {expected}, got {output.flatten()[0].item()}")
+def _tokens(device: str) -> Tensor:
+    return torch.ones(32, SIZE, device=device)
+
+
+def _pixels(device: str) -> Tensor:
+    return torch.ones(1, SIZE, 8, 8, device=device)
+
+
+def _weight(bits: int, device: str) -> Tensor:
+    return pack_codes(torch.ones(SIZE, SIZE, dtype=torch.int8, device=device), bits)
+
+
+def _expect(output: Tensor) -> None:
+    """All inputs, weights and scales are 1, so each output counts the input channels."""
+    if not bool((output == SIZE).all()):
+        raise ArithmeticError(f"expected {SIZE}, got {output.flatten()[0].item()}")
 
 
 def _onnxruntime() -> None:

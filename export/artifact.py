@@ -6,18 +6,19 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .apply import apply_edits_
 from .edits import Edit, edits_of
-from .errors import ArtifactError, OutputError
+from .errors import ArtifactError, ModelFileError, OutputError
 from .folder import PipelineFolder
-from .load.quantizer import EditsConfig
+from .load.config import EditsConfig
+from .load.empty import apply_to_empty_
+from .load.libraries import empty_model, library_of
 from .manifest import MANIFEST, Manifest, check_files, read_manifest
 from .onnx.manifest import is_export
 
@@ -38,19 +39,20 @@ def write_pipeline(
 
     So that all parts load alike when no precision is asked for, fp16 weights lose that in their names and text encoders
     in their configs.
-    `tensors` holds per component what the edits store, named `MODULE.TENSOR`.
+    `tensors` holds per component what the edits store, named `MODULE.TENSOR`. Raises UnsupportedModelError where a
+    component is no model of a library that can load edits.
     """
     edited = {edit.component for edit in edits}
     for name in source.files():
         if name.split("/")[0] not in edited:
             _copy_plain(source.path, folder, name)
     for component in sorted(edited):
-        (folder / component).mkdir(parents=True)
         own = edits_of(component, edits)
         stored = _stored_tensors(source, component, own, tensors[component])
-        save_file(stored, folder / component / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-        config = json.loads((source.path / component / "config.json").read_text())
-        config["quantization_config"] = EditsConfig(list(own), timesteps).to_dict()
+        (folder / component).mkdir(parents=True)
+        save_file(stored, folder / component / library_of(source, component).WEIGHTS, metadata={"format": "pt"})
+        config = _plain_config(source.config(component))
+        config["quantization_config"] = EditsConfig.of(own, timesteps).to_dict()
         (folder / component / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
@@ -58,23 +60,31 @@ def _copy_plain(source: Path, folder: Path, name: str) -> None:
     plain = name.replace(VARIANT, "")
     (folder / plain).parent.mkdir(parents=True, exist_ok=True)
     config = json.loads((source / name).read_text()) if name.endswith("/config.json") else {}
-    stored = {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
-    if stored:
-        # Transformers would load the precision named here, diffusers loads float32: the parts would not fit together.
-        (folder / plain).write_text(json.dumps(config | stored, indent=1, sort_keys=True) + "\n")
+    if config != _plain_config(config):
+        (folder / plain).write_text(json.dumps(_plain_config(config), indent=1, sort_keys=True) + "\n")
     elif plain != name and name.endswith(".json"):
         (folder / plain).write_text((source / name).read_text().replace(VARIANT, ""))
     else:
         shutil.copyfile(source / name, folder / plain)
 
 
+def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Transformers would load the precision that is named here, diffusers loads float32: the parts must fit together."""
+    return config | {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
+
+
 def _stored_tensors(
     source: PipelineFolder, component: str, edits: Sequence[Edit], packed: Tensors
 ) -> dict[str, Tensor]:
-    """Untouched tensors as the source has them (biases too), weights of edited modules as packed."""
-    replaced = {f"{edit.module}.weight" for edit in edits}
-    kept = {name: tensor for name, tensor in source.tensors(component) if name not in replaced}
-    return {name: tensor.contiguous() for name, tensor in sorted({**kept, **packed}.items())}
+    """Untouched tensors as the source has them (biases too), weights of edited modules as packed.
+
+    All are named as in the model, for edits are too; what the model has no place for is left out, as when it is loaded.
+    """
+    library, model = library_of(source, component), empty_model(source, component)
+    tensors = library.renamed(model, dict(source.tensors(component)))
+    kept = library.held(model).keys() - {f"{edit.module}.weight" for edit in edits}
+    stored = {name: tensor for name, tensor in tensors.items() if name in kept} | dict(packed)
+    return {name: tensor.contiguous() for name, tensor in sorted(stored.items())}
 
 
 def publish(staged: Path, out: Path) -> None:
@@ -138,19 +148,16 @@ def verify(path: Path) -> Manifest:
 
 def _check_edits_apply(folder: PipelineFolder, component: str, edits: list[Edit], timesteps: list[float]) -> None:
     try:
-        model_class = getattr(diffusers, folder.components[component])
-        config = json.loads((folder.path / component / "config.json").read_text())
-        own = EditsConfig.from_dict(config["quantization_config"])
-    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        own = EditsConfig.from_dict(folder.config(component)["quantization_config"])
+    except (KeyError, ValueError, ModelFileError) as error:
         raise ArtifactError(
             f"{folder.name}: {component} has no readable edits in its config.json ({error!r})."
         ) from error
-    if own.edits != edits or own.timesteps != timesteps:
+    if own != EditsConfig.of(edits, timesteps):
         raise ArtifactError(f"{folder.name}: {component}/config.json and {MANIFEST} disagree about the edits.")
-    with init_empty_weights(include_buffers=True):
-        model = model_class.from_config({k: v for k, v in config.items() if k != "quantization_config"})
-        apply_edits_(model, edits, timesteps)
-    expected = {name: _form(tensor) for name, tensor in model.state_dict().items()}
+    model = empty_model(folder, component)
+    apply_to_empty_(model, own)
+    expected = {name: _form(tensor) for name, tensor in library_of(folder, component).held(model).items()}
     stored = {name: _form(tensor) for name, tensor in folder.tensors(component)}
     for name in sorted(expected.keys() | stored.keys()):
         if expected.get(name) != stored.get(name):
@@ -160,7 +167,9 @@ def _check_edits_apply(folder: PipelineFolder, component: str, edits: list[Edit]
 
 
 def _form(tensor: Tensor) -> str:
-    return f"{'float' if tensor.is_floating_point() else str(tensor.dtype)} {list(tensor.shape)}"
+    # Loaders may change the precision of ordinary floats, and of nothing else.
+    free = tensor.is_floating_point() and tensor.element_size() > 1
+    return f"{'float' if free else tensor.dtype} {list(tensor.shape)}"
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:

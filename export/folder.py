@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,13 +49,32 @@ class PipelineFolder:
     @cached_property
     def components(self) -> dict[str, str]:
         """Component name to class name, without those the pipeline leaves empty."""
+        return {name: str(value[1]) for name, value in self._entries.items()}
+
+    @cached_property
+    def libraries(self) -> dict[str, str]:
+        """Component name to the library its class is from."""
+        return {name: str(value[0]) for name, value in self._entries.items()}
+
+    @cached_property
+    def _entries(self) -> dict[str, list[object]]:
+        """Component name to library and class, where there is a class."""
         pairs = {name: value for name, value in self.index.items() if isinstance(value, list) and len(value) == 2}
         for name in pairs:
             if not name.isidentifier():
                 raise ModelFileError(
                     f"{self.name}: model_index.json names a part {name!r}, which is no name of a folder."
                 )
-        return {name: str(value[1]) for name, value in pairs.items() if value[1] is not None}
+        return {name: value for name, value in pairs.items() if value[1] is not None}
+
+    @property
+    def text_encoders(self) -> list[str]:
+        """The models of transformers that read the prompt, in the pipeline's order."""
+        return sorted(
+            name
+            for name, library in self.libraries.items()
+            if library == "transformers" and name.startswith("text_encoder")
+        )
 
     @cached_property
     def denoiser(self) -> str:
@@ -73,6 +93,16 @@ class PipelineFolder:
 
     def _parts(self) -> str:
         return ", ".join(self.components)
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The parsed config.json of one model. Raises ModelFileError where there is none."""
+        try:
+            config = json.loads((self.path / component / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ModelFileError(f"{self.name}: {component} has no readable config.json ({error}).") from error
+        if not isinstance(config, dict):
+            raise ModelFileError(f"{self.name}: {component}/config.json holds no settings.")
+        return config
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors of one component, empty where it has no weights. Raises ModelFileError where all are pickles."""

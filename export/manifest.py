@@ -60,6 +60,8 @@ class Manifest(BaseModel):
     timesteps: list[float]
     edits: list[Edit]
     plan: list[PlanRow]
+    learning: list[dict[str, float]] = []
+    """How learning went: `iteration`, `loss` and `held_back` at every judgement; empty where nothing was learned."""
     metrics: dict[str, Any]
     files: dict[str, File]
 

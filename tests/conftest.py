@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffpress.export.edits import Pack
 from diffpress.export.runtime import why_not_packable
-from diffpress.kernels import code_range, pack_int4, quantize
+from diffpress.kernels import code_range, pack_codes, quantize
 from diffpress.zoo.emoji import train_tokenizer
 
 torch.set_num_threads(1)
@@ -133,32 +133,41 @@ def _saved(pipeline: DiffusionPipeline, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pack_all():
-    """A function: every packable layer of a denoiser, packed with the largest magnitude of each row as full scale.
+    """A function: every layer of a model that a format fits, packed with the largest magnitude as full scale.
 
-    It takes the denoiser, its component name, the bits and the number of steps, and gives the edits and their tensors. The
-    activation scales differ from step to step, so that a clock that stands still is noticed.
+    It takes the model, its component name, the bits, the number of steps, and for weight-only (no activation bits) the
+    group size, and gives the edits and their tensors. The activation scales differ from step to step, so that a clock that
+    stands still is noticed.
     """
 
     def pack(
-        denoiser: nn.Module, component: str, weight_bits: int, activation_bits: int, steps: int
+        model: nn.Module,
+        component: str,
+        weight_bits: int,
+        activation_bits: int | None,
+        steps: int,
+        group_size: int | None = None,
     ) -> tuple[list[Pack], dict[str, Tensor]]:
         edits, tensors = [], {}
-        for name, layer in denoiser.named_modules():
-            if why_not_packable(layer) is not None:
+        form = {"weight_bits": weight_bits, "activation_bits": activation_bits, "group_size": group_size}
+        for name, layer in model.named_modules():
+            if why_not_packable(layer) is not None or (activation_bits and isinstance(layer, nn.Embedding)):
                 continue
-            codes, scale = absmax(layer.weight.detach().float().flatten(1), weight_bits)
-            activation = torch.linspace(6, 3, steps) / code_range(activation_bits)[1]
-            tensors[f"{name}.weight"] = codes if weight_bits == 8 else pack_int4(codes)
-            tensors[f"{name}.weight_scale"], tensors[f"{name}.activation_scale"] = scale, activation
-            edits.append(
-                Pack(component=component, module=name, weight_bits=weight_bits, activation_bits=activation_bits)
-            )
+            codes, scale = absmax(layer.weight.detach().float().flatten(1), weight_bits, group_size)
+            tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = pack_codes(codes, weight_bits), scale
+            if activation_bits is not None:
+                full = torch.linspace(6, 3, steps)
+                tensors[f"{name}.activation_scale"] = full / code_range(activation_bits)[1]
+            edits.append(Pack.model_validate({"component": component, "module": name, **form}))
         return edits, tensors
 
     return pack
 
 
-def absmax(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes [N, K] and scales [N] with each row's largest magnitude at the largest code."""
-    scale = (rows.abs().amax(1) / code_range(bits)[1]).clamp(min=1e-8)
-    return quantize(rows, scale[:, None], bits), scale
+def absmax(rows: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] and scales [N], or [N, groups], with each largest magnitude at the largest code."""
+    columns = rows.shape[1]
+    groups = [rows] if group_size is None else rows.split(group_size, 1)
+    scale = torch.stack([group.abs().amax(1) for group in groups], 1).div(code_range(bits)[1]).clamp(min=1e-8)
+    codes = quantize(rows, scale.repeat_interleave(group_size or columns, 1)[:, :columns], bits)
+    return codes, scale[:, 0] if group_size is None else scale

@@ -65,7 +65,7 @@ def _targets(module: str, node: ast.ImportFrom) -> set[str]:
         ("export", 1, "from diffpress.zoo import zoo_folder"),
         ("export", 1, "from diffpress.export.errors import UserError"),
         ("export", 1, "from ..kernels import quantize"),
-        ("diffpress", 1, "from .export.load import register_with_diffusers"),
+        ("diffpress", 1, "from .export.load import register_quantizers"),
         ("diffpress", 1, "from . import kernels"),
         ("diffpress", 1, "from diffpress.flow import press"),
         ("calibration", 1, "from export.errors import UserError"),
@@ -95,25 +95,30 @@ def _python(program: str) -> str:
 
 
 KNOWN = """
-made = auto.DiffusersAutoQuantizer.from_config({"quant_method": "diffpress", "edits": [], "timesteps": [1.0]})
-print(type(made).__name__, type(made.quantization_config).__name__)
+config = {"quant_method": "diffpress", "edits": [], "timesteps": []}
+for tables, entry in ((diffusers_tables, "DiffusersAutoQuantizer"), (transformers_tables, "AutoHfQuantizer")):
+    made = getattr(tables, entry).from_config(config)
+    print(type(made).__module__, type(made.quantization_config).__name__)
 """
+FOUND = [f"diffpress.export.load.{library} EditsConfig" for library in ("diffusers", "transformers")]
 
 
-def test_import_is_light_and_registers_when_diffusers_comes_later() -> None:
+def test_import_is_light_and_registers_when_the_libraries_come_later() -> None:
     program = """
 import sys, diffpress
 print(sorted({"torch", "diffusers", "transformers"} & sys.modules.keys()))
-from diffusers.quantizers import auto
+from diffusers.quantizers import auto as diffusers_tables
+from transformers.quantizers import auto as transformers_tables
 print([finder for finder in sys.meta_path if type(finder).__module__.startswith("diffpress")])
 """
-    assert _python(program + KNOWN).splitlines() == ["[]", "[]", "EditsQuantizer EditsConfig"]
+    assert _python(program + KNOWN).splitlines() == ["[]", "[]", *FOUND]
 
 
-def test_import_registers_when_diffusers_came_first() -> None:
+def test_import_registers_when_the_libraries_came_first() -> None:
     program = """
-from diffusers.quantizers import auto
-assert "diffpress" not in auto.AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers import auto as diffusers_tables
+from transformers.quantizers import auto as transformers_tables
+assert "diffpress" not in {*diffusers_tables.AUTO_QUANTIZER_MAPPING, *transformers_tables.AUTO_QUANTIZER_MAPPING}
 import diffpress
 """
-    assert _python(program + KNOWN).split() == ["EditsQuantizer", "EditsConfig"]
+    assert _python(program + KNOWN).splitlines() == FOUND

@@ -1,5 +1,5 @@
 """From an artifact folder to a running pipeline."""
 
-from .registration import register_with_diffusers
+from .registration import register_quantizers
 
-__all__ = ["register_with_diffusers"]
+__all__ = ["register_quantizers"]

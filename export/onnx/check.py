@@ -68,7 +68,7 @@ def rounding(module: nn.Module) -> float:
     """Relative difference by float rounding: every layer adds the square root of its sums' length, in roundings."""
     weights = [weight for weight in module.parameters() if weight.ndim > 1]
     layers = packed_layers(module)
-    longest = max([weight[0].numel() for weight in weights] + [layer.weight.shape[1] for layer in layers], default=1)
+    longest = max([weight[0].numel() for weight in weights] + [layer.columns for layer in layers], default=1)
     return (len(weights) + len(layers)) * math.sqrt(longest) * EPSILON
 
 
@@ -85,7 +85,8 @@ def jittered(module: nn.Module, generator: torch.Generator) -> Iterator[None]:
         noise = torch.randn(x.shape, generator=generator)
         return (x + JITTER * x.square().mean().sqrt() * noise, *others)
 
-    handles = [layer.register_forward_pre_hook(jitter) for layer in packed_layers(module)]
+    rounding_layers = [layer for layer in packed_layers(module) if layer.edit.activation_bits is not None]
+    handles = [layer.register_forward_pre_hook(jitter) for layer in rounding_layers]
     try:
         yield
     finally:

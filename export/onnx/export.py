@@ -98,7 +98,7 @@ def _write(
         steps=steps,
         guidance_scale=guidance,
         schedules=schedules,
-        self_test=write_self_test(kind, pipeline, denoiser, folder, min(schedules), guidance),
+        self_test=write_self_test(kind, pipeline, folder, min(schedules), guidance),
         files=list_files(folder, (EXPORT,)),
     )
     manifest = run_self_test(manifest, folder)
@@ -115,7 +115,7 @@ def _left_out(pipeline: Any, parts: list[Part]) -> tuple[str, ...]:
 
 def _write_part(part: Part, folder: Path) -> Graph:
     """One graph on disk, checked against torch."""
-    layers = packed_layers(part.module)
+    edits = [layer.edit for layer in packed_layers(part.module)]
     widen_weights_(part.module)
     write_graph(part, folder)
     file = f"{part.name}.onnx"
@@ -125,7 +125,7 @@ def _write_part(part: Part, folder: Path) -> Graph:
     return Graph(
         file=file,
         data=f"{file}.data",
-        format="int8" if layers else "float32",
+        format="int8" if any(edit.activation_bits and not edit.float8 for edit in edits) else "float32",
         inputs=tuple(item.port() for item in part.inputs),
         outputs=(Port(name=part.output, dtype="float32", shape=("batch", *output.shape[1:])),),
         max_abs_error=agreement.max_abs_error,

@@ -15,10 +15,10 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from diffpress.kernels import unpack_int4
+from diffpress.kernels import code_range, unpack_codes
 
 from ..errors import UnsupportedModelError
-from ..runtime import PackedConv2d, PackedLayer, PackedLinear, StepClock
+from ..runtime import PackedLayer, StepClock
 from .manifest import Port
 from .translate import translations
 
@@ -73,21 +73,15 @@ def packed_layers(module: nn.Module) -> list[PackedLayer]:
 
 
 def widen_weights_(module: nn.Module) -> int:
-    """Store 4-bit weights of packed layers as int8, with the same values, so that the graph needs no unpacking.
+    """Store the integer weights of packed layers as int8, with the same values, so that the graph needs no unpacking.
 
-    Returns how many layers that were.
+    Returns how many layers that changed.
     """
-    layers = [layer for layer in packed_layers(module) if layer.weight_bits == 4]
+    layers = [layer for layer in packed_layers(module) if layer.edit.weight_bits < 8]
     for layer in layers:
-        layer.weight, layer.weight_bits = unpack_int4(layer.weight, _columns(layer)), 8
+        layer.weight = unpack_codes(layer.weight, layer.columns, layer.edit.weight_bits)
+        layer.edit = layer.edit.model_copy(update={"weight_bits": 8})
     return len(layers)
-
-
-def _columns(layer: PackedLayer) -> int:
-    if isinstance(layer, PackedLinear):
-        return layer.in_features
-    assert isinstance(layer, PackedConv2d)
-    return layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
 
 
 def write_graph(part: Part, folder: Path) -> None:
@@ -121,21 +115,33 @@ def write_graph(part: Part, folder: Path) -> None:
 
 
 def _finish_(model: ir.Model) -> None:
-    """Lay integer weights out once instead of in every run, and drop what only a debugger of the trace needs."""
-    optimizer.fold_constants(model, should_fold=_moves_integers)
+    """Lay weights out once instead of in every run, and drop what only a debugger of the trace needs."""
+    optimizer.fold_constants(model, should_fold=_lays_out_weights)
     RemoveUnusedNodesPass()(model)
+    for value in model.graph.initializers.values():
+        _narrow_(value)
     ClearMetadataAndDocStringPass()(model)
 
 
-def _moves_integers(node: ir.Node) -> bool:
-    source = node.inputs[0] if node.inputs else None
-    return node.op_type in ("Reshape", "Transpose") and source is not None and source.dtype == ir.DataType.INT8
+def _lays_out_weights(node: ir.Node) -> bool:
+    return node.op_type in ("Reshape", "Transpose")
+
+
+def _narrow_(weight: ir.Value) -> None:
+    """Store weights that fit four bits in four bits, where they are only dequantized: what else engines do with int4 varies."""
+    used = {node.op_type for node, _ in weight.uses()}
+    if weight.dtype != ir.DataType.INT8 or used != {"DequantizeLinear"} or weight.const_value is None:
+        return
+    codes, (low, high) = weight.const_value.numpy(), code_range(4)
+    if low <= codes.min() and codes.max() <= high:
+        weight.const_value = ir.tensor(codes.astype(ir.DataType.INT4.numpy()), name=weight.name)
+        weight.dtype = ir.DataType.INT4
 
 
 @contextmanager
 def _clocks_kept(module: nn.Module) -> Iterator[None]:
     """Tracing moves the clocks with tensors that stand for no value; put the real ones back."""
-    clocks: list[StepClock] = [layer.clock for layer in packed_layers(module)]
+    clocks: list[StepClock] = [layer.clock for layer in packed_layers(module) if layer.clock is not None]
     before = [clock.weights for clock in clocks]
     try:
         yield

@@ -25,15 +25,14 @@ MARGIN = 4.0
 """How much further than jittered torch another engine or machine may be: images differ in how much they are moved."""
 
 
-def write_self_test(
-    kind: Kind, pipeline: Any, denoiser: nn.Module, folder: Path, steps: int, guidance_scale: float | None
-) -> SelfTest:
+def write_self_test(kind: Kind, pipeline: Any, folder: Path, steps: int, guidance_scale: float | None) -> SelfTest:
     """Store the image that torch makes, with a tolerance from how far rounding alone moves it."""
     image = torch_image(kind, pipeline, kind.example, SEED, steps, guidance_scale)
     np.save(folder / IMAGE, image.numpy())
+    models = nn.ModuleList(part for part in pipeline.components.values() if isinstance(part, nn.Module))
     moved = 0.0
     for seed in range(JITTERS):
-        with jittered(denoiser, torch.Generator().manual_seed(seed)):
+        with jittered(models, torch.Generator().manual_seed(seed)):
             other = torch_image(kind, pipeline, kind.example, SEED, steps, guidance_scale)
         moved = max(moved, float((other - image).square().mean().sqrt()))
     return SelfTest(

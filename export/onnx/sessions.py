@@ -19,7 +19,7 @@ Array = NDArray[Any]
 INTEGER_KERNELS = frozenset(
     {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"}
 )
-FLOAT_KERNELS = frozenset({"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"})
+FLOAT_KERNELS = frozenset({"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MatMulNBits"})
 DISABLED = ["MatMulAddFusion"]
 """It turns an int8 MatMul with bias back into a float one."""
 
@@ -43,6 +43,8 @@ def open_session(graph: Path, threads: int = 0, profile: Path | None = None) -> 
     options.intra_op_num_threads = threads
     # 3: errors only. The warnings are about initializers that its own passes no longer need.
     options.log_severity_level = 3
+    # 1: float32. Left alone, products with weights in few bits also round their input to 8 bits.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.enable_profiling = profile is not None
     if profile is not None:
         options.profile_file_prefix = str(profile / "trace")

@@ -1,79 +1,141 @@
-"""Linear and Conv2d as they are stored: integer weights, one activation scale a step."""
+"""Linear, Conv2d and Embedding as they are stored: weights in few bits, one activation scale a step."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffpress.kernels import quantized_conv2d, quantized_linear
+from diffpress.kernels import (
+    code_range,
+    dequantize_groups,
+    fp8_conv2d,
+    fp8_linear,
+    packed_form,
+    quantized_conv2d,
+    quantized_linear,
+    unpack_codes,
+    weight_only_conv2d,
+    weight_only_linear,
+)
 
 from ..edits import Pack
 from .clock import StepClock
 
 
+class Operations(NamedTuple):
+    """What computes one kind of layer in each format."""
+
+    integers: Callable[..., Tensor]
+    weight_only: Callable[..., Tensor]
+    float8: Callable[..., Tensor]
+
+
+LINEAR = Operations(quantized_linear, weight_only_linear, fp8_linear)
+CONV2D = Operations(quantized_conv2d, weight_only_conv2d, fp8_conv2d)
+
+
 class PackedLayer(nn.Module):
-    """The tensors of a `Pack` edit; `clock` says which entry of the activation scales holds now."""
+    """The tensors of a `Pack` edit; `clock` says which entry of the tables over steps holds now."""
 
     weight: Tensor
     weight_scale: Tensor
-    activation_scale: Tensor
+    activation_scale: Tensor | None
+    zero_point: Tensor | None
+    smoothing: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, edit: Pack, clock: StepClock, rows: int, columns: int, has_bias: bool) -> None:
+    def __init__(
+        self, edit: Pack, clock: StepClock | None, rows: int, columns: int, channels: int = 0, has_bias: bool = False
+    ) -> None:
+        """The weight is [rows, columns] before it is packed; the input has `channels`."""
         super().__init__()
-        self.weight_bits, self.activation_bits, self.clock = edit.weight_bits, edit.activation_bits, clock
-        stored = (torch.int8, columns) if edit.weight_bits == 8 else (torch.uint8, (columns + 1) // 2)
-        self.register_buffer("weight", torch.zeros(rows, stored[1], dtype=stored[0]))
-        self.register_buffer("weight_scale", torch.ones(rows))
-        self.register_buffer("activation_scale", torch.ones(len(clock.timesteps)))
+        self.edit, self.clock, self.columns = edit, clock, columns
+        dtype, length = (torch.float8_e4m3fn, columns) if edit.float8 else packed_form(columns, edit.weight_bits)
+        groups = () if edit.group_size is None else (-(-columns // edit.group_size),)
+        steps = 0 if clock is None else len(clock.timesteps)
+        self.register_buffer("weight", torch.zeros(rows, length, dtype=dtype))
+        self.register_buffer("weight_scale", torch.ones(rows, *groups))
+        self.register_buffer("activation_scale", None if edit.activation_bits is None else torch.ones(steps))
+        self.register_buffer("zero_point", torch.zeros(steps) if edit.asymmetric else None)
+        self.register_buffer("smoothing", torch.ones(channels) if edit.smoothed else None)
         self.register_buffer("bias", torch.zeros(rows) if has_bias else None)
 
     def extra_repr(self) -> str:
-        return f"weight_bits={self.weight_bits}, activation_bits={self.activation_bits}"
+        return f"{len(self.weight)}, {self.columns}, {self.edit.format}"
+
+    def compute(self, x: Tensor, operations: Operations, *geometry: Sequence[int]) -> Tensor:
+        """The layer's output, from an input that is smoothed already."""
+        edit, weight = self.edit, (self.weight, self.weight_scale)
+        if self.clock is None or self.activation_scale is None:
+            return operations.weight_only(x, *weight, self.bias, *geometry, edit.weight_bits, edit.group_size)
+        scale = self.clock.select(self.activation_scale)
+        if edit.float8:
+            return operations.float8(x, *weight, scale, self.bias, *geometry)
+        zero = None if self.zero_point is None else _rounded(self.clock.select(self.zero_point))
+        return operations.integers(
+            x, *weight, scale, zero, self.bias, *geometry, edit.weight_bits, edit.activation_bits
+        )
 
 
 class PackedLinear(PackedLayer):
     """[..., in] to [..., out]."""
 
-    def __init__(self, layer: nn.Linear, edit: Pack, clock: StepClock) -> None:
-        super().__init__(edit, clock, layer.out_features, layer.in_features, layer.bias is not None)
+    def __init__(self, layer: nn.Linear, edit: Pack, clock: StepClock | None) -> None:
+        columns = layer.in_features
+        super().__init__(edit, clock, layer.out_features, columns, columns, layer.bias is not None)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.clock.select(self.activation_scale)
-        return quantized_linear(
-            x, self.weight, self.weight_scale, scale, self.bias, self.weight_bits, self.activation_bits
-        )
+        return self.compute(_smoothed(x, self.smoothing), LINEAR)
 
 
 class PackedConv2d(PackedLayer):
     """[B, in, H, W] to [B, out, H', W']."""
 
-    def __init__(self, layer: nn.Conv2d, edit: Pack, clock: StepClock) -> None:
+    def __init__(self, layer: nn.Conv2d, edit: Pack, clock: StepClock | None) -> None:
         columns = layer.weight[0].numel()
-        super().__init__(edit, clock, layer.out_channels, columns, layer.bias is not None)
+        super().__init__(edit, clock, layer.out_channels, columns, layer.in_channels, layer.bias is not None)
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self.kernel_size, self.stride = layer.kernel_size, layer.stride
         self.padding, self.dilation = layer.padding, layer.dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        return quantized_conv2d(
-            x,
-            self.weight,
-            self.weight_scale,
-            self.clock.select(self.activation_scale),
-            self.bias,
-            self.kernel_size,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]  # why_not_packable refuses the string forms
-            self.dilation,
-            self.weight_bits,
-            self.activation_bits,
-        )
+        smoothing = None if self.smoothing is None else self.smoothing[:, None, None]
+        # why_not_packable refuses paddings that are words.
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
+        return self.compute(_smoothed(x, smoothing), CONV2D, *geometry)  # type: ignore[arg-type]
+
+
+class PackedEmbedding(PackedLayer):
+    """Indices [...] to rows [..., size], in the dtype that the layer it stands for had."""
+
+    def __init__(self, layer: nn.Embedding, edit: Pack) -> None:
+        super().__init__(edit, None, layer.num_embeddings, layer.embedding_dim)
+        self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
+        self.dtype = layer.weight.dtype
+
+    def forward(self, indices: Tensor) -> Tensor:
+        chosen = indices.flatten()
+        codes = unpack_codes(self.weight.index_select(0, chosen), self.columns, self.edit.weight_bits)
+        assert self.edit.group_size is not None
+        values = dequantize_groups(codes, self.weight_scale.index_select(0, chosen), self.edit.group_size)
+        return values.to(self.dtype).view(*indices.shape, self.columns)
+
+
+def _smoothed(x: Tensor, smoothing: Tensor | None) -> Tensor:
+    return x if smoothing is None else (x * smoothing).to(x.dtype)
+
+
+def _rounded(zero_point: Tensor) -> Tensor:
+    """The zero point of an operation: a code that eight bits hold."""
+    return zero_point.round().clamp(*code_range(8)).to(torch.int32)
 
 
 def why_not_packable(layer: nn.Module) -> str | None:
-    """The reason why a layer cannot be packed, or None where it can."""
+    """The reason why a layer cannot be packed in any format, or None where it can."""
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1:
             return f"grouped convolution ({layer.groups} groups)"
@@ -82,15 +144,28 @@ def why_not_packable(layer: nn.Module) -> str | None:
                 f"convolution with padding {layer.padding_mode if layer.padding_mode != 'zeros' else layer.padding!r}"
             )
         return None
-    return None if isinstance(layer, nn.Linear) else f"{type(layer).__name__} is neither Linear nor Conv2d"
+    if isinstance(layer, nn.Embedding):
+        return None if layer.max_norm is None else f"embedding that rescales its rows (max_norm {layer.max_norm})"
+    return None if isinstance(layer, nn.Linear) else f"{type(layer).__name__} is neither Linear, Conv2d nor Embedding"
 
 
-def pack_layer(layer: nn.Module, edit: Pack, clock: StepClock) -> PackedLayer:
-    """The empty packed form of `layer`. Raises ValueError where it has none."""
-    reason = why_not_packable(layer)
+def pack_layer(layer: nn.Module, edit: Pack, clock: StepClock | None) -> PackedLayer:
+    """The empty packed form of `layer`; only weight-only does without a clock. Raises ValueError where it has none."""
+    reason = why_not_packable(layer) or _why_not_so(layer, edit, clock)
     if reason is not None:
         raise ValueError(f"{edit.module} cannot be packed: {reason}")
     if isinstance(layer, nn.Linear):
         return PackedLinear(layer, edit, clock)
+    if isinstance(layer, nn.Embedding):
+        return PackedEmbedding(layer, edit)
     assert isinstance(layer, nn.Conv2d)
     return PackedConv2d(layer, edit, clock)
+
+
+def _why_not_so(layer: nn.Module, edit: Pack, clock: StepClock | None) -> str | None:
+    """The reason why a layer that can be packed cannot be in the format of `edit`."""
+    if isinstance(layer, nn.Embedding) and (edit.activation_bits is not None or edit.smoothed):
+        return f"an embedding has no input that {edit.format} could round or smooth"
+    if edit.activation_bits is not None and clock is None:
+        return f"{edit.format} has a scale for every step, and no clock tells the step"
+    return None

@@ -27,12 +27,11 @@ from diffpress.export.artifact import (
     load_pipeline,
     publish,
     verify,
-    write_pipeline,
 )
 from diffpress.export.edits import edits_of
 from diffpress.export.errors import ArtifactError, ModelFileError, OutputError
 from diffpress.export.folder import PipelineFolder
-from diffpress.export.manifest import MANIFEST, Manifest, list_files, read_manifest, write_manifest
+from diffpress.export.manifest import MANIFEST, list_files, read_manifest, write_manifest
 from diffpress.export.runtime import PackedLayer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -46,28 +45,19 @@ def picture(pipeline: Any) -> Tensor:
     return sample(pipeline, wanted, Sampling(STEPS + 1, 3.0)).images
 
 
-def compress(source: Path, out: Path, bits: tuple[int, int], pack_all: Callable[..., Any]) -> Path:
-    """An artifact of `source` with every packable layer of its denoiser packed."""
-    folder = PipelineFolder(source, source.name)
-    pipeline = load_pipeline(folder)
-    pipeline.scheduler.set_timesteps(STEPS)
-    timesteps = [float(step) for step in pipeline.scheduler.timesteps]
-    edits, tensors = pack_all(denoiser_of(pipeline), folder.denoiser, *bits, STEPS)
-    out.mkdir()
-    write_pipeline(out, folder, edits, {folder.denoiser: tensors}, timesteps)
-    manifest = Manifest(
-        fingerprint="",
-        versions={},
-        recipe={},
-        source={},
-        timesteps=timesteps,
-        edits=edits,
-        plan=[],
-        metrics={},
-        files=list_files(out),
-    )
-    write_manifest(out, manifest)
-    return out
+@pytest.fixture(scope="session")
+def compress(save_artifact: Callable[..., Path], pack_all: Callable[..., Any]) -> Callable[..., Path]:
+    """A function: an artifact of a source with every packable layer of its denoiser packed in so many bits."""
+
+    def compress(source: Path, out: Path, bits: tuple[int, int]) -> Path:
+        pipeline = load_pipeline(PipelineFolder(source, source.name))
+        component = PipelineFolder(source, source.name).denoiser
+        pipeline.scheduler.set_timesteps(STEPS)
+        timesteps = [float(step) for step in pipeline.scheduler.timesteps]
+        edits, tensors = pack_all(denoiser_of(pipeline), component, *bits, STEPS)
+        return save_artifact(source, out, edits, {component: tensors}, timesteps)
+
+    return compress
 
 
 def resign(path: Path, **changes: Any) -> None:
@@ -77,7 +67,7 @@ def resign(path: Path, **changes: Any) -> None:
 
 @pytest.fixture(scope="module")
 def artifacts(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pack_all: Callable[..., Any]
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, compress: Callable[..., Path]
 ) -> Callable[..., Path]:
     """A function: the artifact of a named source at so many bits, made once."""
     made: dict[tuple[str, int, int], Path] = {}
@@ -86,7 +76,7 @@ def artifacts(
         key = (source, weight_bits, activation_bits)
         if key not in made:
             out = tmp_path_factory.mktemp("artifact") / source
-            made[key] = compress(request.getfixturevalue(source), out, key[1:], pack_all)
+            made[key] = compress(request.getfixturevalue(source), out, key[1:])
         return made[key]
 
     return artifact
@@ -189,9 +179,9 @@ def test_saving_a_loaded_pipeline_keeps_it(source: str, artifacts: Callable[...,
 
 
 def test_the_same_edits_give_the_same_bytes(
-    artifacts: Callable[..., Path], tiny_pixels: Path, tmp_path: Path, pack_all: Callable[..., Any]
+    artifacts: Callable[..., Path], tiny_pixels: Path, tmp_path: Path, compress: Callable[..., Path]
 ) -> None:
-    again = compress(tiny_pixels, tmp_path / "again", (4, 8), pack_all)
+    again = compress(tiny_pixels, tmp_path / "again", (4, 8))
     assert list_files(again) == list_files(artifacts("tiny_pixels"))
 
 
@@ -201,7 +191,7 @@ def test_an_artifact_is_smaller_than_its_source(artifacts: Callable[..., Path], 
 
 
 def test_a_source_of_variants_loads_without_naming_one(
-    tiny_text: Path, tmp_path: Path, pack_all: Callable[..., Any], artifacts: Callable[..., Path]
+    tiny_text: Path, tmp_path: Path, compress: Callable[..., Path], artifacts: Callable[..., Path]
 ) -> None:
     source = tmp_path / "tiny_text"
     shutil.copytree(tiny_text, source)
@@ -218,7 +208,7 @@ def test_a_source_of_variants_loads_without_naming_one(
     (source / "vae" / f"{WEIGHTS}.index.fp16.json").write_text(index)
     file.unlink()
 
-    path = compress(source, tmp_path / "artifact", (4, 8), pack_all)
+    path = compress(source, tmp_path / "artifact", (4, 8))
     verify(path)
     assert not [name for name in list_files(path) if "fp16" in name]
     assert torch.equal(picture(load(path)), picture(load(artifacts("tiny_text"))))

@@ -61,6 +61,30 @@ def test_components_and_denoiser(tiny_text: Path, tiny_class: Path, tiny_pixels:
         text.require("controlnet")
 
 
+def test_libraries_and_text_encoders(copy: PipelineFolder) -> None:
+    assert copy.libraries["vae"] == copy.libraries["scheduler"] == "diffusers"
+    assert copy.libraries.keys() == copy.components.keys()
+    assert copy.text_encoders == ["text_encoder"]
+    index = json.loads((copy.path / "model_index.json").read_text())
+    index["text_encoder_3"] = ["transformers", "T5EncoderModel"]
+    index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+    index["text_encoder_4"] = ["diffusers", "SomethingElse"]
+    index["text_encoder_5"] = [None, None]
+    (copy.path / "model_index.json").write_text(json.dumps(index))
+    several = PipelineFolder(copy.path, "several")
+    assert several.text_encoders == ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    assert "text_encoder_5" not in several.libraries
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_a_config_that_cannot_be_read_is_named(copy: PipelineFolder, text: str | None) -> None:
+    assert copy.config("unet")["_class_name"] == "UNet2DConditionModel"
+    file = copy.path / "unet" / "config.json"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(ModelFileError, match=r"my-model: unet.*config\.json"):
+        copy.config("unet")
+
+
 def test_tensors_are_as_stored(copy: PipelineFolder) -> None:
     stored = load_file(copy.path / "unet" / WEIGHTS)
     read = dict(copy.tensors("unet"))

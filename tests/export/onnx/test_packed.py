@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.edits import Pack
 from diffpress.export.errors import ArtifactError
-from diffpress.export.onnx.check import EPSILON, check_graph
+from diffpress.export.onnx.check import EPSILON, check_graph, rounding
 from diffpress.export.onnx.graph import Input, Part, packed_layers, widen_weights_, write_graph
 from diffpress.export.onnx.run import OnnxPipeline
 from diffpress.export.onnx.sessions import FLOAT_KERNELS, integer_share, kernels_of, open_session, run_session
 from diffpress.export.onnx.verify import verify_export
-from diffpress.export.runtime import StepClock, attach_clock_, pack_layer
+from diffpress.export.runtime import PackedLayer, StepClock, attach_clock_, pack_layer
+from diffpress.kernels import FP8_MAX
 
 CHANNELS, SIDE = 5, 9
 CONVOLUTIONS = {
@@ -31,41 +32,64 @@ CONVOLUTIONS = {
     "3x3 dilated": nn.Conv2d(CHANNELS, 4, 3, padding=2, dilation=2),
 }
 LINEARS = {"linear": nn.Linear(SIDE, 12), "linear without bias": nn.Linear(SIDE, 3, bias=False)}
-FORMATS = [(8, 8), (4, 8), (4, 4)]
+FORMATS: dict[str, dict[str, Any]] = {
+    "W8A8": {"weight_bits": 8, "activation_bits": 8},
+    "W4A8": {"weight_bits": 4, "activation_bits": 8},
+    "W4A4": {"weight_bits": 4, "activation_bits": 4, "asymmetric": True},
+    "W3A6": {"weight_bits": 3, "activation_bits": 6, "asymmetric": True, "smoothed": True},
+    "W2 g8": {"weight_bits": 2, "activation_bits": None, "group_size": 8},
+    "W8 g16": {"weight_bits": 8, "activation_bits": None, "group_size": 16, "smoothed": True},
+    "FP8": {"weight_bits": 8, "activation_bits": 8, "float8": True, "smoothed": True},
+}
+STORED = {"W2 g8": ir.DataType.INT4, "FP8": ir.DataType.FLOAT8E4M3FN}
+"""What weights are in the file, where it is not int8."""
 
 
 class EveryLayer(nn.Module):
     """All layers of one format side by side on the same input, so that none inherits another's rounding."""
 
-    def __init__(self, weight_bits: int, activation_bits: int) -> None:
+    def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
         clock = StepClock([900.0, 400.0, 100.0])
-        edit = Pack(component="unet", module="layer", weight_bits=weight_bits, activation_bits=activation_bits)
+        edit = Pack(component="unet", module="layer", **options)
         layers = [*CONVOLUTIONS.values(), *LINEARS.values()]
         self.layers = nn.ModuleList(pack_layer(layer, edit, clock) for layer in layers)
         generator = torch.Generator().manual_seed(0)
         for layer in packed_layers(self.layers):
-            low, high = (0, 256) if layer.weight.dtype == torch.uint8 else (-128, 128)
-            codes = torch.randint(low, high, layer.weight.shape, generator=generator)
-            layer.weight = codes.to(layer.weight.dtype)
-            layer.weight_scale = torch.rand(len(layer.weight), generator=generator) * 0.01 + 0.001
-            # Three standard deviations fill the range: some values are cut.
-            layer.activation_scale = torch.tensor([1.0, 0.8, 0.6]) * 3 / 2 ** (activation_bits - 1)
-            if layer.bias is not None:
-                layer.bias = torch.randn(layer.bias.shape, generator=generator)
+            fill_(layer, generator)
         attach_clock_(self, clock)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         return torch.cat([layer(sample).flatten(1) for layer in self.layers], dim=1)
 
 
-@pytest.mark.parametrize(("weight_bits", "activation_bits"), FORMATS)
-def test_every_layer_equals_torch(tmp_path: Path, weight_bits: int, activation_bits: int) -> None:
-    module = EveryLayer(weight_bits, activation_bits).eval()
+def fill_(layer: PackedLayer, generator: torch.Generator) -> None:
+    """Give a packed layer random tensors."""
+    if layer.edit.float8:
+        layer.weight = torch.randn(layer.weight.shape, generator=generator).to(torch.float8_e4m3fn)
+    else:
+        layer.weight.random_(generator=generator)
+    layer.weight_scale.uniform_(0.001, 0.011, generator=generator)
+    if layer.edit.activation_bits is not None:
+        # Three standard deviations fill the range: some values are cut.
+        codes = FP8_MAX if layer.edit.float8 else 2 ** (layer.edit.activation_bits - 1)
+        layer.activation_scale.copy_(torch.tensor([1.0, 0.8, 0.6]) * 3 / codes)
+    if layer.zero_point is not None:
+        layer.zero_point.copy_(torch.tensor([-3.7, 2.2, 5.1]))
+    if layer.smoothing is not None:
+        layer.smoothing.uniform_(0.5, 1.5, generator=generator)
+    if layer.bias is not None:
+        layer.bias.normal_(generator=generator)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_layer_equals_torch(tmp_path: Path, name: str) -> None:
+    module = EveryLayer(FORMATS[name]).eval()
+    bits, rounds_to_integers = FORMATS[name]["weight_bits"], "A" in name
     with torch.no_grad():
         sample, now = torch.randn(2, CHANNELS, SIDE, SIDE), torch.tensor([650.0])
         packed_output = module(sample, now)
-        assert widen_weights_(module) == (8 if weight_bits == 4 else 0)
+        assert widen_weights_(module) == (8 if bits < 8 else 0)
         assert torch.equal(module(sample, now), packed_output)
     inputs = (
         Input("sample", (CHANNELS, SIDE, SIDE)),
@@ -76,14 +100,49 @@ def test_every_layer_equals_torch(tmp_path: Path, weight_bits: int, activation_b
     write_graph(part, tmp_path)
     for layer, weights in zip(packed_layers(module), before, strict=True):
         assert torch.equal(layer.clock.weights, weights)
-    agreement = check_graph(part, tmp_path / "layers.onnx", batches=(1, 3, 3, 3, 3, 3))
-    # One product each, summed exactly as integers: three roundings.
-    assert agreement.relative_error < 3 * EPSILON
+    graph = tmp_path / "layers.onnx"
+    agreement = check_graph(part, graph, batches=(1, 3, 3, 3, 3, 3))
+    # One product each, summed exactly as integers: three roundings. Floats are summed in another order.
+    assert agreement.relative_error < (3 * EPSILON if rounds_to_integers else rounding(module))
+    weights = [value for value in ir.load(graph).graph.initializers.values() if value.dtype != ir.DataType.FLOAT]
+    stored = {value.dtype for value in weights if value.const_value.size > CHANNELS}
+    assert stored - {ir.DataType.INT64} == {STORED.get(name, ir.DataType.INT8)}
     example = {name: value.numpy() for name, value in part.example(2, torch.Generator()).items()}
-    assert integer_share(kernels_of(tmp_path / "layers.onnx", example)) == 1
+    assert integer_share(kernels_of(graph, example)) == (1 if rounds_to_integers else 0)
     packed_layers(module)[0].weight_scale *= 1.1
     with pytest.raises(ArtifactError, match="differs from torch"):
-        check_graph(part, tmp_path / "layers.onnx")
+        check_graph(part, graph)
+
+
+class Embeddings(nn.Module):
+    """Rows of two packed embeddings, added and fed to a packed layer, without any clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        formats = {3: nn.Embedding(20, 10), 8: nn.Embedding(20, 10), 4: nn.Linear(10, 6)}
+        options = {"component": "text_encoder", "module": "layer", "activation_bits": None, "group_size": 4}
+        self.layers = nn.ModuleList(
+            pack_layer(layer, Pack(weight_bits=bits, **options), None) for bits, layer in formats.items()
+        )
+        for layer in packed_layers(self.layers):
+            fill_(layer, torch.Generator().manual_seed(0))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        first, second, linear = self.layers
+        return linear(first(input_ids) + second(input_ids))
+
+
+def test_embeddings_equal_torch_and_stay_integers(tmp_path: Path) -> None:
+    module = Embeddings().eval()
+    assert widen_weights_(module) == 2
+    part = Part("text_encoder", module, (Input("input_ids", (7,), below=20),), "states")
+    write_graph(part, tmp_path)
+    agreement = check_graph(part, tmp_path / "text_encoder.onnx")
+    assert agreement.relative_error < rounding(module)
+    values = ir.load(tmp_path / "text_encoder.onnx").graph.initializers.values()
+    large = [(value.dtype, value.const_value.size) for value in values if value.const_value.size >= 60]
+    scales = [(ir.DataType.FLOAT, 60)] * 2
+    assert sorted(large) == sorted([(ir.DataType.INT8, 200), (ir.DataType.INT8, 200), (ir.DataType.INT4, 60), *scales])
 
 
 def test_weights_lie_ready_in_the_graph(packed: Any) -> None:
