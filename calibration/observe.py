@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,84 +18,143 @@ from .trajectory import Progress, Trajectories
 
 ROWS = 64
 """Rows of a layer's input that are looked at per call: enough over many calls, and it bounds time and memory."""
+KEPT_ROWS = 512
+"""Rows of a layer's input that are kept, over all calls."""
+SHARDS = 8
+"""Recorded shards that are looked at, spread over all: ranges settle long before learning has enough."""
 
 
 @dataclass
 class LayerInput:
     """What was seen of one layer's input; S steps, C input channels."""
 
+    low: Tensor
+    """[S] smallest value at each step."""
+    high: Tensor
+    """[S] largest value at each step."""
     largest: Tensor
-    """[S] largest magnitude at each step."""
+    """[C] largest magnitude of each channel over all steps."""
     second_moment: Tensor
     """[C] mean square of each channel over all steps."""
+    rows: Tensor
+    """[R, C] a sample over all steps; R <= KEPT_ROWS."""
     conditioning: bool
     """The layer is fed one row an image (a time or class embedding), not one a pixel or token."""
 
 
+class Grid(NamedTuple):
+    """K candidates for how a layer's input is rounded."""
+
+    scale: Tensor
+    """[K]"""
+    zero_point: Tensor | None
+    """[K] whole numbers, None where zero is code zero."""
+
+
 def observe_inputs(
-    denoiser: nn.Module, layers: Mapping[str, nn.Module], trajectories: Trajectories, progress: Progress | None = None
+    denoiser: nn.Module,
+    layers: Mapping[str, nn.Module],
+    trajectories: Trajectories,
+    seed: int,
+    progress: Progress | None = None,
 ) -> dict[str, LayerInput]:
-    """Replay all recorded calls and collect ranges and moments; layers that were never called are missing."""
+    """Replay all recorded calls and collect ranges, moments and a sample; layers that were never called are missing."""
     steps = len(trajectories.timesteps)
+    calls = sum(len(trajectories.steps(shard)) for shard in observed_shards(trajectories))
+    kept = max(1, KEPT_ROWS // calls)
+    generator = torch.Generator().manual_seed(seed)
     seen: dict[str, LayerInput] = {}
     counts: dict[str, int] = {}
+    samples: dict[str, list[Tensor]] = {}
 
     def look(name: str, x: Tensor, step: int) -> None:
         rows = as_rows(layers[name], x)
         if name not in seen:
-            seen[name] = LayerInput(torch.zeros(steps), torch.zeros(rows.shape[1]), x.ndim == 2)
-            counts[name] = 0
+            seen[name] = _nothing_seen(steps, rows.shape[1], x.ndim == 2)
+            counts[name], samples[name] = 0, []
         entry = seen[name]
-        entry.largest[step] = torch.maximum(entry.largest[step], rows.abs().max().cpu())
+        entry.low[step] = torch.minimum(entry.low[step], rows.min().cpu())
+        entry.high[step] = torch.maximum(entry.high[step], rows.max().cpu())
+        entry.largest = torch.maximum(entry.largest, rows.abs().amax(0).cpu())
         entry.second_moment += rows.square().sum(0).cpu()
         counts[name] += len(rows)
+        samples[name].append(_some(rows, kept, generator).cpu())
 
     replay_with(denoiser, layers, trajectories, look, progress)
     for name, entry in seen.items():
         entry.second_moment /= counts[name]
+        entry.rows = _some(torch.cat(samples.pop(name)), KEPT_ROWS, generator)
     return seen
 
 
+def _nothing_seen(steps: int, channels: int, conditioning: bool) -> LayerInput:
+    zeros = torch.zeros(channels)
+    return LayerInput(
+        torch.zeros(steps), torch.zeros(steps), zeros, zeros.clone(), torch.empty(0, channels), conditioning
+    )
+
+
+def _some(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """At most `count` of the rows [N, C], drawn without repetition."""
+    if len(rows) <= count:
+        return rows.clone()
+    return rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)]
+
+
 @torch.no_grad()
-def scale_errors(
+def rounding_errors(
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
     trajectories: Trajectories,
-    candidates: Mapping[str, Tensor],
+    grids: Mapping[str, Grid],
+    smoothings: Mapping[str, Tensor],
     bits: Mapping[str, int],
     seed: int,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Squared error at a layer's output from rounding its input, for K candidate scales a layer: [2, S, K] each.
+    """Squared error at a layer's output from rounding its input, for K candidates a layer: [2, S, K] each.
 
-    Errors of different channels are taken as independent, so that a channel counts by the square of its weights. The first
-    axis parts the recorded shards into two halves, one to choose on and one to judge by.
+    Inputs are multiplied by the layer's smoothing [C] before they are rounded. Errors of different channels are taken as
+    independent, so that a channel counts by the square of its weights. The first axis parts the recorded shards into two
+    halves, one to choose on and one to judge by.
     """
     steps = len(trajectories.timesteps)
-    errors = {name: torch.zeros(2, steps, len(scales)) for name, scales in candidates.items()}
-    weights = {name: layer_matrix(layers[name]).square().sum((0, 2)) for name in candidates}
+    errors = {name: torch.zeros(2, steps, len(grid.scale)) for name, grid in grids.items()}
+    weights = {name: channel_weights(layers[name], smoothings[name]) for name in grids}
     generator = torch.Generator().manual_seed(seed)
     half = 0
 
     def look(name: str, x: Tensor, step: int) -> None:
-        rows = as_rows(layers[name], x)
-        rows = rows[torch.randint(len(rows), (min(ROWS, len(rows)),), generator=generator).to(rows.device)]
-        scales = candidates[name].to(rows.device)[:, None, None]
-        rounded = rounded_to(rows[None], scales, bits[name])
-        error = (rounded - rows).square().mean(1) @ weights[name]
-        errors[name][half, step] += error.cpu()
+        rows = _some(as_rows(layers[name], x), ROWS, generator) * smoothings[name].to(x.device)
+        errors[name][half, step] += grid_errors(rows, weights[name], grids[name], bits[name]).cpu()
 
-    chosen = {name: layers[name] for name in candidates}
+    chosen = {name: layers[name] for name in grids}
     for half in (0, 1):
-        shards = trajectories.shards[half::2] or trajectories.shards
+        shards = observed_shards(trajectories)[half::2] or trajectories.shards
         replay_with(denoiser, chosen, trajectories, look, progress, shards)
     return errors
 
 
-def rounded_to(values: Tensor, scale: Tensor, bits: int) -> Tensor:
+def channel_weights(layer: nn.Module, smoothing: Tensor) -> Tensor:
+    """How much the squared error of each channel [C] counts at the output, once inputs are multiplied by `smoothing`."""
+    return layer_matrix(layer).square().sum((0, 2)) / smoothing.square().to(layer_matrix(layer).device)
+
+
+def grid_errors(rows: Tensor, weights: Tensor, grid: Grid, bits: int) -> Tensor:
+    """Mean squared error [K] at the output from rounding `rows` [R, C], channels weighted by `weights` [C]."""
+    scale = grid.scale.to(rows.device)[:, None, None]
+    zero_point = None if grid.zero_point is None else grid.zero_point.to(rows.device)[:, None, None]
+    error = rounded_to(rows[None], scale, bits, zero_point) - rows
+    return error.square().mean(1) @ weights
+
+
+def rounded_to(values: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
     """`values` after quantizing and dequantizing."""
     low, high = code_range(bits)
-    return torch.round(values / scale).clamp_(low, high) * scale
+    codes = torch.round(values / scale)
+    if zero_point is None:
+        return codes.clamp_(low, high) * scale
+    return codes.clamp_(low - zero_point, high - zero_point) * scale
 
 
 def replay_with(
@@ -103,10 +163,10 @@ def replay_with(
     trajectories: Trajectories,
     look: Callable[[str, Tensor, int], None],
     progress: Progress | None = None,
-    shards: Sequence[Any] | None = None,
+    shards: Sequence[Path] | None = None,
 ) -> None:
     """Replay recorded calls and hand each layer's input, with the step, to `look`."""
-    chosen = trajectories.shards if shards is None else shards
+    chosen = observed_shards(trajectories) if shards is None else shards
     step = 0
 
     def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -119,6 +179,12 @@ def replay_with(
                 replay(denoiser, call)
             if progress is not None:
                 progress(index + 1, len(chosen))
+
+
+def observed_shards(trajectories: Trajectories) -> list[Path]:
+    """At most SHARDS of what was recorded, spread evenly."""
+    shards = trajectories.shards
+    return shards[:: max(1, -(-len(shards) // SHARDS))]
 
 
 @contextmanager

@@ -40,6 +40,8 @@ class Call(NamedTuple):
     inputs: dict[str, Tensor]
     output: Tensor
     step: int
+    guided: Tensor | None = None
+    """What the scheduler was given after this call: the output itself, or what guidance made of it."""
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:
@@ -97,20 +99,46 @@ def watch(pipeline: Any, receive: Callable[[Call], None]) -> Iterator[None]:
     denoiser = denoiser_of(pipeline)
     signature = inspect.signature(denoiser.forward)
     timesteps: list[float] = []
+    receiving = False
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        nonlocal receiving
+        if receiving:
+            # The receiver asks the denoiser itself; that is no call of the pipeline.
+            return
         inputs = dict(_numeric_arguments(signature.bind(*arguments, **options).arguments))
         timestep = float(inputs["timestep"].flatten()[0])
         if timestep not in timesteps:
             timesteps.append(timestep)
         result = output[0] if isinstance(output, tuple) else output.sample
-        receive(Call(inputs, result.detach(), timesteps.index(timestep)))
+        receiving = True
+        try:
+            receive(Call(inputs, result.detach(), timesteps.index(timestep)))
+        finally:
+            receiving = False
 
     handle = denoiser.register_forward_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def watch_guided(pipeline: Any, receive: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hand what the scheduler is given at every step to `receive` while the pipeline runs once."""
+    scheduler = pipeline.scheduler
+    step = scheduler.step
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        receive((arguments[0] if arguments else options["model_output"]).detach())
+        return step(*arguments, **options)
+
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 def _numeric_arguments(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -131,11 +159,16 @@ def replay(denoiser: nn.Module, call: Call) -> Tensor:
     """What `denoiser` answers to recorded inputs; they are cast to its dtype, but for the time step and what was not in
     the dtype of the recorded denoiser either.
     """
+    return answer(denoiser, call.inputs, call.output.dtype)
+
+
+def answer(denoiser: nn.Module, inputs: Mapping[str, Tensor], recorded: torch.dtype) -> Tensor:
+    """Call `denoiser` with inputs by name, as recorded of one that computed in the dtype `recorded` (see `replay`)."""
     reference = next(denoiser.parameters())
     options: dict[str, Any] = {"return_dict": False}
-    for name, value in call.inputs.items():
+    for name, value in inputs.items():
         *outer, last = name.split("/")
-        cast = value.dtype == call.output.dtype and name != "timestep"
+        cast = value.dtype == recorded and name != "timestep"
         place = options
         for key in outer:
             place = place.setdefault(key, {})

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .conditions import Condition
-from .sampling import Call, Sampling, sample, watch
+from .sampling import Call, Sampling, sample, watch, watch_guided
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
@@ -35,16 +35,35 @@ class Trajectories:
         with safe_open(self.shards[0], framework="pt") as file:
             return list(_record_of(file)["timesteps"])
 
+    def steps(self, shard: Path) -> list[int]:
+        """The step of every call of one shard."""
+        with safe_open(shard, framework="pt") as file:
+            return list(_record_of(file)["steps"])
+
+    def pictures(self, shard: Path) -> int:
+        """How many pictures were sampled in one shard."""
+        with safe_open(shard, framework="pt") as file:
+            return len(json.loads(_record_of(file)["request"])[1])
+
+    def call(self, shard: Path, index: int) -> Call:
+        """One recorded call of one shard."""
+        with safe_open(shard, framework="pt") as file:
+            return _read_call(file, sorted(file.keys()), index, _record_of(file)["steps"][index])
+
     def calls(self, shards: Sequence[Path] | None = None) -> Iterator[Call]:
         """Every recorded call, shard by shard, in the order in which the denoiser was called."""
         for path in self.shards if shards is None else shards:
             with safe_open(path, framework="pt") as file:
                 names = sorted(file.keys())
                 for index, step in enumerate(_record_of(file)["steps"]):
-                    prefix = f"{index:05d}.inputs."
-                    own = [name for name in names if name.startswith(prefix)]
-                    inputs = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
-                    yield Call(inputs, file.get_tensor(f"{index:05d}.output"), step)
+                    yield _read_call(file, names, index, step)
+
+
+def _read_call(file: Any, names: Sequence[str], index: int, step: int) -> Call:
+    prefix = f"{index:05d}."
+    own = {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
+    output, guided = own.pop("output"), own.pop("guided", None)
+    return Call({name.removeprefix("inputs."): value for name, value in own.items()}, output, step, guided)
 
 
 def record(
@@ -54,10 +73,12 @@ def record(
     folder: Path,
     batch: int = 4,
     progress: Progress | None = None,
+    answer: Callable[[Call], Tensor] | None = None,
 ) -> Trajectories:
     """Sample every condition and write what the denoiser saw, `batch` runs a shard; finished shards are kept.
 
-    Memory holds one shard, however many conditions there are.
+    Memory holds one shard, however many conditions there are. `answer` says what is written as the output of a call, where
+    that is not what the denoiser itself answered.
     """
     folder.mkdir(parents=True, exist_ok=True)
     groups = [list(wanted[start : start + batch]) for start in range(0, len(wanted), batch)]
@@ -65,7 +86,7 @@ def record(
         path = folder / f"shard-{index:05d}.safetensors"
         request = json.dumps([asdict(sampling), [asdict(condition) for condition in group]], sort_keys=True)
         if not _holds(path, request):
-            _record_shard(pipeline, group, sampling, path, request)
+            _record_shard(pipeline, group, sampling, path, request, answer)
         if progress is not None:
             progress(index + 1, len(groups))
     for extra in Trajectories(folder).shards[len(groups) :]:
@@ -73,7 +94,14 @@ def record(
     return Trajectories(folder)
 
 
-def _record_shard(pipeline: Any, group: list[Condition], sampling: Sampling, path: Path, request: str) -> None:
+def _record_shard(
+    pipeline: Any,
+    group: list[Condition],
+    sampling: Sampling,
+    path: Path,
+    request: str,
+    answer: Callable[[Call], Tensor] | None,
+) -> None:
     tensors: dict[str, Tensor] = {}
     steps: list[int] = []
     timesteps: dict[int, float] = {}
@@ -83,11 +111,14 @@ def _record_shard(pipeline: Any, group: list[Condition], sampling: Sampling, pat
         tensors.update(
             {f"{index:05d}.inputs.{name}": value.contiguous().clone() for name, value in call.inputs.items()}
         )
-        tensors[f"{index:05d}.output"] = call.output.contiguous().clone()
+        tensors[f"{index:05d}.output"] = (call.output if answer is None else answer(call)).contiguous().clone()
         steps.append(call.step)
         timesteps[call.step] = float(call.inputs["timestep"].flatten()[0])
 
-    with watch(pipeline, receive):
+    def receive_guided(guided: Tensor) -> None:
+        tensors[f"{len(steps) - 1:05d}.guided"] = guided.contiguous().clone()
+
+    with watch(pipeline, receive), watch_guided(pipeline, receive_guided):
         sample(pipeline, group, sampling)
     # One key: safetensors writes several in a random order, and the same request must give the same bytes.
     metadata = {"record": json.dumps({"request": request, "steps": steps, "timesteps": list(timesteps.values())})}

@@ -2,27 +2,98 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
-
-Bits = Literal[4, 8]
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class Ptq(BaseModel):
-    """Post-training quantization with scales searched on the recorded inputs."""
+class Rounding(BaseModel):
+    """What is rounded to what; every quantization method shares this."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    method: Literal["ptq"] = Field(description="`ptq`: round to nearest, scales searched on what was recorded")
-    weights: Bits = Field(default=8, description="bits of a weight; first, last and conditioning layers keep 8")
-    activations: Bits = Field(
-        default=8, description="bits of a layer's input; first, last and conditioning layers keep 8"
+    weights: Literal[2, 3, 4, 8] = Field(
+        default=8, description="bits of a weight; first, last and conditioning layers keep 8"
+    )
+    activations: Literal[4, 6, 8, "none"] = Field(
+        default=8,
+        description="bits of a layer's input, `none` for weights only; conditioning layers keep theirs in float",
+    )
+    format: Literal["integer", "float8"] = Field(
+        default="integer", description="`integer`, or `float8` (E4M3, at 8 bits of both)"
+    )
+    group_size: int = Field(
+        default=64, ge=8, description="columns of a weight that share a scale where only weights are rounded"
+    )
+    effective_bits: float | None = Field(
+        default=None,
+        ge=2,
+        le=8,
+        description="bits a weight may take on average: what is left over goes to the layers that measure as most sensitive",
+    )
+    smoothing: bool = Field(default=True, description="even out the channels of a layer's input where that measures better")
+    asymmetric: bool = Field(default=True, description="give a layer's input a zero point where that measures better")
+    per_step: bool = Field(default=True, description="give each sampling step its own scale where that measures better")
+    keep: list[str] = Field(
+        default=[], description="layers to leave as they are, as patterns of their names such as `*.attn2.*`"
     )
     components: list[str] = Field(
-        default=["denoiser"], min_length=1, description="what to quantize: ptq does the denoiser"
+        default=["denoiser"],
+        min_length=1,
+        description="what to quantize: `denoiser`, `text_encoders`, or names of components; all but the denoiser need "
+        "`activations: none`",
+    )
+
+    @property
+    def activation_bits(self) -> int | None:
+        """None for weights only."""
+        return None if self.activations == "none" else self.activations
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.format == "float8" and (self.weights, self.activations) != (8, 8):
+            raise ValueError("format float8 needs weights: 8 and activations: 8")
+        others = [name for name in self.components if name != "denoiser"]
+        if self.activations != "none" and others:
+            raise ValueError(f"only weights of {', '.join(others)} can be rounded: activations must be none")
+        return self
+
+
+class Ptq(Rounding):
+    """Post-training quantization with scales searched on the recorded inputs."""
+
+    method: Literal["ptq"] = Field(description="`ptq`: round to nearest, scales searched on what was recorded")
+
+
+class Qalora(Rounding):
+    """Quantization-aware LoRA: `ptq`, then low-rank changes, step sizes and biases learned from the original."""
+
+    method: Literal["qalora"] = Field(description="`qalora`: then learn low-rank changes, step sizes and biases")
+    format: Literal["integer"] = Field(default="integer", description="`qalora` learns integers")
+    rank: int = Field(default=32, ge=1, description="rank of what is learned about a weight")
+    iterations: int = Field(default=1200, ge=1, description="optimizer steps")
+    batch: int = Field(default=16, ge=1, description="pictures an optimizer step sees, each at a step of its own")
+    accumulate: int = Field(default=1, ge=1, description="parts a batch is computed in; memory shrinks with it")
+    lora_rate: float = Field(
+        default=0.02, gt=0, description="learning rate of the low-rank changes, in units of a layer's mean weight scale"
+    )
+    scale_rate: float = Field(default=2e-3, gt=0, description="learning rate of step sizes, relative to themselves")
+    own_trajectory: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="share of the iterations, the last ones, that learn on what the compressed model itself samples",
+    )
+    scale_aware: bool = Field(
+        default=True, description="one learning rate a layer, in proportion to its weight scale, instead of one for all"
+    )
+    held_back: float = Field(
+        default=0.125, gt=0, lt=1, description="share of what was recorded that is not learned from but judged by"
+    )
+    patience: int = Field(
+        default=6, ge=1, description="judgements without improvement after which learning stops early"
     )
 
 
-METHODS: list[tuple[str, str, type[BaseModel]]] = [("quantize", "ptq", Ptq)]
+METHODS: list[tuple[str, str, type[Rounding]]] = [("quantize", "ptq", Ptq), ("quantize", "qalora", Qalora)]
 """Stage, name and options of every method."""

@@ -2,60 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpress.calibration.observe import rounded_to
 from diffpress.export.runtime import StepClock, attach_clock_
-from diffpress.kernels import dequantize
+from diffpress.kernels import dequantize, to_fp8
+
+from .rounding import fake_quantize
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the numbers of one layer are stored and computed with."""
+
+    weight_bits: int
+    activation_bits: int | None
+    """None: weights only."""
+    group_size: int | None = None
+    """Columns of the weight that share a scale; None: all of a row."""
+    float8: bool = False
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How one layer is rounded; O output channels, S steps."""
+    """How one layer is rounded; O output channels, C input channels, S steps, G groups of columns."""
 
-    weight_bits: int
-    activation_bits: int
+    format: Format
     codes: Tensor
-    """int8, in the shape of the weight."""
+    """int8 or float8, in the shape of the weight."""
     weight_scale: Tensor
-    """[O]"""
-    activation_scale: Tensor
+    """[O], or [O, G] where only weights are rounded."""
+    activation_scale: Tensor | None = None
     """[S]"""
+    zero_point: Tensor | None = None
+    """[S] whole numbers."""
+    smoothing: Tensor | None = None
+    """[C] what inputs are multiplied by before they are rounded; the codes are of weights divided by it."""
+    bias: Tensor | None = None
+    """[O] where the method changed it."""
 
     def weight(self) -> Tensor:
-        """The float32 weight the codes stand for."""
-        return dequantize(self.codes, self.weight_scale.view(-1, *[1] * (self.codes.ndim - 1)))
+        """The float32 weight that the codes stand for."""
+        return dequantize(self.codes, spread(self.weight_scale, self.codes.shape, self.format.group_size))
+
+    def rounded(self, x: Tensor, clock: StepClock) -> Tensor:
+        """What the codes of the (smoothed) input stand for, in float32."""
+        if self.activation_scale is None:
+            return x
+        scale = clock.select(self.activation_scale.to(x.device))
+        if self.format.float8:
+            return to_fp8(x.float(), scale).float() * scale
+        zero_point = None if self.zero_point is None else clock.select(self.zero_point.to(x.device)).round()
+        assert self.format.activation_bits is not None
+        return fake_quantize(x.float(), scale, zero_point, self.format.activation_bits)
 
 
 @contextmanager
 def fake_quantized(denoiser: nn.Module, layers: Mapping[str, Quantization], clock: StepClock) -> Iterator[None]:
     """Round the weights and inputs of the named layers in float while the context lasts; afterwards nothing has changed."""
-    with ExitStack() as stack:
-        stack.callback(attach_clock_(denoiser, clock).remove)
-        for name, quantization in layers.items():
-            stack.enter_context(_fake_quantized_layer(denoiser.get_submodule(name), quantization, clock))
+
+    def call(layer: nn.Module, own: Quantization) -> Callable[[Tensor], Tensor]:
+        weight = own.weight().to(layer.weight)  # type: ignore[arg-type]
+        bias = own.bias if own.bias is not None else getattr(layer, "bias", None)
+        return lambda x: run_layer(layer, own.rounded(smoothed(layer, x, own.smoothing), clock).to(x), weight, bias)
+
+    with overlaid(denoiser, {name: call(denoiser.get_submodule(name), own) for name, own in layers.items()}, clock):
         yield
 
 
 @contextmanager
-def _fake_quantized_layer(layer: nn.Module, quantization: Quantization, clock: StepClock) -> Iterator[None]:
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-
-    def round_input(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = arguments[0]
-        scale = clock.select(quantization.activation_scale.to(x.device))
-        return (rounded_to(x.float(), scale, quantization.activation_bits).to(x.dtype), *arguments[1:])
-
-    original = weight.data
-    weight.data = quantization.weight().to(original)
-    handle = layer.register_forward_pre_hook(round_input)
+def overlaid(
+    denoiser: nn.Module, calls: Mapping[str, Callable[[Tensor], Tensor]], clock: StepClock
+) -> Iterator[None]:
+    """Let `calls` answer for the named layers while the context lasts, `clock` following the denoiser's time step."""
+    handle = attach_clock_(denoiser, clock)
+    layers = [denoiser.get_submodule(name) for name in calls]
+    for layer, call in zip(layers, calls.values(), strict=True):
+        # An attribute of the instance stands before the method of its class.
+        layer.__dict__["forward"] = call
     try:
         yield
     finally:
         handle.remove()
-        weight.data = original
+        for layer in layers:
+            del layer.__dict__["forward"]
+
+
+def spread(weight_scale: Tensor, shape: torch.Size, group_size: int | None) -> Tensor:
+    """The scales [O] or [O, G] of a weight's rows or groups of columns, so that they broadcast against that weight."""
+    if group_size is None:
+        return weight_scale.view(-1, *[1] * (len(shape) - 1))
+    return weight_scale.repeat_interleave(group_size, 1)[:, : shape[1:].numel()].reshape(shape)
+
+
+def smoothed(layer: nn.Module, x: Tensor, smoothing: Tensor | None) -> Tensor:
+    """The input of a Linear [..., C] or Conv2d [B, C, H, W] with every channel multiplied by its entry of `smoothing` [C]."""
+    if smoothing is None:
+        return x
+    return x * (smoothing[:, None, None] if isinstance(layer, nn.Conv2d) else smoothing).to(x)
+
+
+def run_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a Linear, Conv2d or Embedding of this geometry answers with another weight and bias."""
+    if isinstance(layer, nn.Conv2d):
+        return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return F.embedding(x, weight) if isinstance(layer, nn.Embedding) else F.linear(x, weight, bias)

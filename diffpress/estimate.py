@@ -19,6 +19,8 @@ REPLAYS = 4
 """Passes of quantization over what was recorded, the search counted for its extra work."""
 PICTURES = 48
 """Pictures that measuring makes, those for the timings included."""
+OWN_RUNS = 512
+"""Different conditions that a student may sample while it learns."""
 REPORT_BYTES = 8_000_000
 
 
@@ -43,6 +45,12 @@ def recorded_bytes(pipeline: Any, recipe: Recipe) -> int:
 def recorded_conditions(pipeline: Any, recipe: Recipe) -> list[Condition]:
     """What is recorded; its seeds are apart from those that results are reported on, which count up from the recipe's own."""
     return conditions(pipeline, recipe.record.prompts, recipe.record.trajectories, recipe.seed + 2**31)
+
+
+def own_conditions(pipeline: Any, recipe: Recipe) -> list[Condition]:
+    """What a student samples while it learns: texts from where recording stopped on, with seeds of their own."""
+    recorded = recipe.record.trajectories
+    return conditions(pipeline, recipe.record.prompts, recorded + OWN_RUNS, recipe.seed + 2**32)[recorded:]
 
 
 def estimate(source: PipelineFolder, recipe: Recipe) -> dict[str, Any]:

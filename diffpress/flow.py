@@ -12,7 +12,10 @@ from typing import Any
 
 from diffpress.calibration.sampling import Sampling, denoiser_of
 from diffpress.calibration.trajectory import Trajectories, record
-from diffpress.compress.ptq import Quantized, edits_and_tensors, plan_rows, quantize_denoiser
+from diffpress.compress.finish import Quantized, edits_and_tensors, plan_rows
+from diffpress.compress.options import Qalora
+from diffpress.compress.ptq import quantize_denoiser, quantize_weights
+from diffpress.compress.qalora import OwnRuns, learn_layers_
 from diffpress.export.artifact import (
     check_output,
     check_space,
@@ -28,7 +31,7 @@ from diffpress.export.errors import ArtifactError, ModelFileError, UnsupportedMo
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, Manifest, list_files, read_manifest, write_manifest
 
-from .estimate import needed_bytes, recorded_bytes, recorded_conditions
+from .estimate import needed_bytes, own_conditions, recorded_bytes, recorded_conditions
 from .exporting import export_to_onnx
 from .gates import check_gates
 from .models import resolve
@@ -131,7 +134,7 @@ def _make(
     check_space(out, needed_bytes(source) + recorded_bytes(teacher, recipe))
     with work_folder(out, request, fresh) as work:
         trajectories = _record(teacher, recipe, work, notify)
-        quantized = _quantize(teacher, source, trajectories, recipe, notify)
+        quantized = _quantize(teacher, source, trajectories, recipe, work, notify)
         manifest = _stage(source, recipe, request, trajectories, quantized, work)
         pairs, cost = _measure(teacher, source, work, recipe, device, notify)
         manifest.metrics = {**pairs.metrics(), **sizes(source, PipelineFolder(work.staged, str(out)))}
@@ -148,14 +151,24 @@ def _make(
 
 
 def _check_recipe_fits(source: PipelineFolder, recipe: Recipe) -> None:
-    for component in recipe.quantize.components if recipe.quantize else []:
-        if source.require(component) != source.denoiser:
-            raise UnsupportedModelError(f"quantize.components: ptq quantizes the denoiser only, not {component!r}.")
+    for component in _quantized_components(source, recipe):
+        if not source.weight_files(component):
+            raise UnsupportedModelError(f"quantize.components: {component!r} of {source.name} has no weights.")
     if is_artifact(source.path):
         verify(source.path)
         raise UnsupportedModelError(
             f"{source.name} is an artifact of diffpress already. Compress its original instead."
         )
+
+
+def _quantized_components(source: PipelineFolder, recipe: Recipe) -> list[str]:
+    """Folders of the components that the recipe names, `text_encoders` standing for as many as there are."""
+    assert recipe.quantize is not None
+    names: dict[str, None] = {}
+    for component in recipe.quantize.components:
+        found = source.text_encoders if component == "text_encoders" else [source.require(component)]
+        names |= dict.fromkeys(found)
+    return list(names)
 
 
 def _request(source: PipelineFolder, recipe: Recipe) -> str:
@@ -191,18 +204,46 @@ def _record(teacher: Any, recipe: Recipe, work: Work, notify: Notify) -> Traject
 
 
 def _quantize(
-    teacher: Any, source: PipelineFolder, trajectories: Trajectories, recipe: Recipe, notify: Notify
-) -> Quantized:
+    teacher: Any, source: PipelineFolder, trajectories: Trajectories, recipe: Recipe, work: Work, notify: Notify
+) -> list[Quantized]:
+    """The denoiser by its recorded inputs, other components by their weights alone."""
     assert recipe.quantize is not None
-    stored = dict(source.tensors(source.denoiser))
-    return quantize_denoiser(
-        denoiser_of(teacher),
-        stored,
-        trajectories,
-        recipe.quantize,
-        recipe.seed,
-        lambda done, total: notify("quantize", done, total),
-    )
+    results = []
+    for component in _quantized_components(source, recipe):
+        stored = dict(source.tensors(component))
+        if component != source.denoiser:
+            results.append(quantize_weights(component, getattr(teacher, component), stored, recipe.quantize))
+            continue
+        found = quantize_denoiser(
+            component,
+            denoiser_of(teacher),
+            stored,
+            trajectories,
+            recipe.quantize,
+            recipe.seed,
+            lambda done, total: notify("quantize", done, total),
+        )
+        if isinstance(recipe.quantize, Qalora):
+            _learn_(found, teacher, trajectories, recipe, recipe.quantize, work, notify)
+        results.append(found)
+    return results
+
+
+def _learn_(
+    found: Quantized,
+    teacher: Any,
+    trajectories: Trajectories,
+    recipe: Recipe,
+    options: Qalora,
+    work: Work,
+    notify: Notify,
+) -> None:
+    runs = OwnRuns(teacher, own_conditions(teacher, recipe), _sampling(recipe), work.learned)
+
+    def report(done: int, total: int, loss: float) -> None:
+        notify(f"learn, loss {loss:.2e}", done, total)
+
+    learn_layers_(found, denoiser_of(teacher), trajectories, runs, options, recipe.seed, report)
 
 
 def _stage(
@@ -210,15 +251,18 @@ def _stage(
     recipe: Recipe,
     request: str,
     trajectories: Trajectories,
-    quantized: Quantized,
+    quantized: list[Quantized],
     work: Work,
 ) -> Manifest:
     """Write the pipeline files of the artifact, and its manifest without what is measured on them."""
     shutil.rmtree(work.staged, ignore_errors=True)
     work.staged.mkdir()
-    edits, tensors = edits_and_tensors(source.denoiser, quantized.layers)
-    write_pipeline(work.staged, source, edits, {source.denoiser: tensors}, trajectories.timesteps)
-    plan = plan_rows(source.denoiser, dict(source.tensors(source.denoiser)), tensors, quantized)
+    edits, plan, tensors = [], [], {}
+    for found in quantized:
+        own, tensors[found.component] = edits_and_tensors(found)
+        edits += own
+        plan += plan_rows(found, dict(source.tensors(found.component)), tensors[found.component])
+    write_pipeline(work.staged, source, edits, tensors, trajectories.timesteps)
     manifest = Manifest(
         fingerprint=request,
         versions=_versions(),
@@ -227,6 +271,7 @@ def _stage(
         timesteps=trajectories.timesteps,
         edits=edits,
         plan=plan,
+        learning=[row for found in quantized for row in found.history],
         metrics={},
         files={},
     )

@@ -8,12 +8,12 @@ from difflib import get_close_matches
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diffpress.compress.options import Ptq
+from diffpress.compress.options import Ptq, Qalora
 from diffpress.export.errors import RecipeError
 
 
@@ -58,7 +58,9 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, lt=2**31, description="the only source of randomness")
     sampling: SamplingSection = SamplingSection()
     record: RecordSection = RecordSection()
-    quantize: Ptq | None = Field(default=None, description="store weights as integers")
+    quantize: Ptq | Qalora | None = Field(
+        default=None, discriminator="method", description="store weights in fewer bits"
+    )
     gates: GatesSection = GatesSection()
     export: list[Literal["onnx"]] = Field(default=[], description="formats to export the result to")
 
@@ -133,41 +135,62 @@ def _override_(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"])
+    path = ".".join(_path(error["loc"]))
     if error["type"] == "missing":
         return f"{path} is missing"
+    if error["type"] == "union_tag_not_found":
+        return f"{path}.method is missing, it is one of {_tags(error)}"
+    if error["type"] == "union_tag_invalid":
+        return f"{path}.method = {error['ctx']['tag']!r}: it is one of {_tags(error)}"
     if error["type"] != "extra_forbidden":
-        return f"{path} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{path} = {error['input']!r}: {message[0].lower()}{message[1:]}"
     allowed = _keys(error["loc"][:-1])
     close = get_close_matches(str(error["loc"][-1]), allowed, 1, 0.5)
     hint = f", did you mean {close[0]!r}?" if close else ","
     return f"unknown key {path!r}{hint} allowed here: {', '.join(allowed)}"
 
 
-def _keys(path: Sequence[int | str]) -> list[str]:
-    section: Any = Recipe
-    for part in path:
-        section = _section(section.model_fields[str(part)].annotation)
-    return list(section.model_fields)
+def _path(loc: Sequence[int | str]) -> list[str]:
+    """The keys that lead to an error, without the method's name that pydantic puts between them."""
+    first, *rest = map(str, loc)
+    tagged = first in Recipe.model_fields and len(_sections(Recipe.model_fields[first].annotation)) > 1
+    return [first, *rest[1:]] if tagged else [first, *rest]
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section a field holds, also where it may be left out."""
-    return next((t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields")), None)
+def _tags(error: Any) -> str:
+    return " or ".join(
+        repr(get_args(section.model_fields["method"].annotation)[0])
+        for section in _sections(Recipe.model_fields[error["loc"][0]].annotation)
+    )
+
+
+def _keys(loc: Sequence[int | str]) -> list[str]:
+    """What the section at `loc` allows; a second part names which of several methods it is."""
+    if not loc:
+        return list(Recipe.model_fields)
+    sections = _sections(Recipe.model_fields[str(loc[0])].annotation)
+    chosen = [s for s in sections if len(loc) == 1 or get_args(s.model_fields["method"].annotation) == (loc[1],)]
+    return list(chosen[0].model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections a field can hold, also where it may be left out."""
+    return [part for part in (annotation, *get_args(annotation)) if hasattr(part, "model_fields")]
 
 
 def reference_rows() -> list[tuple[str, str, str]]:
     """Key, default and meaning of everything a recipe may say, from the fields themselves."""
-    rows = []
+    rows: dict[str, tuple[str, str]] = {}
     for key, info in Recipe.model_fields.items():
-        section = _section(info.annotation)
-        fields = (
-            {key: info} if section is None else {f"{key}.{name}": entry for name, entry in section.model_fields.items()}
-        )
-        for path, entry in fields.items():
+        sections = _sections(info.annotation)
+        entries = [(f"{key}.{name}", entry) for section in sections for name, entry in section.model_fields.items()]
+        for path, entry in entries or [(key, info)]:
             default = "" if entry.is_required() else json.dumps(entry.default)
-            rows.append((path, default, entry.description or ""))
-    return rows
+            meaning = entry.description or ""
+            known = rows.get(path, (default, meaning))[1]
+            rows[path] = (default, meaning if meaning == known else f"{known}; {meaning}")
+    return [(path, default, meaning) for path, (default, meaning) in rows.items()]
 
 
 def reference() -> str:

@@ -27,6 +27,10 @@ class Work:
         return self.folder / "recorded"
 
     @property
+    def learned(self) -> Path:
+        return self.folder / "learned"
+
+    @property
     def staged(self) -> Path:
         return self.folder / "staged"
 

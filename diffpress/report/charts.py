@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .pictures import spread
 from .words import TIMES, scientific, significant
@@ -26,34 +27,62 @@ class Tick:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One value; `x` from the left and `y` from the top, in percent. `text` says it in words."""
+class Axis:
+    """From `low` at the bottom to `high` at the top, with a mark at each of `values`."""
 
-    x: float
-    y: float
-    text: str
+    low: float
+    high: float
+    values: list[float]
+    logarithmic: bool
+
+    def below_top(self, value: float) -> float:
+        """Where `value` lies, from the top, in percent."""
+        place = math.log10 if self.logarithmic else float
+        bottom, top = place(self.low), place(self.high)
+        return 100 - 100 * (place(max(value, self.low)) - bottom) / (top - bottom)
+
+    @property
+    def ticks(self) -> list[Tick]:
+        """The marks, the lowest first."""
+        return [Tick(self.below_top(value), _tick_words(value)) for value in self.values]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Values against steps."""
+    """One line; each point from the left and from the top, in percent."""
 
-    points: list[Point]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    logarithmic: bool
-    stride: float
-    """Between two steps, in percent of the width."""
+    points: list[tuple[float, float]]
+    name: str = ""
 
     @property
     def path(self) -> str:
         """The line as SVG path data in a box of 100 by 100."""
-        return "M" + "L".join(f"{point.x:.2f} {point.y:.2f}" for point in self.points)
+        return "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in self.points)
 
     @property
     def dots(self) -> str:
         """A line of no length at every point, which round caps make a dot."""
-        return "".join(f"M{point.x:.2f} {point.y:.2f}h0" for point in self.points)
+        return "".join(f"M{x:.2f} {y:.2f}h0" for x, y in self.points)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The part of the width, in percent, where the reader is told `text`."""
+
+    start: float
+    width: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Curves over one pair of axes, the one that matters most first."""
+
+    curves: list[Curve]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    logarithmic: bool
+    strips: list[Strip]
 
 
 @dataclass(frozen=True)
@@ -73,25 +102,34 @@ class Histogram:
     ticks: list[Tick]
 
 
-def step_curve(errors: Sequence[float], timesteps: Sequence[float]) -> Curve | None:
+def step_curve(errors: Sequence[float], timesteps: Sequence[float]) -> Plot | None:
     """`errors` against the step, with time steps where there is one for each. None where nothing is finite."""
     known = timesteps if len(timesteps) == len(errors) else []
     finite = [(step, error) for step, error in enumerate(errors) if math.isfinite(error)]
     if not finite:
         return None
-    values = [error for _, error in finite]
+    axis = value_axis([error for _, error in finite])
+    points = [(_across(step, len(errors)), axis.below_top(error)) for step, error in finite]
+    labels = [_step_tick(step, len(errors), known) for step in spread(len(errors), LABELS)]
+    texts = [_point_words(step, error, known) for step, error in finite]
+    return Plot([Curve(points)], labels, axis.ticks, axis.logarithmic, strips([x for x, _ in points], texts))
+
+
+def value_axis(values: Sequence[float]) -> Axis:
+    """For finite `values` from 0 on: logarithmic where they span more than LOGARITHMIC, else from zero."""
     positive = [value for value in values if value > 0]
     logarithmic = bool(positive) and max(positive) / min(positive) > LOGARITHMIC
-    low, high, ticks = _decades(positive) if logarithmic else _from_zero(max(values))
-    place = math.log10 if logarithmic else float
-    bottom, top = place(low), place(high)
-    points = [
-        Point(_across(step, len(errors)), 100 - 100 * (place(max(value, low)) - bottom) / (top - bottom), words)
-        for (step, value), words in zip(finite, (_point_words(s, e, known) for s, e in finite), strict=True)
-    ]
-    y_ticks = [Tick(100 - 100 * (place(value) - bottom) / (top - bottom), _tick_words(value)) for value in ticks]
-    labels = [_step_tick(step, len(errors), known) for step in spread(len(errors), LABELS)]
-    return Curve(points, labels, y_ticks, logarithmic, 100 / max(1, len(errors) - 1))
+    low, high, marks = _decades(positive) if logarithmic else _from_zero(max(values))
+    return Axis(low, high, marks, logarithmic)
+
+
+def strips(places: Sequence[float], texts: Sequence[str]) -> list[Strip]:
+    """Around each of the rising `places` a strip that reaches half the way to its neighbours."""
+    middles = [(left + right) / 2 for left, right in pairwise(places)]
+    if not middles:
+        return [Strip(0, 100, text) for text in texts]
+    edges = [2 * places[0] - middles[0], *middles, 2 * places[-1] - middles[-1]]
+    return [Strip(start, end - start, text) for (start, end), text in zip(pairwise(edges), texts, strict=True)]
 
 
 def histogram(values: Sequence[float]) -> Histogram | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +13,11 @@ from diffpress.export.manifest import PlanRow
 from .words import TIMES, byte_size, scientific
 
 MOST_SENSITIVE = 20
-FORMAT_COLOURS = 6
-"""Colours that the style sheet has for formats; later formats share the last."""
+PACKED = re.compile(r"W\d+(A\d+| g\d+)?|FP8")
+"""Formats that an edit gives; all others are dtypes."""
+PACKED_COLOURS = 5
+PLAIN_COLOURS = 2
+"""Colours that the style sheet has for packed formats and, after them, greys for dtypes; later ones share the last."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,15 @@ class Line:
 
 
 def packed(format: str) -> bool:
-    """Whether a format is one such as W4A8, rather than the dtype a module was left in."""
-    return format.startswith("W")
+    """Whether a format is one such as W4A8, W4 g64 or FP8, rather than the dtype a module was left in."""
+    return PACKED.fullmatch(format) is not None
 
 
 def totals(plan: Sequence[PlanRow]) -> list[Total]:
-    """One entry a format, packed formats first."""
-    formats = sorted({row.format for row in plan}, key=lambda name: (not packed(name), name))
-    return [_total(name, place, [row for row in plan if row.format == name]) for place, name in enumerate(formats)]
+    """One entry a format: packed formats first, and of both kinds the most common first."""
+    return [
+        _total(name, colour, [row for row in plan if row.format == name]) for name, colour in _colours(plan).items()
+    ]
 
 
 def summary(plan: Sequence[PlanRow]) -> str:
@@ -70,8 +76,8 @@ def summary(plan: Sequence[PlanRow]) -> str:
         return f"nothing packed, {len(plan)} layers left as they were"
     if len(done) == 1:
         return f"{done[0].format}, {done[0].modules} of {len(plan)} layers"
-    parts = sorted(done, key=lambda total: -total.modules)
-    return " and ".join(f"{total.format} in {total.modules}" for total in parts) + f" of {len(plan)} layers"
+    parts = [f"{total.format} in {total.modules}" for total in done]
+    return f"{', '.join(parts[:-1])} and {parts[-1]} of {len(plan)} layers"
 
 
 def sensitivity(plan: Sequence[PlanRow]) -> list[SensitivityBar]:
@@ -80,7 +86,7 @@ def sensitivity(plan: Sequence[PlanRow]) -> list[SensitivityBar]:
     known.sort(key=lambda pair: -pair[1] if math.isfinite(pair[1]) else -math.inf)
     worst = known[:MOST_SENSITIVE]
     largest = max((error for _, error in worst if math.isfinite(error)), default=0.0)
-    colours = {total.format: total.colour for total in totals(plan)}
+    colours = _colours(plan)
     return [
         SensitivityBar(row.module, row.format, colours[row.format], _share(error, largest), scientific(error))
         for row, error in worst
@@ -89,7 +95,7 @@ def sensitivity(plan: Sequence[PlanRow]) -> list[SensitivityBar]:
 
 def lines(plan: Sequence[PlanRow]) -> list[Line]:
     """Every row in the order of the plan."""
-    colours = {total.format: total.colour for total in totals(plan)}
+    colours = _colours(plan)
     return [_line(row, colours[row.format]) for row in plan]
 
 
@@ -109,8 +115,17 @@ def whole(parts: Sequence[Total]) -> Total:
     )
 
 
-def _total(name: str, place: int, rows: Sequence[PlanRow]) -> Total:
-    colour = min(place, FORMAT_COLOURS - 1)
+def _colours(plan: Sequence[PlanRow]) -> dict[str, int]:
+    """The number of each format's colour: packed formats first, and of both kinds the most common first."""
+    counts = Counter(row.format for row in plan)
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    done, left = [name for name in names if packed(name)], [name for name in names if not packed(name)]
+    return {name: min(place, PACKED_COLOURS - 1) for place, name in enumerate(done)} | {
+        name: PACKED_COLOURS + min(place, PLAIN_COLOURS - 1) for place, name in enumerate(left)
+    }
+
+
+def _total(name: str, colour: int, rows: Sequence[PlanRow]) -> Total:
     return Total(name, colour, len(rows), sum(row.source_bytes for row in rows), sum(row.bytes for row in rows))
 
 

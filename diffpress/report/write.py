@@ -16,6 +16,7 @@ from diffpress.export.manifest import Manifest
 from ..pairs import Pairs
 from .charts import histogram, step_curve
 from .figures import gates_tile, measures, pairs_tile, tiles
+from .learning import learning
 from .pictures import gallery
 from .plan import lines, saving, sensitivity, summary, totals, whole
 from .words import byte_size, decibels, significant
@@ -117,6 +118,7 @@ def _artifact(manifest: Manifest) -> dict[str, Any]:
     return {
         "summary": summary(manifest.plan),
         "sensitivity": sensitivity(manifest.plan),
+        "learning": learning(manifest.learning),
         "plan": lines(manifest.plan),
         "totals": [(part, saving(part)) for part in [*parts, whole(parts)]],
         "recipe": yaml.safe_dump(manifest.recipe, sort_keys=False, allow_unicode=True),

@@ -1,0 +1,80 @@
+"""Single pictures' calls out of recorded runs, put together into batches of any order and any mix of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .sampling import Call
+from .trajectory import Trajectories
+
+
+class Batch(NamedTuple):
+    """Calls of B pictures as one call: guidance's parts after each other, as the pipeline itself lays them out."""
+
+    inputs: dict[str, Tensor]
+    output: Tensor
+    """[parts * B, ...]"""
+    steps: Tensor
+    """[B]"""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one picture's share of one call lies."""
+
+    shard: Path
+    call: int
+    picture: int
+    pictures: int
+
+
+class Examples:
+    """Everything recorded in some shards, one picture of one call at a time; read through the memory map when asked for."""
+
+    def __init__(self, trajectories: Trajectories, shards: Sequence[Path]) -> None:
+        self._trajectories = trajectories
+        self._places = [
+            _Place(shard, call, picture, pictures)
+            for shard in shards
+            for pictures in [trajectories.pictures(shard)]
+            for call in range(len(trajectories.steps(shard)))
+            for picture in range(pictures)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """These examples as one call; the time step gets one entry a picture and part.
+
+        Inputs without a batch axis, such as positions, are those of the first example.
+        """
+        calls = [self._share(self._places[index]) for index in indices]
+        parts = len(calls[0].output)
+        inputs = {
+            name: _joined([call.inputs[name] for call in calls]) if first.shape[:1] == (parts,) else first
+            for name, first in calls[0].inputs.items()
+        }
+        return Batch(inputs, _joined([call.output for call in calls]), torch.tensor([call.step for call in calls]))
+
+    def _share(self, place: _Place) -> Call:
+        """One picture's rows of one call."""
+        call = self._trajectories.call(place.shard, place.call)
+        rows = call.output.shape[0]
+        own = slice(place.picture, rows, place.pictures)
+        inputs = {
+            name: value[own] if value.ndim and value.shape[0] == rows else value for name, value in call.inputs.items()
+        }
+        inputs["timestep"] = call.inputs["timestep"].flatten()[:1].expand(rows // place.pictures)
+        return Call(inputs, call.output[own], call.step)
+
+
+def _joined(shares: Sequence[Tensor]) -> Tensor:
+    """Shares [parts, ...] of B pictures as [parts * B, ...], the pictures of one part beside each other."""
+    return torch.stack(list(shares), dim=1).flatten(0, 1)

@@ -1,0 +1,110 @@
+"""Which layers are quantized, and to which formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from diffpress.calibration.observe import LayerInput
+from diffpress.export.errors import RecipeError, UnsupportedModelError
+from diffpress.export.apply import ties
+from diffpress.export.runtime import why_not_packable
+
+from .options import Rounding
+from .overlay import Format, Quantization
+
+KINDS = (nn.Linear, nn.Conv2d, nn.Embedding)
+"""Modules whose weights can be stored in fewer bits."""
+SAFE_BITS = 8
+"""Bits of a weight whose error would reach everything."""
+
+
+def find_layers(model: nn.Module, options: Rounding) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that can be quantized, and per other one the reason why it is left alone.
+
+    Raises RecipeError where a pattern of `keep` fits no layer, and UnsupportedModelError where no layer remains.
+    """
+    candidates = {name: module for name, module in model.named_modules() if isinstance(module, KINDS)}
+    kept = {name for pattern in options.keep for name in _matching(pattern, candidates)}
+    tied = ties(model)
+    layers: dict[str, nn.Module] = {}
+    reasons: dict[str, str] = {}
+    for name, module in candidates.items():
+        reason = "kept by the recipe" if name in kept else why_not_packable(module)
+        if reason is None and f"{name}.weight" in tied:
+            reason = f"its weight is that of {tied[f'{name}.weight']}"
+        if reason is None:
+            layers[name] = module
+        else:
+            reasons[name] = reason
+    if not layers:
+        raise UnsupportedModelError(_nothing_left(model, reasons))
+    return layers, reasons
+
+
+def _matching(pattern: str, candidates: Mapping[str, nn.Module]) -> list[str]:
+    found = [name for name in candidates if fnmatchcase(name, pattern)]
+    if not found and candidates:
+        near = get_close_matches(pattern, candidates, 3, 0.3) or list(candidates)[:3]
+        raise RecipeError(f"quantize.keep: {pattern!r} fits no layer. Near it are {', '.join(near)}.")
+    return found
+
+
+def _nothing_left(model: nn.Module, reasons: Mapping[str, str]) -> str:
+    words = " or ".join(kind.__name__ for kind in KINDS)
+    why = f": {', '.join(sorted(set(reasons.values())))}" if reasons else ""
+    return f"{type(model).__name__} has no {words} that could be quantized{why}."
+
+
+def choose_formats(
+    layers: Mapping[str, nn.Module], seen: Mapping[str, LayerInput], options: Rounding
+) -> tuple[dict[str, Format], dict[str, str]]:
+    """The format of each Linear or Conv2d: as asked, but 8 bits where an error would reach everything, and why.
+
+    A conditioning layer sees one row an image, so leaving its input in float costs nothing; the first and last layers are
+    small.
+    """
+    order = list(layers)
+    edges = {name: f"{word} layer" for word, name in zip(("first", "last"), order[:1] + order[-1:], strict=False)}
+    formats: dict[str, Format] = {}
+    reasons: dict[str, str] = {}
+    for name, layer in layers.items():
+        why = "conditioning layer" if seen[name].conditioning else edges.get(name)
+        if why is not None:
+            formats[name] = weights_only(layer, SAFE_BITS)
+            reasons[name] = f"{why}: weights in {SAFE_BITS} bits, inputs in float"
+        elif options.activation_bits is None:
+            formats[name] = weights_only(layer, options.weights, options.group_size)
+        else:
+            formats[name] = Format(options.weights, options.activation_bits, None, options.format == "float8")
+    return formats, reasons
+
+
+def weights_only(layer: nn.Module, bits: int, group_size: int | None = None) -> Format:
+    """Rounded weights with one scale for each output channel, or for groups of columns."""
+    columns = layer.weight[0].numel()  # type: ignore[union-attr, operator, index]
+    return Format(bits, None, min(group_size or columns, columns))
+
+
+def safe_format(format: Format) -> Format:
+    """The same with 8 bits for weights and, where they are rounded, inputs."""
+    return replace(format, weight_bits=SAFE_BITS, activation_bits=None if format.activation_bits is None else SAFE_BITS)
+
+
+def worth_more_bits(
+    gains: Mapping[str, float], layers: Mapping[str, Quantization], effective_bits: float
+) -> list[str]:
+    """The layers that get the safe number of bits, by gain a bit, so that all `layers` average at most `effective_bits`."""
+    sizes = {name: layer.codes.numel() for name, layer in layers.items()}
+    left = sum(size * (effective_bits - layers[name].format.weight_bits) for name, size in sizes.items())
+    chosen = []
+    for name in sorted(gains, key=lambda name: gains[name] / sizes[name], reverse=True):
+        cost = sizes[name] * (SAFE_BITS - layers[name].format.weight_bits)
+        if gains[name] > 0 and cost <= left:
+            chosen.append(name)
+            left -= cost
+    return chosen

@@ -1,0 +1,101 @@
+"""One layer under training: Y = Q(X; s_x[step]) Q(W0 + BA; s_w), the sum merged before it is rounded."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from diffpress.export.runtime import StepClock
+from diffpress.kernels import code_range, quantize
+
+from ..overlay import Quantization, run_layer, smoothed, spread
+from ..rounding import fake_quantize, straight_through_round
+
+
+class QaloraLayer(nn.Module):
+    """What is learned about one Linear or Conv2d, whose own tensors stay as they are; O outputs, K columns, S steps.
+
+    Scales are kept as logarithms, so that one learning rate is a relative change for all of them. He et al. 2024,
+    arXiv 2310.03270, eq. 6 (the layer) and eq. 9 (a scale a step).
+    """
+
+    weight_sign: Tensor
+    unit: Tensor
+    smoothing: Tensor | None
+
+    def __init__(
+        self, layer: nn.Module, start: Quantization, rank: int, unit: float, generator: torch.Generator
+    ) -> None:
+        """Starts at `start`: B is zero, and is counted in `unit`."""
+        super().__init__()
+        self.format = start.format
+        rows, columns = start.codes.flatten(1).shape
+        rank = min(rank, rows, columns)
+        device = start.codes.device
+        self.a = nn.Parameter(torch.randn(rank, columns, generator=generator).to(device) / math.sqrt(rank))
+        self.b = nn.Parameter(torch.zeros(rows, rank, device=device))
+        self.log_weight_scale = nn.Parameter(start.weight_scale.abs().log())
+        self.register_buffer("weight_sign", start.weight_scale.sign())
+        self.register_buffer("unit", torch.as_tensor(unit, device=device))
+        self.register_buffer("smoothing", start.smoothing)
+        scale, zero_point = start.activation_scale, start.zero_point
+        self.log_activation_scale = None if scale is None else nn.Parameter(scale.log())
+        self.zero_point = None if zero_point is None else nn.Parameter(zero_point.clone())
+        bias = getattr(layer, "bias", None)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
+
+    def merged(self, layer: nn.Module) -> Tensor:
+        """W0 + BA, smoothed, in float32."""
+        weight = layer.weight.detach().float()  # type: ignore[union-attr, operator]
+        if self.smoothing is not None:
+            weight = weight / self.smoothing.view(1, -1, *[1] * (weight.ndim - 2))
+        return weight + (self.b * self.unit @ self.a).view_as(weight)
+
+    def weight_scale(self) -> Tensor:
+        """[O]"""
+        return self.log_weight_scale.exp() * self.weight_sign
+
+    def forward(self, layer: nn.Module, x: Tensor, clock: StepClock) -> Tensor:
+        """What the quantized `layer` will answer to `x`, in float and with gradients."""
+        merged = self.merged(layer)
+        scale = spread(self.weight_scale(), merged.shape, self.format.group_size)
+        weight = fake_quantize(merged, scale, None, self.format.weight_bits)
+        rounded = self._round_input(smoothed(layer, x.float(), self.smoothing), clock)
+        return run_layer(layer, rounded, weight, self.bias).to(x.dtype)
+
+    def _round_input(self, x: Tensor, clock: StepClock) -> Tensor:
+        if self.log_activation_scale is None:
+            return x
+        assert self.format.activation_bits is not None
+        scale = _along_batch(clock.select(self.log_activation_scale.exp()), x)
+        zero_point = None
+        if self.zero_point is not None:
+            codes = self.zero_point.clamp(*code_range(self.format.activation_bits))
+            zero_point = straight_through_round(_along_batch(clock.select(codes), x))
+        return fake_quantize(x, scale, zero_point, self.format.activation_bits)
+
+    @torch.no_grad()
+    def finish(self, layer: nn.Module) -> Quantization:
+        """The integers that were trained."""
+        merged = self.merged(layer)
+        scale = self.weight_scale()
+        codes = quantize(merged, spread(scale, merged.shape, self.format.group_size), self.format.weight_bits)
+        return Quantization(
+            self.format,
+            codes,
+            scale,
+            None if self.log_activation_scale is None else self.log_activation_scale.exp(),
+            None if self.zero_point is None else self.zero_point.clamp(*code_range(self.format.activation_bits)).round(),
+            self.smoothing,
+            None if self.bias is None else self.bias.detach().clone(),
+        )
+
+
+def _along_batch(values: Tensor, x: Tensor) -> Tensor:
+    """One value for all, or one an entry of the batch, against `x`.
+
+    Where a model folds something into its batch (frames, windows), the entries of one picture lie beside each other.
+    """
+    return values.repeat_interleave(x.shape[0] // len(values)).view(-1, *[1] * (x.ndim - 1))

@@ -1,0 +1,82 @@
+"""What the student learns from: the teacher's recorded runs, and its own runs with the teacher's answers to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffpress.calibration.conditions import Condition
+from diffpress.calibration.examples import Batch, Examples
+from diffpress.calibration.sampling import Call, Sampling, replay
+from diffpress.calibration.trajectory import Trajectories, record
+
+from .student import Student
+
+OWN_PICTURES = 8
+"""Pictures that a round of the student's own runs makes."""
+OWN_ROUNDS = 8
+"""Rounds that are learned from; older ones show a student that is no more."""
+TEACHERS_SHARE = 4
+"""Every so many batches are of the teacher's runs while the student's own are learned from."""
+
+
+@dataclass(frozen=True)
+class OwnRuns:
+    """How the student's own runs are sampled."""
+
+    pipeline: Any
+    wanted: Sequence[Condition]
+    """As many different ones as there are; they are taken in turn."""
+    sampling: Sampling
+    folder: Path
+
+
+class Lessons:
+    """A batch for every iteration, the same again when learning goes on after it was killed."""
+
+    def __init__(self, recorded: Trajectories, held_back: float, runs: OwnRuns, seed: int) -> None:
+        shards = recorded.shards
+        held = min(len(shards) - 1, max(1, round(held_back * len(shards))))
+        # A single shard is judged by what was learned from: there is nothing else.
+        self.recorded = Examples(recorded, shards[: len(shards) - held])
+        self.held_back = Examples(recorded, shards[-held:] if held else shards)
+        self.runs, self.seed = runs, seed
+        self.own: dict[int, Examples] = {}
+
+    def batch(self, number: int, size: int) -> Batch:
+        """Calls drawn evenly from the teacher's runs and, once there are some, mostly from the student's own."""
+        generator = torch.Generator().manual_seed(self.seed + number)
+        pool = self.recorded
+        if self.own and number % TEACHERS_SHARE:
+            rounds = list(self.own.values())
+            pool = rounds[int(torch.randint(len(rounds), (), generator=generator))]
+        return pool.batch(torch.randint(len(pool), (size,), generator=generator).tolist())
+
+    def judged(self, size: int) -> Batch:
+        """The same examples each time, spread evenly over what is held back."""
+        return self.held_back.batch(torch.linspace(0, len(self.held_back) - 1, size).round().long().tolist())
+
+    def follow(self, student: Student, latest: int) -> None:
+        """Have the rounds up to `latest` that are learned from; those that are on disk already are not sampled again."""
+        wanted = range(max(0, latest - OWN_ROUNDS + 1), latest + 1)
+        self.own = {index: self.own.get(index) or self._sample(student, index) for index in wanted}
+
+    def _sample(self, student: Student, index: int) -> Examples:
+        """Let the student sample, and the teacher answer to what it saw."""
+        runs = self.runs
+        start = index * OWN_PICTURES
+        wanted = [runs.wanted[(start + i) % len(runs.wanted)] for i in range(OWN_PICTURES)]
+
+        def teacher(call: Call) -> Tensor:
+            with student.off():
+                return replay(student.denoiser, call)
+
+        with student.on():
+            folder = runs.folder / f"round-{index:05d}"
+            trajectories = record(runs.pipeline, wanted, runs.sampling, folder, OWN_PICTURES, answer=teacher)
+        return Examples(trajectories, trajectories.shards)

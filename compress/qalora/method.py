@@ -1,0 +1,41 @@
+"""QALoRA as a method: what `ptq` found, made better by learning."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from diffpress.calibration.guidance import find_guidance
+from diffpress.calibration.trajectory import Trajectories
+
+from ..finish import Quantized
+from ..options import Qalora
+from .lessons import Lessons, OwnRuns
+from .student import Student
+from .train import Report, learn
+
+
+def learn_layers_(
+    found: Quantized,
+    denoiser: nn.Module,
+    trajectories: Trajectories,
+    runs: OwnRuns,
+    options: Qalora,
+    seed: int,
+    report: Report | None = None,
+) -> None:
+    """Replace the layers of `found` whose weights belong to a Linear or Conv2d by learned ones; `denoiser` stays as it is.
+
+    The teacher is `denoiser` itself, the overlay off. Raises LearningError where the loss is not finite.
+    """
+    start = {name: own for name, own in found.layers.items() if not isinstance(denoiser.get_submodule(name), nn.Embedding)}
+    frozen = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    student = Student(denoiser, start, trajectories.timesteps, options, seed)
+    try:
+        lessons = Lessons(trajectories, options.held_back, runs, seed)
+        found.history = learn(student, lessons, find_guidance(trajectories), options, runs.folder, report).history
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    found.layers |= student.finish()

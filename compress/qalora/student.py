@@ -1,0 +1,94 @@
+"""The student: the teacher's own modules with everything that is learned laid over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from diffpress.export.runtime import StepClock
+
+from ..options import Qalora
+from ..overlay import Quantization, overlaid
+from .layer import QaloraLayer
+
+
+class BatchClock(StepClock):
+    """A clock that reads a step for every entry of the batch, so that one batch may mix steps."""
+
+    def set(self, timestep: Tensor | float) -> None:
+        """Move to the time steps [B] (or one for all)."""
+        now = torch.as_tensor(timestep).float().flatten()[:, None]
+        known = torch.tensor(self.timesteps, device=now.device)
+        passed = (known[:-1] - now) / (known[:-1] - known[1:])
+        position = passed.clamp(0, 1).sum(1, keepdim=True)
+        self.weights = (1 - (position - torch.arange(len(known), device=now.device)).abs()).clamp(min=0)
+
+    def select(self, table: Tensor) -> Tensor:
+        """The entries [B] of `table` [steps]."""
+        return self.weights.to(table) @ table
+
+
+class Student:
+    """All layers under training; off unless asked to be on."""
+
+    def __init__(
+        self, denoiser: nn.Module, start: Mapping[str, Quantization], timesteps: list[float], options: Qalora, seed: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.denoiser = denoiser
+        self.clock = BatchClock(timesteps)
+        self.layers = {
+            name: QaloraLayer(denoiser.get_submodule(name), own, options.rank, unit, generator)
+            for (name, own), unit in zip(start.items(), units(start, options.scale_aware), strict=True)
+        }
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that is learned, by name."""
+        return {
+            f"{name}.{key}": parameter for name, layer in self.layers.items() for key, parameter in layer.named_parameters()
+        }
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """The denoiser answers as the quantized one will."""
+        calls = {
+            name: partial(layer.forward, self.denoiser.get_submodule(name), clock=self.clock)
+            for name, layer in self.layers.items()
+        }
+        with overlaid(self.denoiser, calls, self.clock):
+            yield
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The teacher answers, also where the student is on."""
+        modules = [self.denoiser.get_submodule(name) for name in self.layers]
+        calls = [module.__dict__.pop("forward", None) for module in modules]
+        try:
+            yield
+        finally:
+            for module, call in zip(modules, calls, strict=True):
+                if call is not None:
+                    module.__dict__["forward"] = call
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    def finish(self) -> dict[str, Quantization]:
+        """The integers that were trained."""
+        return {name: layer.finish(self.denoiser.get_submodule(name)) for name, layer in self.layers.items()}
+
+
+def units(start: Mapping[str, Quantization], scale_aware: bool) -> list[float]:
+    """What the low-rank change of each layer is counted in: its mean weight scale, or that of all layers.
+
+    One learning rate then moves every layer by the same share of a code. That is what He et al. 2024, arXiv 2310.03270,
+    eq. 8 asks for; multiplied onto gradients, as it is written there, it would change nothing under Adam.
+    """
+    means = [float(own.weight_scale.abs().mean()) for own in start.values()]
+    return means if scale_aware else [sum(means) / len(means)] * len(means)
