@@ -30,6 +30,7 @@ class _Place:
 
     shard: Path
     call: int
+    step: int
     picture: int
     pictures: int
 
@@ -40,12 +41,14 @@ class Examples:
     def __init__(self, trajectories: Trajectories, shards: Sequence[Path]) -> None:
         self._trajectories = trajectories
         self._places = [
-            _Place(shard, call, picture, pictures)
+            _Place(shard, call, step, picture, pictures)
             for shard in shards
             for pictures in [trajectories.pictures(shard)]
-            for call in range(len(trajectories.steps(shard)))
+            for call, step in enumerate(trajectories.steps(shard))
             for picture in range(pictures)
         ]
+        self.steps = torch.tensor([place.step for place in self._places])
+        """[N] of each example."""
 
     def __len__(self) -> int:
         return len(self._places)

@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from diffpress.calibration.observe import LayerInput
-from diffpress.export.errors import RecipeError, UnsupportedModelError
 from diffpress.export.apply import ties
+from diffpress.export.errors import RecipeError, UnsupportedModelError
 from diffpress.export.runtime import why_not_packable
 
 from .options import Rounding
@@ -95,9 +95,7 @@ def safe_format(format: Format) -> Format:
     return replace(format, weight_bits=SAFE_BITS, activation_bits=None if format.activation_bits is None else SAFE_BITS)
 
 
-def worth_more_bits(
-    gains: Mapping[str, float], layers: Mapping[str, Quantization], effective_bits: float
-) -> list[str]:
+def worth_more_bits(gains: Mapping[str, float], layers: Mapping[str, Quantization], effective_bits: float) -> list[str]:
     """The layers that get the safe number of bits, by gain a bit, so that all `layers` average at most `effective_bits`."""
     sizes = {name: layer.codes.numel() for name, layer in layers.items()}
     left = sum(size * (effective_bits - layers[name].format.weight_bits) for name, size in sizes.items())

@@ -31,7 +31,9 @@ class Rounding(BaseModel):
         le=8,
         description="bits a weight may take on average: what is left over goes to the layers that measure as most sensitive",
     )
-    smoothing: bool = Field(default=True, description="even out the channels of a layer's input where that measures better")
+    smoothing: bool = Field(
+        default=True, description="even out the channels of a layer's input where that measures better"
+    )
     asymmetric: bool = Field(default=True, description="give a layer's input a zero point where that measures better")
     per_step: bool = Field(default=True, description="give each sampling step its own scale where that measures better")
     keep: list[str] = Field(
@@ -75,7 +77,9 @@ class Qalora(Rounding):
     batch: int = Field(default=16, ge=1, description="pictures an optimizer step sees, each at a step of its own")
     accumulate: int = Field(default=1, ge=1, description="parts a batch is computed in; memory shrinks with it")
     lora_rate: float = Field(
-        default=0.02, gt=0, description="learning rate of the low-rank changes, in units of a layer's mean weight scale"
+        default=0.005,
+        gt=0,
+        description="learning rate of the low-rank changes, in units of a layer's mean weight scale",
     )
     scale_rate: float = Field(default=2e-3, gt=0, description="learning rate of step sizes, relative to themselves")
     own_trajectory: float = Field(
@@ -87,9 +91,7 @@ class Qalora(Rounding):
     scale_aware: bool = Field(
         default=True, description="one learning rate a layer, in proportion to its weight scale, instead of one for all"
     )
-    held_back: float = Field(
-        default=0.125, gt=0, lt=1, description="share of what was recorded that is not learned from but judged by"
-    )
+    held_back: int = Field(default=8, ge=1, description="pictures that learning is judged by, and not learned from")
     patience: int = Field(
         default=6, ge=1, description="judgements without improvement after which learning stops early"
     )

@@ -76,9 +76,7 @@ def fake_quantized(denoiser: nn.Module, layers: Mapping[str, Quantization], cloc
 
 
 @contextmanager
-def overlaid(
-    denoiser: nn.Module, calls: Mapping[str, Callable[[Tensor], Tensor]], clock: StepClock
-) -> Iterator[None]:
+def overlaid(denoiser: nn.Module, calls: Mapping[str, Callable[[Tensor], Tensor]], clock: StepClock) -> Iterator[None]:
     """Let `calls` answer for the named layers while the context lasts, `clock` following the denoiser's time step."""
     handle = attach_clock_(denoiser, clock)
     layers = [denoiser.get_submodule(name) for name in calls]

@@ -52,7 +52,9 @@ def quantize_denoiser(
     found.sensitivity = measure_sensitivity(denoiser, found.layers, trajectories)
     if options.effective_bits is not None:
         _spend_bits_(found, denoiser, trajectories, options.effective_bits, rounded)
-    found.layers |= _without_inputs({name: candidates[name] for name in candidates if name not in layers}, options, found)
+    found.layers |= _without_inputs(
+        {name: candidates[name] for name in candidates if name not in layers}, options, found
+    )
     drop_what_does_not_shrink_(found, stored)
     if not found.layers:
         raise UnsupportedModelError(f"{type(denoiser).__name__} has no layer that would be smaller than it is now.")
@@ -79,7 +81,9 @@ def _without_inputs(layers: Mapping[str, nn.Module], options: Rounding, found: Q
             continue
         if isinstance(layer, nn.Embedding) or name.endswith(ASK_FOR_A_DTYPE):
             format = weights_only(layer, SAFE_BITS)
-            found.reasons[name] = "embedding, 8 bits" if isinstance(layer, nn.Embedding) else "its model asks for 8 bits"
+            found.reasons[name] = (
+                "embedding, 8 bits" if isinstance(layer, nn.Embedding) else "its model asks for 8 bits"
+            )
         else:
             format = weights_only(layer, options.weights, options.group_size)
         weight = layer_matrix(layer)

@@ -75,9 +75,7 @@ def _search_input(layer: nn.Module, seen: LayerInput, format: Format, options: R
     best = min(range(len(families)), key=lambda index: float(errors[index].min()))
     order = errors[best].argsort()
     family = families[best]
-    return _Input(
-        smoothing, Grid(family.scale[order], None if family.zero_point is None else family.zero_point[order])
-    )
+    return _Input(smoothing, Grid(family.scale[order], None if family.zero_point is None else family.zero_point[order]))
 
 
 def _single_scales(inputs: Mapping[str, _Input], steps: int) -> dict[str, tuple[Tensor, Tensor | None]]:

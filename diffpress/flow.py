@@ -238,7 +238,9 @@ def _learn_(
     work: Work,
     notify: Notify,
 ) -> None:
-    runs = OwnRuns(teacher, own_conditions(teacher, recipe), _sampling(recipe), work.learned)
+    own = own_conditions(teacher, recipe)
+    held_back, wanted = own[: options.held_back], own[options.held_back :]
+    runs = OwnRuns(teacher, wanted, held_back, _sampling(recipe), work.learned)
 
     def report(done: int, total: int, loss: float) -> None:
         notify(f"learn, loss {loss:.2e}", done, total)

@@ -26,9 +26,15 @@ class QaloraLayer(nn.Module):
     smoothing: Tensor | None
 
     def __init__(
-        self, layer: nn.Module, start: Quantization, rank: int, unit: float, generator: torch.Generator
+        self,
+        layer: nn.Module,
+        start: Quantization,
+        rank: int,
+        unit: float,
+        per_step: bool,
+        generator: torch.Generator,
     ) -> None:
-        """Starts at `start`: B is zero, and is counted in `unit`."""
+        """Starts at `start`: B is zero, and is counted in `unit`; without `per_step` all steps share the first's scale."""
         super().__init__()
         self.format = start.format
         rows, columns = start.codes.flatten(1).shape
@@ -41,17 +47,23 @@ class QaloraLayer(nn.Module):
         self.register_buffer("unit", torch.as_tensor(unit, device=device))
         self.register_buffer("smoothing", start.smoothing)
         scale, zero_point = start.activation_scale, start.zero_point
-        self.log_activation_scale = None if scale is None else nn.Parameter(scale.log())
-        self.zero_point = None if zero_point is None else nn.Parameter(zero_point.clone())
+        self.steps = 0 if scale is None else len(scale)
+        entries = slice(None) if per_step else slice(1)
+        self.log_activation_scale = None if scale is None else nn.Parameter(scale[entries].log())
+        self.zero_point = None if zero_point is None else nn.Parameter(zero_point[entries].clone())
         bias = getattr(layer, "bias", None)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
+
+    def change(self) -> Tensor:
+        """BA [O, K]"""
+        return self.b * self.unit @ self.a
 
     def merged(self, layer: nn.Module) -> Tensor:
         """W0 + BA, smoothed, in float32."""
         weight = layer.weight.detach().float()  # type: ignore[union-attr, operator]
         if self.smoothing is not None:
             weight = weight / self.smoothing.view(1, -1, *[1] * (weight.ndim - 2))
-        return weight + (self.b * self.unit @ self.a).view_as(weight)
+        return weight + self.change().view_as(weight)
 
     def weight_scale(self) -> Tensor:
         """[O]"""
@@ -65,29 +77,40 @@ class QaloraLayer(nn.Module):
         rounded = self._round_input(smoothed(layer, x.float(), self.smoothing), clock)
         return run_layer(layer, rounded, weight, self.bias).to(x.dtype)
 
-    def _round_input(self, x: Tensor, clock: StepClock) -> Tensor:
+    def activation_tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and zero point of the input at every step [S]; None where there is none."""
         if self.log_activation_scale is None:
+            return None, None
+        scale = self.log_activation_scale.exp().expand(self.steps)
+        if self.zero_point is None:
+            return scale, None
+        assert self.format.activation_bits is not None
+        return scale, self.zero_point.clamp(*code_range(self.format.activation_bits)).expand(self.steps)
+
+    def _round_input(self, x: Tensor, clock: StepClock) -> Tensor:
+        scales, zero_points = self.activation_tables()
+        if scales is None:
             return x
         assert self.format.activation_bits is not None
-        scale = _along_batch(clock.select(self.log_activation_scale.exp()), x)
+        scale = _along_batch(clock.select(scales), x)
         zero_point = None
-        if self.zero_point is not None:
-            codes = self.zero_point.clamp(*code_range(self.format.activation_bits))
-            zero_point = straight_through_round(_along_batch(clock.select(codes), x))
+        if zero_points is not None:
+            zero_point = straight_through_round(_along_batch(clock.select(zero_points), x))
         return fake_quantize(x, scale, zero_point, self.format.activation_bits)
 
     @torch.no_grad()
     def finish(self, layer: nn.Module) -> Quantization:
         """The integers that were trained."""
         merged = self.merged(layer)
-        scale = self.weight_scale()
-        codes = quantize(merged, spread(scale, merged.shape, self.format.group_size), self.format.weight_bits)
+        weight_scale = self.weight_scale()
+        codes = quantize(merged, spread(weight_scale, merged.shape, self.format.group_size), self.format.weight_bits)
+        scale, zero_point = self.activation_tables()
         return Quantization(
             self.format,
             codes,
+            weight_scale,
             scale,
-            None if self.log_activation_scale is None else self.log_activation_scale.exp(),
-            None if self.zero_point is None else self.zero_point.clamp(*code_range(self.format.activation_bits)).round(),
+            None if zero_point is None else zero_point.round(),
             self.smoothing,
             None if self.bias is None else self.bias.detach().clone(),
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.examples import Batch, Examples
-from diffpress.calibration.sampling import Call, Sampling, replay
+from diffpress.calibration.sampling import Call, Sampling, replay, sample
 from diffpress.calibration.trajectory import Trajectories, record
 
 from .student import Student
@@ -32,6 +32,8 @@ class OwnRuns:
     pipeline: Any
     wanted: Sequence[Condition]
     """As many different ones as there are; they are taken in turn."""
+    held_back: Sequence[Condition]
+    """What learning is judged by, and nothing else."""
     sampling: Sampling
     folder: Path
 
@@ -39,27 +41,31 @@ class OwnRuns:
 class Lessons:
     """A batch for every iteration, the same again when learning goes on after it was killed."""
 
-    def __init__(self, recorded: Trajectories, held_back: float, runs: OwnRuns, seed: int) -> None:
-        shards = recorded.shards
-        held = min(len(shards) - 1, max(1, round(held_back * len(shards))))
-        # A single shard is judged by what was learned from: there is nothing else.
-        self.recorded = Examples(recorded, shards[: len(shards) - held])
-        self.held_back = Examples(recorded, shards[-held:] if held else shards)
-        self.runs, self.seed = runs, seed
+    def __init__(self, recorded: Trajectories, runs: OwnRuns, importance: Tensor, seed: int) -> None:
+        """`importance` [S]: how often each step is drawn, in proportion."""
+        self.recorded = Examples(recorded, recorded.shards)
+        self.runs, self.importance, self.seed = runs, importance, seed
         self.own: dict[int, Examples] = {}
+        self._truth: Tensor | None = None
 
     def batch(self, number: int, size: int) -> Batch:
-        """Calls drawn evenly from the teacher's runs and, once there are some, mostly from the student's own."""
+        """Calls drawn from the teacher's runs and, once there are some, mostly from the student's own."""
         generator = torch.Generator().manual_seed(self.seed + number)
         pool = self.recorded
         if self.own and number % TEACHERS_SHARE:
             rounds = list(self.own.values())
             pool = rounds[int(torch.randint(len(rounds), (), generator=generator))]
-        return pool.batch(torch.randint(len(pool), (size,), generator=generator).tolist())
+        chances = self.importance[pool.steps]
+        return pool.batch(torch.multinomial(chances, size, True, generator=generator).tolist())
 
-    def judged(self, size: int) -> Batch:
-        """The same examples each time, spread evenly over what is held back."""
-        return self.held_back.batch(torch.linspace(0, len(self.held_back) - 1, size).round().long().tolist())
+    def judge(self, student: Student) -> float:
+        """Mean squared error of the latents that whole runs of the student end in, from noise it never learned from."""
+        runs = self.runs
+        if self._truth is None:
+            with student.off():
+                self._truth = sample(runs.pipeline, runs.held_back, runs.sampling).latents
+        with student.on():
+            return float((sample(runs.pipeline, runs.held_back, runs.sampling).latents - self._truth).square().mean())
 
     def follow(self, student: Student, latest: int) -> None:
         """Have the rounds up to `latest` that are learned from; those that are on disk already are not sampled again."""

@@ -9,6 +9,8 @@ from diffpress.calibration.trajectory import Trajectories
 
 from ..finish import Quantized
 from ..options import Qalora
+from .importance import step_importance
+from .layer import QaloraLayer
 from .lessons import Lessons, OwnRuns
 from .student import Student
 from .train import Report, learn
@@ -22,18 +24,22 @@ def learn_layers_(
     options: Qalora,
     seed: int,
     report: Report | None = None,
+    layer_type: type[QaloraLayer] = QaloraLayer,
 ) -> None:
     """Replace the layers of `found` whose weights belong to a Linear or Conv2d by learned ones; `denoiser` stays as it is.
 
     The teacher is `denoiser` itself, the overlay off. Raises LearningError where the loss is not finite.
     """
-    start = {name: own for name, own in found.layers.items() if not isinstance(denoiser.get_submodule(name), nn.Embedding)}
+    start = {
+        name: own for name, own in found.layers.items() if not isinstance(denoiser.get_submodule(name), nn.Embedding)
+    }
     frozen = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    student = Student(denoiser, start, trajectories.timesteps, options, seed)
+    student = Student(denoiser, start, trajectories.timesteps, options, seed, layer_type)
     try:
-        lessons = Lessons(trajectories, options.held_back, runs, seed)
+        importance = step_importance(runs.pipeline.scheduler, len(trajectories.timesteps))
+        lessons = Lessons(trajectories, runs, importance, seed)
         found.history = learn(student, lessons, find_guidance(trajectories), options, runs.folder, report).history
     finally:
         for parameter in frozen:

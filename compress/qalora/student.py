@@ -36,20 +36,28 @@ class Student:
     """All layers under training; off unless asked to be on."""
 
     def __init__(
-        self, denoiser: nn.Module, start: Mapping[str, Quantization], timesteps: list[float], options: Qalora, seed: int
+        self,
+        denoiser: nn.Module,
+        start: Mapping[str, Quantization],
+        timesteps: list[float],
+        options: Qalora,
+        seed: int,
+        layer_type: type[QaloraLayer] = QaloraLayer,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.denoiser = denoiser
         self.clock = BatchClock(timesteps)
         self.layers = {
-            name: QaloraLayer(denoiser.get_submodule(name), own, options.rank, unit, generator)
+            name: layer_type(denoiser.get_submodule(name), own, options.rank, unit, options.per_step, generator)
             for (name, own), unit in zip(start.items(), units(start, options.scale_aware), strict=True)
         }
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is learned, by name."""
         return {
-            f"{name}.{key}": parameter for name, layer in self.layers.items() for key, parameter in layer.named_parameters()
+            f"{name}.{key}": parameter
+            for name, layer in self.layers.items()
+            for key, parameter in layer.named_parameters()
         }
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The loop: learn from recorded calls, then from the student's own, judged on what was held back."""
+"""The loop: learn from recorded calls, then from the student's own, judged by whole runs from noise held back."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .lessons import Lessons
 from .student import Student
 
-JUDGED = 64
-"""Held-back examples that learning is judged by."""
-JUDGEMENTS = 20
+JUDGEMENTS = 12
 """How often, over the whole of it; each leaves a checkpoint."""
 WARM_UP = 20
 """Iterations over which the learning rates rise."""
@@ -82,6 +80,9 @@ class _Learning:
     def run(self, report: Report | None) -> Progress:
         options = self.options
         progress = load_checkpoint(self.file, self.parameters, self.kept, self.optimizer)
+        if progress.iteration == 0:
+            # Where nothing gets better, what was started from is kept.
+            self._judge(progress, None)
         every = max(1, options.iterations // JUDGEMENTS)
         own_from = round(options.iterations * (1 - options.own_trajectory))
         while progress.iteration < options.iterations and progress.since_best < options.patience:
@@ -125,18 +126,18 @@ class _Learning:
         return self.guidance.combine(error, batch.steps).square().mean() + RAW * error.square().mean()
 
     @torch.no_grad()
-    def _judge(self, progress: Progress, loss: float) -> None:
-        """Compare the moving average with the best so far, on what is held back."""
+    def _judge(self, progress: Progress, loss: float | None) -> None:
+        """Compare the moving average with the best so far, by whole sampling runs."""
         now = _copies(self.parameters)
         _put(self.parameters, self.kept["average"])
-        with self.student.on():
-            judged = float(self._loss(self.lessons.judged(JUDGED)))
+        judged = self.lessons.judge(self.student)
         progress.since_best += 1
         if judged < progress.best:
             progress.best, progress.since_best = judged, 0
             self.kept["best"] = _copies(self.parameters)
         _put(self.parameters, now)
-        progress.history.append({"iteration": progress.iteration, "loss": loss, "held_back": judged})
+        row = {"iteration": float(progress.iteration), "held_back": judged}
+        progress.history.append(row if loss is None else row | {"loss": loss})
 
     @torch.no_grad()
     def _explain(self, batch: Batch, iteration: int) -> str:

@@ -11,79 +11,11 @@ import torch
 from PIL import Image
 
 from diffpress.calibration.conditions import Condition
-from diffpress.calibration.metrics import psnr_db
-from diffpress.export.manifest import Manifest, PlanRow
+from diffpress.export.manifest import Manifest
 from diffpress.pairs import Pairs
 from diffpress.report import write_report
 
 HOSTILE = '<script>alert("1")</script>'
-COST = {
-    "parameters": {"reference": 6_783_104, "candidate": 6_783_104},
-    "macs_per_image": {"reference": 18_400_000_000, "candidate": 18_400_000_000},
-    "latency_ms": {"reference": 800.0, "candidate": 1096.0, "ratio": 1.35},
-    "peak_memory_bytes": {"reference": 96_400_000, "candidate": 75_900_000},
-}
-
-
-def make_pairs(count=4, channels=3, side=16, prompts=("pizza",), noise=0.02, steps=5):
-    """Pair i differs by (i + 1) times `noise` everywhere, so the last one is the worst."""
-    generator = torch.Generator().manual_seed(0)
-    reference = torch.rand(count, channels, side, side, generator=generator) * 0.5
-    candidate = reference + noise * torch.arange(1, count + 1).view(-1, 1, 1, 1)
-    conditions = [Condition(prompts[i % len(prompts)], 100 + i) for i in range(count)]
-    errors = [1e-3 * (step + 1) for step in range(steps)]
-    return Pairs(conditions, reference, candidate, psnr_db(candidate, reference).tolist(), 0.98, 3e-3, errors, steps)
-
-
-def make_metrics(pairs, missed=None):
-    sizes = {
-        "size_bytes": {"reference": 27_000_000, "candidate": 6_750_000},
-        "total_size_bytes": {"reference": 41_000_000, "candidate": 20_500_000},
-    }
-    return {**pairs.metrics(), **sizes, **({} if missed is None else {"gates_missed": missed})}
-
-
-def make_plan(rows=40):
-    return [
-        PlanRow(
-            component="unet",
-            module=f"blocks.{i}.to_q" if i else HOSTILE,
-            shape=(64, 64),
-            format="W4A8" if i % 2 else "float32",
-            source_bytes=16384,
-            bytes=2048 if i % 2 else 16384,
-            reason="" if i % 2 else "neither Linear nor Conv2d",
-            error=1e-5 * i if i % 2 else None,
-        )
-        for i in range(rows)
-    ]
-
-
-def make_manifest(plan=None, gates=None, timesteps=(801.0, 601.0, 401.0, 201.0, 1.0)):
-    return Manifest(
-        fingerprint="f" * 64,
-        versions={"diffpress": "0.1.0", "torch": "2.13.0"},
-        recipe={"seed": 7, "quantize": {"method": "ptq", "weights": 4}, "gates": gates or {}},
-        source={"model": "zoo:emoji", "files": {"unet/model.safetensors": "abc123"}},
-        timesteps=list(timesteps),
-        edits=[],
-        plan=make_plan() if plan is None else plan,
-        metrics={},
-        files={},
-    )
-
-
-@pytest.fixture
-def page(tmp_path):
-    """Writes a report and gives its HTML."""
-
-    def write(pairs=None, manifest=None, metrics=None, cost=COST, model="zoo:emoji"):
-        pairs = make_pairs() if pairs is None else pairs
-        path = tmp_path / "report.html"
-        write_report(path, model, manifest, pairs, metrics or make_metrics(pairs), cost)
-        return path.read_text(encoding="utf-8")
-
-    return write
 
 
 def pictures(html):
@@ -98,7 +30,7 @@ def words(html):
     return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", body.replace("<wbr>", ""))))
 
 
-def test_page_refers_to_nothing_outside_itself(page):
+def test_page_refers_to_nothing_outside_itself(page, make_manifest):
     html = page(manifest=make_manifest())
     links = re.findall(r"""\s(?:src|srcset|href|action|data)=["']([^"']*)""", html)
     links += re.findall(r"(?:url\(|@import)[^;)]*", html)
@@ -109,44 +41,84 @@ def test_page_refers_to_nothing_outside_itself(page):
     assert "default-src 'none'" in html
 
 
-def test_page_follows_the_reader_s_screen_and_scheme(page):
+def test_page_follows_the_reader_s_screen_and_scheme(page, make_manifest):
     html = page(manifest=make_manifest())
     assert 'name="viewport"' in html
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
 
 
-def test_prompts_modules_and_names_are_escaped(page):
-    html = page(make_pairs(prompts=(HOSTILE, "a & b")), make_manifest(), model=HOSTILE)
+def test_prompts_modules_and_names_are_escaped(page, make_pairs, make_plan, make_manifest):
+    html = page(make_pairs(prompts=(HOSTILE, "a & b")), make_manifest(make_plan(first=HOSTILE)), model=HOSTILE)
     assert "<script" not in html
     assert "a &amp; b" in html
     assert html.count("&lt;script&gt;") > 3
 
 
-def test_every_row_of_the_plan_is_there(page):
+def test_every_row_of_the_plan_is_there(page, make_plan, make_manifest):
     plan = make_plan()
     text = words(page(manifest=make_manifest(plan)))
-    for row in plan[1:]:
-        assert f"unet. {row.module} 64 \N{MULTIPLICATION SIGN} 64" in text
+    for row in plan:
+        assert f"unet {row.module} 64 \N{MULTIPLICATION SIGN} 64" in text
     assert "40 rows" in text
     assert "W4A8, 20 of 40 layers" in text
 
 
-def test_totals_of_each_format(page):
+def test_totals_of_each_format(page, make_manifest):
     text = words(page(manifest=make_manifest()))
     assert "W4A8 20 328 kB 41.0 kB 0.125" in text
     assert "float32 20 328 kB 328 kB 1.000" in text
     assert "All formats 40 655 kB 369 kB 0.562" in text
 
 
-def test_most_sensitive_layers_first(page):
+def test_most_sensitive_layers_first(page, make_plan, make_manifest):
     html = page(manifest=make_manifest(make_plan(100)))
     bars = re.findall(r'<span class="name">(.*?)</span>', html)
     assert len(bars) == 20
     assert [bar.replace("<wbr>", "") for bar in bars[:2]] == ["blocks.99.to_q", "blocks.97.to_q"]
 
 
-def test_worst_pair_first_and_flagged(page):
+def test_layers_without_an_error_have_no_bar(page, mixed_plan, make_manifest):
+    html = page(manifest=make_manifest([row for row in mixed_plan if row.format != "W4A4"]))
+    bars = [bar.replace("<wbr>", "") for bar in re.findall(r'<span class="name">(.*?)</span>', html)]
+    assert bars == [f"time.{i}" for i in range(20)]
+
+
+def test_plan_of_two_components(page, make_metrics, make_pairs, mixed_plan, make_manifest):
+    pairs = make_pairs()
+    text = words(page(pairs, make_manifest(mixed_plan), make_metrics(pairs, [])))
+    assert "W4A4 in 60 and W8 in 23 of 90 layers. Compared" in text
+    assert "Component module shape format before".lower() in text.lower()
+    assert (
+        "unet time.0 64 \N{MULTIPLICATION SIGN} 64 W8 16.4 kB 4.10 kB 1.0 \N{MULTIPLICATION SIGN} 10⁻⁶ conditioning"
+        in text
+    )
+    assert "text_encoder embeddings.2 64 \N{MULTIPLICATION SIGN} 64 W8 16.4 kB 4.10 kB embedding, 8 bits" in text
+
+
+def test_nothing_of_learning_where_nothing_was_learned(page, make_manifest):
+    old = make_manifest().model_dump(mode="json", exclude={"learning"})
+    html = page(manifest=Manifest.model_validate(old))
+    assert 'id="learning"' not in html
+    assert "learn" not in words(html).lower()
+    assert html == page(manifest=make_manifest(learning=[]))
+
+
+def test_learning_is_shown_with_what_was_held_back(page, make_manifest, history):
+    html = page(manifest=make_manifest(learning=history))
+    section = re.search(r'<section id="learning">.*?</section>', html, re.S).group()
+    text = words(section)
+    assert "What the scheduler is given, squared difference to the original's answer: in the batch" in text
+    assert "Loss Held back Batch logarithmic scale" in text
+    assert "On what was held back First, iteration 60 4.0 \N{MULTIPLICATION SIGN} 10⁻³" in text
+    assert "Best, iteration 960 1.4 \N{MULTIPLICATION SIGN} 10⁻⁴" in text
+    assert "Last, iteration 1,200 1.8 \N{MULTIPLICATION SIGN} 10⁻⁴" in text
+    assert len(re.findall(r'<path class="curve c[01]"', section)) == 2
+    assert section.count('<rect class="touch"') == len(history)
+    assert "is rounded, before anything was learned." in words(html)
+
+
+def test_worst_pair_first_and_flagged(page, make_pairs):
     html = page(make_pairs(16))
     assert re.findall(r"seed (\d+)", html) == ["115", "113", "111", "109", "106", "104", "102", "100"]
     assert html.count('class="flag"') == 1
@@ -154,20 +126,20 @@ def test_worst_pair_first_and_flagged(page):
     assert "chosen from 16" in html
 
 
-def test_every_pair_shown_where_there_are_few(page):
+def test_every_pair_shown_where_there_are_few(page, make_pairs):
     html = page(make_pairs(3))
     assert len(pictures(html)) == 9
     assert "all 3 are shown" in html
 
 
-def test_captions_say_class_prompt_or_neither(page):
+def test_captions_say_class_prompt_or_neither(page, make_pairs):
     text = words(page(make_pairs(3, prompts=("3", "red fox", ""))))
     assert "class 3" in text
     assert "“red fox”" in text
     assert "no prompt" in text
 
 
-def test_missed_gates_are_shown(page):
+def test_missed_gates_are_shown(page, make_pairs, make_metrics, make_manifest):
     sentence = "psnr_db is 28.31, the gate asks for at least 30"
     pairs = make_pairs()
     html = page(
@@ -178,19 +150,19 @@ def test_missed_gates_are_shown(page):
     assert "Gates 1 of 2 missed PSNR at least 30 dB; size at most 0.35" in text
 
 
-def test_met_and_absent_gates(page):
+def test_met_and_absent_gates(page, make_pairs, make_metrics, make_manifest):
     pairs = make_pairs()
     assert "Gates 1 of 1 met" in words(page(pairs, make_manifest(gates={"size": 0.35}), make_metrics(pairs, [])))
     assert "Gates none the recipe sets no limits" in words(page(pairs, make_manifest(), make_metrics(pairs, [])))
 
 
-def test_slower_is_called_slower(page):
+def test_slower_is_called_slower(page, cost):
     times = "\N{MULTIPLICATION SIGN}"
     text = words(page())
     assert f"Latency 1.35{times} slower 800 ms → 1,096 ms" in text
     assert f"Denoiser 4.00{times} smaller 27.0 MB → 6.75 MB" in text
     assert f"Multiply-accumulates 1{times} the same 18.4 billion each" in text
-    faster = {**COST, "latency_ms": {"reference": 800.0, "candidate": 400.0, "ratio": 0.5}}
+    faster = {**cost, "latency_ms": {"reference": 800.0, "candidate": 400.0, "ratio": 0.5}}
     assert f"Latency 2.00{times} faster" in words(page(cost=faster))
 
 
@@ -209,7 +181,7 @@ def test_comparison_has_no_plan(page):
         assert heading not in text
 
 
-def test_gates_stand_only_beside_the_run_that_checked_them(page):
+def test_gates_stand_only_beside_the_run_that_checked_them(page, make_manifest):
     text = words(page(manifest=make_manifest(gates={"psnr_db": 99})))
     assert "diffpress comparison" in text
     assert "The candidate is W4A8, 20 of 40 layers." in text
@@ -217,7 +189,7 @@ def test_gates_stand_only_beside_the_run_that_checked_them(page):
     assert "Every module" in text
 
 
-def test_recipe_versions_and_digests_are_there(page):
+def test_recipe_versions_and_digests_are_there(page, make_manifest):
     text = words(page(manifest=make_manifest()))
     assert "seed: 7 quantize: method: ptq weights: 4" in text
     assert "torch 2.13.0" in text
@@ -248,7 +220,7 @@ def test_one_difference_scale_for_all_pairs(page):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_small_pictures_are_exact_and_at_their_own_size(page, channels):
+def test_small_pictures_are_exact_and_at_their_own_size(page, channels, make_pairs):
     pairs = make_pairs(1, channels=channels, side=32)
     html = page(pairs)
     kind, picture = pictures(html)[0]
@@ -258,7 +230,7 @@ def test_small_pictures_are_exact_and_at_their_own_size(page, channels):
     assert 'class="pairs pixelated"' in html
 
 
-def test_large_pictures_are_downscaled(page):
+def test_large_pictures_are_downscaled(page, make_pairs):
     html = page(make_pairs(8, side=1024))
     assert {picture.size for _, picture in pictures(html)} == {(512, 512)}
     assert len(html) < 6e6
@@ -266,17 +238,17 @@ def test_large_pictures_are_downscaled(page):
     assert 'class="pairs"' in html
 
 
-def test_eight_pairs_of_small_pictures_stay_small(page):
+def test_eight_pairs_of_small_pictures_stay_small(page, make_pairs, make_manifest):
     assert len(page(make_pairs(16, side=64), make_manifest())) < 1.5e6
 
 
-def test_time_steps_are_given_where_they_fit_the_run(page):
+def test_time_steps_are_given_where_they_fit_the_run(page, make_manifest):
     assert "step 5 (time step 1.00): 5.0" in page(manifest=make_manifest())
     assert "time step 801" not in page(manifest=make_manifest(timesteps=(801.0,)))
 
 
 @pytest.mark.parametrize("errors", [[0.0], [0.0, 0.0], [1e-9, 1.0, 0.0], [float("nan"), 1.0], [float("nan")]])
-def test_odd_errors_still_make_a_page(page, errors):
+def test_odd_errors_still_make_a_page(page, errors, make_pairs):
     pairs = make_pairs(1)
     odd = Pairs(pairs.conditions, pairs.reference, pairs.reference, [100.0], 1.0, 0.0, errors, len(errors))
     html = page(odd)
@@ -284,7 +256,7 @@ def test_odd_errors_still_make_a_page(page, errors):
     assert "nan" not in re.sub(r"base64,[^\"]+", "", html).lower()
 
 
-def test_pictures_that_are_not_numbers_count_as_worst(page):
+def test_pictures_that_are_not_numbers_count_as_worst(page, make_pairs):
     pairs = make_pairs(3)
     pairs.candidate[0] = float("nan")
     broken = Pairs(pairs.conditions, pairs.reference, pairs.candidate, [float("nan"), 30.0, 20.0], 0.5, 0.0, [0.1], 1)
@@ -293,7 +265,7 @@ def test_pictures_that_are_not_numbers_count_as_worst(page):
     assert "not finite" in html
 
 
-def test_same_input_gives_the_same_file(page):
+def test_same_input_gives_the_same_file(page, make_manifest):
     assert page(manifest=make_manifest()) == page(manifest=make_manifest())
 
 

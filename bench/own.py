@@ -1,0 +1,173 @@
+"""One of our own rows of `bench/quantize.py`, with the same arguments and answers as `bench/peers/run.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffpress.calibration.observe import layer_matrix, observe_inputs
+from diffpress.calibration.sampling import denoiser_of, sample
+from diffpress.calibration.trajectory import Trajectories, record
+from diffpress.compress.finish import Quantized, edits_and_tensors, plan_rows
+from diffpress.compress.layers import choose_formats, find_layers
+from diffpress.compress.options import Qalora, Rounding
+from diffpress.compress.overlay import Quantization, fake_quantized
+from diffpress.compress.ptq import quantize_denoiser
+from diffpress.compress.qalora import OwnRuns, learn_layers_
+from diffpress.compress.qalora.layer import QaloraLayer
+from diffpress.estimate import own_conditions, recorded_conditions
+from diffpress.export.artifact import open_pipeline
+from diffpress.export.folder import PipelineFolder
+from diffpress.export.runtime import StepClock
+from diffpress.kernels import code_range, quantize
+from diffpress.models import resolve
+from diffpress.recipe import parse_recipe
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from memory import peak_rss_bytes, reset_peak, rss_bytes
+from task import Request, draw, read_request
+
+TRAJECTORIES = 128
+"""Runs that learning records; ptq and the rest look at as many as a peer."""
+WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W2A8": (2, 8), "w4": (4, "none")}
+LEARNED: dict[str, dict[str, Any]] = {
+    "qalora": {},
+    "qat": {},
+    "lora": {"scale_aware": False, "per_step": False, "own_trajectory": 0},
+    "lora-scale-aware": {"per_step": False, "own_trajectory": 0},
+    "lora-per-step": {"own_trajectory": 0},
+}
+"""What each learned row changes of the defaults."""
+
+
+class FullWeightLayer(QaloraLayer):
+    """Quantization-aware training of whole weights: the change of a weight is no product but a matrix of its own."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.b = nn.Parameter(torch.zeros(len(self.b), self.a.shape[1]))
+        del self.a
+
+    def change(self) -> Tensor:
+        return self.b * self.unit
+
+
+def quantized(
+    row: str, pipeline: Any, source: PipelineFolder, bits: str, request: Request, iterations: int, work: Path
+) -> Quantized:
+    """What the method of this row makes of the denoiser."""
+    weights, activations = WIDTHS[bits]
+    common = {"weights": weights, "activations": activations}
+    learned = row in LEARNED
+    method = {"method": "qalora", "iterations": iterations, **LEARNED[row]} if learned else {"method": "ptq"}
+    recipe = parse_recipe(
+        {
+            "sampling": {"steps": request.sampling.steps, "guidance_scale": request.sampling.guidance_scale},
+            "record": {"trajectories": TRAJECTORIES if learned else len(request.record), "batch": request.batch},
+            "quantize": {**common, **method},
+        }
+    )
+    trajectories = record(
+        pipeline, recorded_conditions(pipeline, recipe), request.sampling, work / "recorded", request.batch
+    )
+    denoiser, stored, options = denoiser_of(pipeline), dict(source.tensors(source.denoiser)), recipe.quantize
+    assert options is not None
+    if row == "nearest":
+        return nearest(source.denoiser, denoiser, trajectories, options)
+    found = quantize_denoiser(source.denoiser, denoiser, stored, trajectories, options, recipe.seed)
+    if isinstance(options, Qalora):
+        own = own_conditions(pipeline, recipe)
+        runs = OwnRuns(pipeline, own[options.held_back :], own[: options.held_back], request.sampling, work / "learned")
+        layer_type = FullWeightLayer if row == "qat" else QaloraLayer
+        learn_layers_(found, denoiser, trajectories, runs, options, recipe.seed, layer_type=layer_type)
+    return found
+
+
+def nearest(component: str, denoiser: nn.Module, trajectories: Trajectories, options: Rounding) -> Quantized:
+    """Round to nearest between the smallest and the largest value seen: what needs no search and no training."""
+    layers, _ = find_layers(denoiser, options)
+    layers = {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
+    seen = observe_inputs(denoiser, layers, trajectories, 0)
+    formats, _ = choose_formats(layers, seen, options)
+    steps = len(trajectories.timesteps)
+    found = Quantized(component)
+    for name, layer in layers.items():
+        format, weight = formats[name], layer_matrix(layer)
+        scale = weight.abs().amax((1, 2)).clamp(min=1e-8) / code_range(format.weight_bits)[1]
+        codes = quantize(weight, scale[:, None, None], format.weight_bits).view(layer.weight.shape)
+        own = Quantization(format, codes, scale[:, None] if format.group_size else scale)
+        if format.activation_bits is not None:
+            low, high = code_range(format.activation_bits)
+            step = (seen[name].high.max() - seen[name].low.min()).clamp(min=1e-8) / (high - low)
+            zero_point = (low - seen[name].low.min() / step).round().clamp(low, high)
+            own = replace(own, activation_scale=step.expand(steps), zero_point=zero_point.expand(steps))
+        found.layers[name] = own
+    return found
+
+
+def stored_bytes(found: Quantized, source: PipelineFolder) -> int:
+    """Bytes of the denoiser's tensors once `found` is stored."""
+    stored = dict(source.tensors(source.denoiser))
+    return sum(row.bytes for row in plan_rows(found, stored, edits_and_tensors(found)[1]))
+
+
+def run(row: str, model: str, bits: str, request: Request, iterations: int, out: Path) -> None:
+    """Quantize, draw and write."""
+    source = resolve(model)
+    pipeline = open_pipeline(source)
+    sample(pipeline, request.compare[:1], request.sampling)
+    running, start = rss_bytes(), perf_counter()
+    reset_peak()
+    figures: dict[str, Any] = {"denoiser_bytes": source.component_bytes(source.denoiser)}
+    overlay: AbstractContextManager[None] = nullcontext()
+    if row != "teacher":
+        with TemporaryDirectory() as work:
+            found = quantized(row, pipeline, source, bits, request, iterations, Path(work))
+            timesteps = Trajectories(Path(work) / "recorded").timesteps
+        figures = {
+            "seconds": perf_counter() - start,
+            "peak_bytes": peak_rss_bytes() - running,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "running_rss_bytes": running,
+            "denoiser_bytes": stored_bytes(found, source),
+            "learning": found.history,
+        }
+        overlay = fake_quantized(denoiser_of(pipeline), found.layers, StepClock(timesteps))
+    with overlay:
+        pictures = draw(pipeline, request.compare, request)
+    metadata = {"peer": json.dumps({"peer": f"diffpress {row}", "bits": bits, **figures})}
+    save_file({"images": pictures.images.contiguous(), "latents": pictures.latents.contiguous()}, out, metadata)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("row", choices=["teacher", "nearest", "ptq", *LEARNED])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--bits", required=True)
+    parser.add_argument("--request", type=Path, required=True)
+    parser.add_argument("--iterations", type=int, default=1200)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    run(
+        arguments.row,
+        arguments.model,
+        arguments.bits,
+        read_request(arguments.request),
+        arguments.iterations,
+        arguments.out,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Every quantizer at every width on every model of the zoo, in one run: `python bench/quantize.py --work DIR --json`.
+
+Same prompts, same noise, seeds that nothing was tuned on. Finished rows are kept under `--work`, so that a stopped run goes
+on. Each row is a process of its own, because its memory is measured; a peer has an environment of its own as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffpress.calibration.metrics import psnr_db, ssim
+from diffpress.estimate import recorded_conditions
+from diffpress.export.artifact import open_pipeline
+from diffpress.models import resolve
+from diffpress.pairs import paired_conditions
+from diffpress.recipe import Recipe, RecordSection
+from diffpress.zoo import PIPELINES
+from diffpress.zoo.classifier import load_classifier
+from diffpress.zoo.data import load_digits
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from environment import PEERS, python_for
+
+STEPS = 25
+GUIDANCE = 3.0
+"""What the models' cards recommend."""
+SEED = 5_000
+"""Apart from the seeds that anything was tuned on."""
+RECORDED = 32
+"""Runs that peers may calibrate on, and that ptq looks at."""
+BATCH = 8
+BITS = ("W8A8", "W4A8", "W4A4", "W2A8", "w4")
+OWN_ROWS = ("nearest", "ptq", "qalora", "qat")
+ABLATION = ("ptq", "lora", "lora-scale-aware", "lora-per-step", "qalora")
+"""Each adds one thing to the row before it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of the table."""
+
+    model: str
+    bits: str
+    row: str
+
+    def file(self, work: Path) -> Path:
+        """Where its pictures and figures are kept."""
+        return work / "rows" / f"{self.model.removeprefix('zoo:')}-{self.bits}-{self.row}.safetensors"
+
+
+def jobs(models: list[str], bits: list[str], rows: list[str], ablation: str) -> list[Job]:
+    """All rows that there are: a peer has those that it offers, weights alone are not learned."""
+    wanted = [Job(model, "float", "teacher") for model in models]
+    for model in models:
+        for width in bits:
+            own = [row for row in OWN_ROWS if width != "w4" or row == "ptq"]
+            offered = [peer for peer, what in PEERS.items() if width in what.bits]
+            wanted += [Job(model, width, row) for row in [*own, *offered] if row in rows]
+    if ablation:
+        wanted += [Job(ablation, "W4A4", row) for row in ABLATION]
+    return list(dict.fromkeys(wanted))
+
+
+def run(job: Job, work: Path, count: int, iterations: int) -> None:
+    """Make one row, unless it is there; a failure is written down in its place."""
+    out = job.file(work)
+    if out.exists():
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    request = out.with_suffix(".request.json")
+    request.write_text(json.dumps(request_of(job.model, count)))
+    folder = Path(__file__).parent
+    arguments = ["--bits", job.bits, "--request", str(request), "--out", str(out)]
+    try:
+        if job.row in PEERS:
+            python = python_for(job.row, work / "environments")
+            command = [python, folder / "peers" / "run.py", job.row, "--model", resolve(job.model).path, *arguments]
+        else:
+            command = [
+                sys.executable,
+                folder / "own.py",
+                job.row,
+                "--model",
+                job.model,
+                "--iterations",
+                str(iterations),
+                *arguments,
+            ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        error = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+    except RuntimeError as failure:
+        error = [str(failure)]
+    if error:
+        save_file({}, out, {"peer": json.dumps({"error": error[0]})})
+
+
+def request_of(model: str, count: int) -> dict[str, Any]:
+    """What every row of a model is asked for."""
+    pipeline = open_pipeline(resolve(model))
+    compared = paired_conditions(pipeline, count, SEED)
+    recorded = recorded_conditions(pipeline, Recipe(record=RecordSection(trajectories=RECORDED)))
+    return {
+        "steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "record": [[each.text, each.seed] for each in recorded],
+        "compare": [[each.text, each.seed] for each in compared],
+        "batch": BATCH,
+    }
+
+
+def table(model_jobs: list[Job], work: Path, digits: Path | None) -> list[dict[str, Any]]:
+    """All rows of one model beside its teacher's."""
+    truth = _read(model_jobs[0].file(work))
+    rows = []
+    for job in model_jobs:
+        found = _read(job.file(work))
+        row = {"bits": job.bits, "row": job.row, **json.loads(found.metadata["peer"])}
+        if found.images is not None and truth.images is not None:
+            row |= {
+                "psnr_db": float(psnr_db(found.images, truth.images).mean()),
+                "ssim": ssim(found.images, truth.images),
+                "latent_mse": float((found.latents - truth.latents).square().mean()),
+            }
+            if job.model.startswith("zoo:digits"):
+                row |= judged_digits(found.images, job.model, digits)
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished row."""
+
+    images: Tensor | None
+    latents: Tensor | None
+    metadata: dict[str, str]
+
+
+def _read(file: Path) -> Found:
+    with safe_open(file, framework="pt") as opened:
+        names = set(opened.keys())
+        tensors = [opened.get_tensor(name) if name in names else None for name in ("images", "latents")]
+        return Found(*tensors, opened.metadata())
+
+
+@torch.no_grad()
+def judged_digits(images: Tensor, model: str, digits: Path | None) -> dict[str, float]:
+    """Accuracy of the classifier on pictures that cycle through the classes, and Frechet distance to real ones."""
+    classifier = load_classifier()
+    row = {}
+    if model == "zoo:digits":
+        found = classifier(images * 2 - 1).argmax(1)
+        row["class_accuracy"] = float((found == torch.arange(len(images)) % 10).float().mean())
+    if digits is not None:
+        row["feature_fid"] = frechet(classifier.features(images * 2 - 1), real_features(digits)[0])
+    return row
+
+
+@cache
+def real_features(digits: Path) -> tuple[Tensor, Tensor]:
+    """The classifier's features of two halves of the real test set."""
+    pictures = load_digits(digits, "test").images
+    with torch.no_grad():
+        features = load_classifier().features(pictures)
+    return features[0::2], features[1::2]
+
+
+def frechet(left: Tensor, right: Tensor) -> float:
+    """Frechet distance of two sets of features [N, D] (Heusel et al. 2017, arXiv 1706.08500, eq. 6), in float64."""
+    means = [each.double().mean(0) for each in (left, right)]
+    spreads = [each.double().t().cov() for each in (left, right)]
+    # The trace of the square root of a product is the sum of the roots of its eigenvalues, which are not negative.
+    roots = torch.linalg.eigvals(spreads[0] @ spreads[1]).real.clamp(min=0).sqrt().sum()
+    return float((means[0] - means[1]).square().sum() + spreads[0].trace() + spreads[1].trace() - 2 * roots)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=[f"zoo:{name}" for name in PIPELINES])
+    parser.add_argument("--bits", nargs="+", default=BITS, choices=BITS)
+    parser.add_argument("--rows", nargs="+", default=[*OWN_ROWS, *PEERS], choices=[*OWN_ROWS, *PEERS])
+    parser.add_argument("--ablation", default="zoo:digits-unet", help="the model that is taken apart; empty for none")
+    parser.add_argument("--digits", type=Path, help="MNIST as npz, for the distance to real pictures")
+    parser.add_argument("--count", type=int, default=64, help="pairs of pictures")
+    parser.add_argument("--iterations", type=int, default=1200, help="of everything that learns")
+    parser.add_argument("--work", type=Path, required=True, help="where finished rows are kept")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    wanted = jobs(arguments.models, arguments.bits, arguments.rows, arguments.ablation)
+    for number, job in enumerate(wanted):
+        print(f"{number + 1}/{len(wanted)} {job.model} {job.bits} {job.row}", file=sys.stderr, flush=True)
+        run(job, arguments.work, arguments.count, arguments.iterations)
+    results: dict[str, Any] = {"machine": machine(), "count": arguments.count, "iterations": arguments.iterations}
+    if arguments.digits is not None:
+        results["real_feature_fid"] = frechet(*real_features(arguments.digits))
+    models = dict.fromkeys(job.model for job in wanted)
+    results["models"] = {
+        model: table([job for job in wanted if job.model == model], arguments.work, arguments.digits)
+        for model in models
+    }
+    print(json.dumps(results, indent=1) if arguments.json else markdown(results["models"]))
+
+
+def markdown(models: dict[str, list[dict[str, Any]]]) -> str:
+    """The table that the README shows."""
+    lines = []
+    for model, rows in models.items():
+        lines += [
+            f"\n| {model} | | PSNR dB | SSIM | latent MSE | bytes | seconds | more memory |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_line(row) for row in rows]
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {row['bits']} | {row['row']} | {row['error']} | | | | | |"
+    memory = f"{row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else ""
+    seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+    return (
+        f"| {row['bits']} | {row['row']} | {row['psnr_db']:.1f} | {row['ssim']:.4f} | {row['latent_mse']:.2g} "
+        f"| {row['denoiser_bytes']:,} | {seconds} | {memory} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
