@@ -25,7 +25,7 @@ from diffpress.compress.options import Qalora, Rounding
 from diffpress.compress.overlay import Quantization, fake_quantized
 from diffpress.compress.ptq import quantize_denoiser
 from diffpress.compress.qalora import OwnRuns, learn_layers_
-from diffpress.compress.qalora.layer import QaloraLayer
+from diffpress.compress.qalora.layer import ALL, QaloraLayer
 from diffpress.estimate import own_conditions, recorded_conditions
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
@@ -59,8 +59,8 @@ class FullWeightLayer(QaloraLayer):
         self.b = nn.Parameter(torch.zeros(len(self.b), self.a.shape[1]))
         del self.a
 
-    def change(self) -> Tensor:
-        return self.b * self.unit
+    def change(self, rows: slice = ALL) -> Tensor:
+        return self.b[rows] * self.unit
 
 
 def quantized(

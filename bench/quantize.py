@@ -43,7 +43,8 @@ RECORDED = 32
 """Runs that peers may calibrate on, and that ptq looks at."""
 BATCH = 8
 BITS = ("W8A8", "W4A8", "W4A4", "W2A8", "w4")
-OWN_ROWS = ("nearest", "ptq", "qalora", "qat")
+OWN_ROWS = {"nearest": BITS[:-1], "ptq": BITS, "qalora": BITS[:-1], "qat": ("W4A4",)}
+"""At which widths; training whole weights is compared where it matters most."""
 ABLATION = ("ptq", "lora", "lora-scale-aware", "lora-per-step", "qalora")
 """Each adds one thing to the row before it."""
 
@@ -66,7 +67,7 @@ def jobs(models: list[str], bits: list[str], rows: list[str], ablation: str) -> 
     wanted = [Job(model, "float", "teacher") for model in models]
     for model in models:
         for width in bits:
-            own = [row for row in OWN_ROWS if width != "w4" or row == "ptq"]
+            own = [row for row, widths in OWN_ROWS.items() if width in widths]
             offered = [peer for peer, what in PEERS.items() if width in what.bits]
             wanted += [Job(model, width, row) for row in [*own, *offered] if row in rows]
     if ablation:
@@ -76,7 +77,7 @@ def jobs(models: list[str], bits: list[str], rows: list[str], ablation: str) -> 
 
 def run(job: Job, work: Path, count: int, iterations: int) -> None:
     """Make one row, unless it is there; a failure is written down in its place."""
-    out = job.file(work)
+    out = job.file(work.absolute())
     if out.exists():
         return
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ def run(job: Job, work: Path, count: int, iterations: int) -> None:
                 str(iterations),
                 *arguments,
             ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
         error = done.stderr.strip().splitlines()[-1:] if done.returncode else []
     except RuntimeError as failure:
         error = [str(failure)]

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from diffpress.export.runtime import PackedLayer
 
 from .conditions import Condition
-from .sampling import Sampling, denoiser_of, sample
+from .sampling import Sampling, denoiser_of, device_of, sample
 
 
 def macs_per_image(pipeline: Any, condition: Condition, sampling: Sampling) -> int:
@@ -72,7 +72,7 @@ def median_ratio(candidate: list[float], reference: list[float]) -> float:
 def peak_memory_bytes(pipeline: Any, condition: Condition, sampling: Sampling) -> int:
     """Most bytes of tensors alive at once while one picture is made over two steps, the weights included."""
     short = Sampling(2, sampling.guidance_scale)
-    if next(denoiser_of(pipeline).parameters()).is_cuda:
+    if device_of(denoiser_of(pipeline)).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         sample(pipeline, [condition], short)
         return torch.cuda.max_memory_allocated()

@@ -20,6 +20,8 @@ ROWS = 64
 """Rows of a layer's input that are looked at per call: enough over many calls, and it bounds time and memory."""
 KEPT_ROWS = 512
 """Rows of a layer's input that are kept, over all calls."""
+PROBED = 16
+"""Rows by which it is told whether a layer is fed the same at every step."""
 SHARDS = 8
 """Recorded shards that are looked at, spread over all: ranges settle long before learning has enough."""
 
@@ -39,7 +41,7 @@ class LayerInput:
     rows: Tensor
     """[R, C] a sample over all steps; R <= KEPT_ROWS."""
     conditioning: bool
-    """The layer is fed one row an image (a time or class embedding), not one a pixel or token."""
+    """The layer is fed one row an image (a time or class embedding), or the same at every step (the prompt)."""
 
 
 class Grid(NamedTuple):
@@ -66,6 +68,8 @@ def observe_inputs(
     seen: dict[str, LayerInput] = {}
     counts: dict[str, int] = {}
     samples: dict[str, list[Tensor]] = {}
+    probes: dict[str, Tensor] = {}
+    moving: set[str] = set()
 
     def look(name: str, x: Tensor, step: int) -> None:
         rows = as_rows(layers[name], x)
@@ -73,6 +77,11 @@ def observe_inputs(
             seen[name] = _nothing_seen(steps, rows.shape[1], x.ndim == 2)
             counts[name], samples[name] = 0, []
         entry = seen[name]
+        probe = rows[:: max(1, len(rows) // PROBED)].clone()
+        if step == 0:
+            probes[name] = probe
+        elif not torch.equal(probe, probes[name]):
+            moving.add(name)
         entry.low[step] = torch.minimum(entry.low[step], rows.min().cpu())
         entry.high[step] = torch.maximum(entry.high[step], rows.max().cpu())
         entry.largest = torch.maximum(entry.largest, rows.abs().amax(0).cpu())
@@ -84,6 +93,7 @@ def observe_inputs(
     for name, entry in seen.items():
         entry.second_moment /= counts[name]
         entry.rows = _some(torch.cat(samples.pop(name)), KEPT_ROWS, generator)
+        entry.conditioning |= steps > 1 and name not in moving
     return seen
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,11 @@ class Call(NamedTuple):
 def denoiser_of(pipeline: Any) -> nn.Module:
     """The part called once a step."""
     return pipeline.transformer if getattr(pipeline, "transformer", None) is not None else pipeline.unet
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; one that is packed as a whole has buffers only."""
+    return next(chain(model.parameters(), model.buffers())).device
 
 
 @torch.no_grad()
@@ -164,7 +170,7 @@ def replay(denoiser: nn.Module, call: Call) -> Tensor:
 
 def answer(denoiser: nn.Module, inputs: Mapping[str, Tensor], recorded: torch.dtype) -> Tensor:
     """Call `denoiser` with inputs by name, as recorded of one that computed in the dtype `recorded` (see `replay`)."""
-    reference = next(denoiser.parameters())
+    device, dtype = device_of(denoiser), next((p.dtype for p in denoiser.parameters()), torch.float32)
     options: dict[str, Any] = {"return_dict": False}
     for name, value in inputs.items():
         *outer, last = name.split("/")
@@ -172,5 +178,5 @@ def answer(denoiser: nn.Module, inputs: Mapping[str, Tensor], recorded: torch.dt
         place = options
         for key in outer:
             place = place.setdefault(key, {})
-        place[last] = value.to(reference.device, reference.dtype if cast else None)
+        place[last] = value.to(device, dtype if cast else None)
     return denoiser(**options)[0]

@@ -6,6 +6,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+LARGE = 100_000_000
+"""Parameters of a denoiser from which learning spends time to save memory."""
+
 
 class Rounding(BaseModel):
     """What is rounded to what; every quantization method shares this."""
@@ -76,6 +79,14 @@ class Qalora(Rounding):
     iterations: int = Field(default=1200, ge=1, description="optimizer steps")
     batch: int = Field(default=16, ge=1, description="pictures an optimizer step sees, each at a step of its own")
     accumulate: int = Field(default=1, ge=1, description="parts a batch is computed in; memory shrinks with it")
+    checkpointing: bool | None = Field(
+        default=None,
+        description="compute activations and rounded weights again on the way back instead of keeping them; left out: for "
+        f"denoisers of {LARGE // 1_000_000} million parameters and more",
+    )
+    optimizer: Literal["adam", "adam8bit"] = Field(
+        default="adam", description="`adam`, or `adam8bit` of bitsandbytes, whose state takes a quarter of the memory"
+    )
     lora_rate: float = Field(
         default=0.005,
         gt=0,
@@ -83,7 +94,7 @@ class Qalora(Rounding):
     )
     scale_rate: float = Field(default=2e-3, gt=0, description="learning rate of step sizes, relative to themselves")
     own_trajectory: float = Field(
-        default=0.5,
+        default=0.75,
         ge=0,
         lt=1,
         description="share of the iterations, the last ones, that learn on what the compressed model itself samples",
@@ -93,7 +104,7 @@ class Qalora(Rounding):
     )
     held_back: int = Field(default=8, ge=1, description="pictures that learning is judged by, and not learned from")
     patience: int = Field(
-        default=6, ge=1, description="judgements without improvement after which learning stops early"
+        default=8, ge=1, description="judgements without improvement after which learning stops early"
     )
 
 

@@ -45,14 +45,17 @@ class _FakeQuantize(torch.autograd.Function):
         (gradient,) = gradients
         values, scale, zero_point = ctx.saved_tensors
         low, high = (edge if zero_point is None else edge - zero_point for edge in code_range(ctx.bits))
+        # In place, and one after the other, since a weight may be large.
         ratio = values / scale
-        codes = ratio.round()
-        clipped = codes.clamp(low, high)
-        inside = codes == clipped
-        for_values = gradient * inside
+        clipped = ratio.round()
+        inside = (clipped >= low) & (clipped <= high)
+        clipped.clamp_(low, high)
         for_scale = for_zero = None
         if ctx.needs_input_grad[1]:
-            for_scale = (gradient * clipped - for_values * ratio).sum_to_size(scale.shape)
+            # gradient * (clipped - ratio) where nothing was clipped, gradient * clipped elsewhere.
+            for_scale = clipped.mul_(gradient).sub_(ratio.mul_(inside).mul_(gradient)).sum_to_size(scale.shape)
+        del ratio, clipped
+        for_values = gradient * inside
         if zero_point is not None and ctx.needs_input_grad[2]:
             for_zero = ((for_values - gradient) * scale).sum_to_size(zero_point.shape)
         return for_values, for_scale, for_zero, None

@@ -32,10 +32,11 @@ class Stages:
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show `stage` as `done` of `total`; a stage may count up several times."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._tasks[stage], completed=done, total=total)
+        """Show `stage` as `done` of `total`; a stage may count up several times, and carry a note after a comma."""
+        name = stage.partition(",")[0]
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[name], completed=done, total=total, description=stage)
 
 
 @contextmanager

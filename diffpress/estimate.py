@@ -9,7 +9,11 @@ from typing import Any
 
 from diffpress.calibration.conditions import Condition, conditions
 from diffpress.calibration.cost import peak_memory_bytes, weight_bytes
+from diffpress.calibration.observe import SHARDS
 from diffpress.calibration.sampling import Call, Sampling, sample, watch
+from diffpress.compress.options import Qalora
+from diffpress.compress.qalora.lessons import OWN_PICTURES
+from diffpress.compress.qalora.train import JUDGEMENTS
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
 
@@ -19,6 +23,8 @@ REPLAYS = 4
 """Passes of quantization over what was recorded, the search counted for its extra work."""
 PICTURES = 48
 """Pictures that measuring makes, those for the timings included."""
+LEARNING = 5
+"""What learning from a call takes, over what the call itself takes: forwards, backwards, and the rounding in both."""
 OWN_RUNS = 512
 """Different conditions that a student may sample while it learns."""
 REPORT_BYTES = 8_000_000
@@ -63,17 +69,29 @@ def estimate(source: PipelineFolder, recipe: Recipe) -> dict[str, Any]:
     sample(pipeline, wanted, sampling)
     seconds_a_step = (time.perf_counter() - start) / 2
     steps = _steps(pipeline, recipe)
-    record_seconds = seconds_a_step * steps * ceil(recipe.record.trajectories / recipe.record.batch)
+    seconds_a_run = seconds_a_step * steps
     return {
         "steps": steps,
         "seconds": {
-            "record": record_seconds,
-            "quantize": record_seconds * REPLAYS,
+            "record": seconds_a_run * ceil(recipe.record.trajectories / recipe.record.batch),
+            "quantize": seconds_a_run * REPLAYS * min(SHARDS, ceil(recipe.record.trajectories / recipe.record.batch)),
+            **_learning_seconds(recipe, seconds_a_step, steps),
             "measure": seconds_a_step * steps * ceil(PICTURES / recipe.record.batch),
         },
         "disk_bytes": recorded + needed_bytes(source),
         "memory_bytes": peak_memory_bytes(pipeline, wanted[0], sampling) * len(wanted) + weight_bytes(pipeline),
     }
+
+
+def _learning_seconds(recipe: Recipe, seconds_a_step: float, steps: int) -> dict[str, float]:
+    """Time of learning, where the recipe asks for it."""
+    options = recipe.quantize
+    if not isinstance(options, Qalora):
+        return {}
+    seconds_a_picture = seconds_a_step / recipe.record.batch
+    rounds = JUDGEMENTS * options.own_trajectory * 2 * OWN_PICTURES + (JUDGEMENTS + 2) * options.held_back
+    learned = options.iterations * options.batch * LEARNING
+    return {"learn": seconds_a_picture * (learned + rounds * steps)}
 
 
 def _steps(pipeline: Any, recipe: Recipe) -> int:

@@ -1,4 +1,4 @@
-"""Read this first: load, record, quantize, measure, save, export, in this order (`compress`, then `_make`)."""
+"""Read this first: load, record, quantize, learn, measure, save, export, in this order (`compress`, then `_make`)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MEASURED = 16
 """Pairs that the report and the gates stand on."""
 
 Notify = Callable[[str, int, int], None]
-"""Called with a stage's name, how much of it is done and how much there is."""
+"""Called with a stage's name (a note may follow it after a comma), how much of it is done and how much there is."""
 
 
 @dataclass(frozen=True)

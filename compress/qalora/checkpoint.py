@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,44 +27,57 @@ class Progress:
 def save_checkpoint(
     path: Path,
     parameters: dict[str, nn.Parameter],
-    kept: dict[str, dict[str, Tensor]],
+    average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     progress: Progress,
 ) -> None:
-    """Write everything learned, `kept` sets of tensors by name, and the optimizer's state; the old file stays until then."""
-    tensors = {f"now.{name}": value.detach() for name, value in parameters.items()}
-    tensors |= {f"{group}.{name}": value for group, values in kept.items() for name, value in values.items()}
+    """Write everything learned, its moving average, and the optimizer's state; the old file stays until then."""
+    tensors: dict[str, Tensor] = {f"now.{name}": value for name, value in parameters.items()}
+    tensors |= {f"average.{name}": value for name, value in average.items()}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-    partial = path.with_suffix(".partial")
-    stored = {name: value.contiguous().cpu().clone() for name, value in tensors.items()}
-    save_file(stored, partial, metadata={"progress": json.dumps(asdict(progress))})
-    partial.replace(path)
+            # The code books of 8-bit states are one for all, which the file format refuses.
+            tensors[f"optimizer.{key}.{name}"] = value.clone() if key.startswith("qmap") else torch.as_tensor(value)
+    write_tensors(path, tensors, {"progress": json.dumps(asdict(progress))})
 
 
 def load_checkpoint(
     path: Path,
     parameters: dict[str, nn.Parameter],
-    kept: dict[str, dict[str, Tensor]],
+    average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
-    """Put what `save_checkpoint` wrote back in place; the beginning where there is no readable file of these parameters."""
+    """Put what `save_checkpoint` wrote back in place; the beginning where there is no readable file."""
     try:
         with safe_open(path, framework="pt") as file:
             progress = Progress(**json.loads(file.metadata()["progress"]))
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            names = list(file.keys())
     except (SafetensorError, OSError):
         return Progress()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(stored[f"now.{name}"])
-        for stored_name, value in stored.items():
-            group, key, name = stored_name.split(".", 2) if stored_name.startswith("optimizer.") else ("", "", "")
-            if group:
-                parameter = parameters[name]
-                optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-        for group, values in kept.items():
-            for name in values:
-                values[name].copy_(stored[f"{group}.{name}"])
+    read_tensors(path, parameters, "now.")
+    read_tensors(path, average, "average.")
+    with safe_open(path, framework="pt") as file:
+        for stored_name in names:
+            if stored_name.startswith("optimizer."):
+                _, key, name = stored_name.split(".", 2)
+                value, parameter = file.get_tensor(stored_name), parameters[name]
+                # A copy, since what is read may be the file itself, which is about to be replaced.
+                optimizer.state[parameter][key] = (
+                    value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                )
     return progress
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a file of tensors, without a copy of those in main memory; the old file stays until it is whole."""
+    partial = path.with_suffix(".partial")
+    save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, partial, metadata=metadata)
+    partial.replace(path)
+
+
+@torch.no_grad()
+def read_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Fill the tensors of `into` from the file, one at a time."""
+    with safe_open(path, framework="pt") as file:
+        for name, value in into.items():
+            value.copy_(file.get_tensor(prefix + name))

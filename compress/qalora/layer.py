@@ -6,12 +6,18 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffpress.export.runtime import StepClock
 from diffpress.kernels import code_range, quantize
 
 from ..overlay import Quantization, run_layer, smoothed, spread
 from ..rounding import fake_quantize, straight_through_round
+
+PART = 2**22
+"""Entries of a weight that are worked on at a time where memory is short."""
+ALL = slice(None)
+"""Every row of a weight, which is every output."""
 
 
 class QaloraLayer(nn.Module):
@@ -54,28 +60,40 @@ class QaloraLayer(nn.Module):
         bias = getattr(layer, "bias", None)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
 
-    def change(self) -> Tensor:
-        """BA [O, K]"""
-        return self.b * self.unit @ self.a
+    def change(self, rows: slice = ALL) -> Tensor:
+        """BA [O, K], or some rows of it."""
+        return self.b[rows] * self.unit @ self.a
 
-    def merged(self, layer: nn.Module) -> Tensor:
-        """W0 + BA, smoothed, in float32."""
-        weight = layer.weight.detach().float()  # type: ignore[union-attr, operator]
+    def merged(self, layer: nn.Module, rows: slice = ALL) -> Tensor:
+        """W0 + BA, smoothed, in float32, or some rows of it."""
+        weight = layer.weight.detach()[rows].float()  # type: ignore[union-attr, operator]
         if self.smoothing is not None:
             weight = weight / self.smoothing.view(1, -1, *[1] * (weight.ndim - 2))
-        return weight + self.change().view_as(weight)
+        return weight + self.change(rows).view_as(weight)
 
     def weight_scale(self) -> Tensor:
         """[O]"""
         return self.log_weight_scale.exp() * self.weight_sign
 
-    def forward(self, layer: nn.Module, x: Tensor, clock: StepClock) -> Tensor:
-        """What the quantized `layer` will answer to `x`, in float and with gradients."""
-        merged = self.merged(layer)
-        scale = spread(self.weight_scale(), merged.shape, self.format.group_size)
+    def forward(self, layer: nn.Module, x: Tensor, clock: StepClock, rows: slice = ALL) -> Tensor:
+        """What the quantized `layer` will answer to `x`, in float and with gradients; `rows`: some of its outputs only."""
+        merged = self.merged(layer, rows)
+        scale = spread(self.weight_scale()[rows], merged.shape, self.format.group_size)
         weight = fake_quantize(merged, scale, None, self.format.weight_bits)
         rounded = self._round_input(smoothed(layer, x.float(), self.smoothing), clock)
-        return run_layer(layer, rounded, weight, self.bias).to(x.dtype)
+        bias = None if self.bias is None else self.bias[rows]
+        return run_layer(layer, rounded, weight, bias).to(x.dtype)
+
+    def forward_in_parts(self, layer: nn.Module, x: Tensor, clock: StepClock) -> Tensor:
+        """The same, keeping `x` alone for the way back, and with few rows of a large weight in memory at a time."""
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        count = math.ceil(len(weight) * PART / max(weight.numel(), PART))
+        parts = [
+            checkpoint(self.forward, layer, x, clock, slice(start, start + count), use_reentrant=False)
+            for start in range(0, len(weight), count)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1 if isinstance(layer, nn.Conv2d) else -1)
 
     def activation_tables(self) -> tuple[Tensor | None, Tensor | None]:
         """Scale and zero point of the input at every step [S]; None where there is none."""

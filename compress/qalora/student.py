@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from diffpress.calibration.sampling import device_of
 from diffpress.export.runtime import StepClock
 
-from ..options import Qalora
+from ..options import LARGE, Qalora
 from ..overlay import Quantization, overlaid
 from .layer import QaloraLayer
 
@@ -46,6 +47,8 @@ class Student:
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.denoiser = denoiser
+        self.large = sum(parameter.numel() for parameter in denoiser.parameters()) >= LARGE
+        self.checkpointing = self.large if options.checkpointing is None else options.checkpointing
         self.clock = BatchClock(timesteps)
         self.layers = {
             name: layer_type(denoiser.get_submodule(name), own, options.rank, unit, options.per_step, generator)
@@ -62,13 +65,31 @@ class Student:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """The denoiser answers as the quantized one will."""
-        calls = {
-            name: partial(layer.forward, self.denoiser.get_submodule(name), clock=self.clock)
-            for name, layer in self.layers.items()
-        }
-        with overlaid(self.denoiser, calls, self.clock):
+        """The denoiser answers as the quantized one will; gradients have to be taken while it is on."""
+        with (
+            overlaid(self.denoiser, {name: self._call(name) for name in self.layers}, self.clock),
+            self._checkpointed(),
+        ):
             yield
+
+    def _call(self, name: str) -> Callable[[Tensor], Tensor]:
+        layer = self.layers[name]
+        forward = layer.forward_in_parts if self.checkpointing else layer.forward
+        return partial(forward, self.denoiser.get_submodule(name), clock=self.clock)
+
+    @contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """The denoiser keeps the inputs of its blocks only, where it knows how to."""
+        denoiser = self.denoiser
+        knows = getattr(denoiser, "_supports_gradient_checkpointing", False)
+        if not (self.checkpointing and knows) or denoiser.is_gradient_checkpointing:
+            yield
+            return
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -85,7 +106,7 @@ class Student:
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
-        return next(self.denoiser.parameters()).device
+        return device_of(self.denoiser)
 
     def finish(self) -> dict[str, Quantization]:
         """The integers that were trained."""

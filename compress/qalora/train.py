@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from diffpress.calibration.sampling import answer
 from diffpress.export.errors import UserError
 
 from ..options import Qalora
-from .checkpoint import Progress, load_checkpoint, save_checkpoint
+from .checkpoint import Progress, load_checkpoint, read_tensors, save_checkpoint, write_tensors
 from .lessons import Lessons
+from .optimizer import make_optimizer
 from .student import Student
 
 JUDGEMENTS = 12
@@ -26,8 +28,6 @@ WARM_UP = 20
 """Iterations over which the learning rates rise."""
 DECAY = 0.98
 """Of the moving average of everything learned, which is what is judged and kept."""
-BETAS = (0.9, 0.99)
-"""Of Adam; the second moment forgets fast, since a scale of one step is seen in few batches."""
 A_RATE = 0.1
 """Learning rate of A over that of B: A starts at full size, B at zero."""
 ZERO_POINT_RATE = 10.0
@@ -60,7 +60,7 @@ def learn(
     checkpoint stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return _Learning(student, lessons, guidance, options, folder / "learned.safetensors").run(report)
+    return _Learning(student, lessons, guidance, options, folder).run(report)
 
 
 @dataclass
@@ -69,20 +69,24 @@ class _Learning:
     lessons: Lessons
     guidance: Guidance | None
     options: Qalora
-    file: Path
+    folder: Path
 
     def __post_init__(self) -> None:
         self.parameters = self.student.parameters()
-        self.optimizer = torch.optim.Adam(rate_groups(self.student, self.options), betas=BETAS, foreach=True)
-        self.kept = {name: _copies(self.parameters) for name in ("average", "best")}
+        groups = rate_groups(self.student, self.options)
+        self.optimizer = make_optimizer(self.options.optimizer, groups, self.student.large)
+        self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.file, self.best = self.folder / "learned.safetensors", self.folder / "best.safetensors"
 
     def run(self, report: Report | None) -> Progress:
         options = self.options
-        progress = load_checkpoint(self.file, self.parameters, self.kept, self.optimizer)
+        progress = Progress()
+        if self.best.exists():
+            progress = load_checkpoint(self.file, self.parameters, self.average, self.optimizer)
         if progress.iteration == 0:
             # Where nothing gets better, what was started from is kept.
-            self._judge(progress, None)
+            self._judge(progress, self._first_loss())
         every = max(1, options.iterations // JUDGEMENTS)
         own_from = round(options.iterations * (1 - options.own_trajectory))
         while progress.iteration < options.iterations and progress.since_best < options.patience:
@@ -92,17 +96,21 @@ class _Learning:
             progress.iteration += 1
             if progress.iteration % every == 0 or progress.iteration == options.iterations:
                 self._judge(progress, loss)
-                save_checkpoint(self.file, self.parameters, self.kept, self.optimizer, progress)
+                save_checkpoint(self.file, self.parameters, self.average, self.optimizer, progress)
             if report is not None:
                 report(progress.iteration, options.iterations, loss)
-        _put(self.parameters, self.kept["best"])
+        read_tensors(self.best, self.parameters)
         return progress
+
+    @torch.no_grad()
+    def _first_loss(self) -> float:
+        with self.student.on():
+            return float(self._loss(self.lessons.batch(0, self.options.batch)))
 
     def _iterate(self, iteration: int) -> float:
         rate = _rate(iteration, self.options.iterations)
         for group, own in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = own * rate
-        self.optimizer.zero_grad()
         loss = 0.0
         size = math.ceil(self.options.batch / self.options.accumulate)
         for part in range(self.options.accumulate):
@@ -114,8 +122,9 @@ class _Learning:
         if not math.isfinite(loss):
             raise LearningError(self._explain(batch, iteration))
         self.optimizer.step()
+        self.optimizer.zero_grad()
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.kept["average"].values()), list(self.parameters.values()), 1 - DECAY)
+            torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - DECAY)
         return loss
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -126,18 +135,16 @@ class _Learning:
         return self.guidance.combine(error, batch.steps).square().mean() + RAW * error.square().mean()
 
     @torch.no_grad()
-    def _judge(self, progress: Progress, loss: float | None) -> None:
+    def _judge(self, progress: Progress, loss: float) -> None:
         """Compare the moving average with the best so far, by whole sampling runs."""
-        now = _copies(self.parameters)
-        _put(self.parameters, self.kept["average"])
+        _swap(self.parameters, self.average)
         judged = self.lessons.judge(self.student)
         progress.since_best += 1
         if judged < progress.best:
             progress.best, progress.since_best = judged, 0
-            self.kept["best"] = _copies(self.parameters)
-        _put(self.parameters, now)
-        row = {"iteration": float(progress.iteration), "held_back": judged}
-        progress.history.append(row if loss is None else row | {"loss": loss})
+            write_tensors(self.best, self.parameters)
+        _swap(self.parameters, self.average)
+        progress.history.append({"iteration": progress.iteration, "loss": loss, "held_back": judged})
 
     @torch.no_grad()
     def _explain(self, batch: Batch, iteration: int) -> str:
@@ -163,7 +170,7 @@ class _Learning:
         )
 
 
-def rate_groups(student: Student, options: Qalora) -> list[dict[str, object]]:
+def rate_groups(student: Student, options: Qalora) -> list[dict[str, Any]]:
     """What is learned at which rate: low-rank changes, step sizes, zero points, biases."""
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in student.parameters().items():
@@ -185,11 +192,7 @@ def _rate(iteration: int, iterations: int) -> float:
     return min(1.0, (iteration + 1) / WARM_UP) * (1 - iteration / iterations)
 
 
-def _copies(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
-@torch.no_grad()
-def _put(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        parameters[name].copy_(value)
+def _swap(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    """Exchange what both hold, without copying it."""
+    for name, parameter in parameters.items():
+        parameter.data, values[name] = values[name], parameter.data

@@ -1,4 +1,4 @@
-"""How learning went: the loss of the batches it saw, and the loss on what was held back from it."""
+"""How learning went: the loss of the batches it saw, and how far whole runs from held-back noise end from the original's."""
 
 from __future__ import annotations
 

@@ -1,159 +1,232 @@
+"""Post-training quantization of whole denoisers and of text encoders."""
+
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from diffpress.calibration.conditions import conditions
-from diffpress.calibration.observe import observe_inputs, rounded_to
-from diffpress.calibration.sampling import Sampling, denoiser_of, replay
-from diffpress.calibration.trajectory import Trajectories, record
+from diffpress.compress.finish import Quantized, edits_and_tensors
+from diffpress.compress.layers import KINDS
 from diffpress.compress.options import Ptq
-from diffpress.compress.overlay import Quantization, fake_quantized
-from diffpress.compress.ptq import edits_and_tensors, quantize_denoiser
+from diffpress.compress.overlay import Format, Quantization
+from diffpress.compress.ptq import quantize_denoiser, quantize_weights
 from diffpress.export.apply import apply_edits_
-from diffpress.export.artifact import load_pipeline
-from diffpress.export.errors import UnsupportedModelError
-from diffpress.export.folder import PipelineFolder
-from diffpress.export.runtime import StepClock
-from diffpress.kernels import quantize
+from diffpress.export.errors import RecipeError, UnsupportedModelError
+
+CONVOLUTIONS = {"keep": ["down_blocks.*", "up_blocks.*"]}
+W4A4: dict[str, Any] = {"weights": 4, "activations": 4}
 
 
-@pytest.fixture(scope="module", params=["tiny_text", "tiny_class", "tiny_pixels"])
-def recorded(request, tmp_path_factory) -> tuple[Path, Trajectories]:
-    """A tiny pipeline and four recorded runs of it."""
-    folder = request.getfixturevalue(request.param)
-    pipeline = load_pipeline(PipelineFolder(folder, "tiny"))
-    wanted = conditions(pipeline, "builtin", 4, 0)
-    return folder, record(pipeline, wanted, Sampling(3), tmp_path_factory.mktemp("recorded"), batch=2)
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        ("tiny_class", W4A4),
+        ("tiny_class", {"weights": 4, "activations": "none"}),
+        ("tiny_pixels", {**W4A4, **CONVOLUTIONS}),
+        ("tiny_text", {**W4A4, **CONVOLUTIONS}),
+    ],
+    ids=str,
+)
+def test_every_layer_is_either_quantized_or_has_a_reason(
+    source: str, options: dict[str, Any], recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+) -> None:
+    own, found = recorded(source), quantized(source, **options)
+    layers = {name: module for name, module in own.denoiser.named_modules() if isinstance(module, KINDS)}
+    for name, module in layers.items():
+        assert name in found.layers or found.reasons[name], name
+        if name in found.layers:
+            assert found.layers[name].codes.shape == module.weight.shape
+    assert set(found.layers) <= set(layers)
+    assert set(found.reasons) <= set(layers)
+    measured = {name for name, layer in found.layers.items() if not isinstance(layers[name], nn.Embedding)}
+    assert measured <= set(found.sensitivity) <= set(layers)
+    assert found.component == own.source.denoiser
 
 
-def open_denoiser(folder: Path) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    source = PipelineFolder(folder, "tiny")
-    return denoiser_of(load_pipeline(source)), dict(source.tensors(source.denoiser))
+def equal(first: Quantization, second: Quantization) -> bool:
+    pairs = [(getattr(first, name), getattr(second, name)) for name in vars(first) if name != "format"]
+    same = all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+    return same and first.format == second.format
 
 
-@pytest.mark.parametrize(("weights", "activations"), [(8, 8), (4, 8), (4, 4)])
-def test_packed_layers_compute_what_fake_quantization_measured(recorded, weights, activations):
-    """Layer by layer on the same input: the same codes, and sums that are exact in int32 against sums in float64.
-
-    What is left are float32 roundings of the sum, of the product of scales, of their product, and of the added bias: four
-    half-units of the largest value that occurs. (Whole denoisers may not be held to this: one code that lands on the other
-    side of a rounding boundary moves everything after it.)
-    """
-    folder, trajectories = recorded
-    denoiser, stored = open_denoiser(folder)
-    options = Ptq(method="ptq", weights=weights, activations=activations)
-    result = quantize_denoiser(denoiser, stored, trajectories, options, seed=0)
-    originals = {name: denoiser.get_submodule(name) for name in result.layers}
-    edits, tensors = edits_and_tensors("denoiser", result.layers)
-    clock = apply_edits_(denoiser, edits, trajectories.timesteps)
-    assert not denoiser.load_state_dict({**stored, **tensors}, strict=False).unexpected_keys
-    inputs: dict[str, torch.Tensor] = {}
-    for name in result.layers:
-        layer = denoiser.get_submodule(name)
-        layer.register_forward_pre_hook(lambda _, arguments, name=name: inputs.setdefault(name, arguments[0]))
-    replay(denoiser, next(iter(trajectories.calls())))
-    for name, quantization in result.layers.items():
-        packed, original = denoiser.get_submodule(name)(inputs[name]), originals[name].double()
-        scale = clock.select(quantization.activation_scale)
-        codes = quantize(inputs[name], scale, quantization.activation_bits)
-        shape = (-1, *[1] * (original.weight.ndim - 1))
-        original.weight.data = quantization.codes.double() * quantization.weight_scale.double().view(shape)
-        with torch.no_grad():
-            simulated = original(codes.double() * scale.double())
-        bias = 0.0 if original.bias is None else float(original.bias.detach().abs().max())
-        tolerance = 4 * 2**-24 * (float(simulated.abs().max()) + bias)
-        assert (packed - simulated).abs().max() <= tolerance, name
+def test_same_seed_finds_the_same_integers_and_the_denoiser_stays_as_it_is(
+    recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+) -> None:
+    own, first = recorded("tiny_class"), quantized("tiny_class", **W4A4)
+    before = {name: value.clone() for name, value in own.denoiser.state_dict().items()}
+    attributes = {name: sorted(vars(module)) for name, module in own.denoiser.named_modules()}
+    second = quantize_denoiser(
+        own.source.denoiser, own.denoiser, own.stored, own.trajectories, Ptq(method="ptq", **W4A4), seed=0
+    )
+    assert first.layers.keys() == second.layers.keys()
+    assert all(equal(layer, second.layers[name]) for name, layer in first.layers.items())
+    assert first.sensitivity == second.sensitivity
+    assert all(torch.equal(value, before[name]) for name, value in own.denoiser.state_dict().items())
+    assert attributes == {name: sorted(vars(module)) for name, module in own.denoiser.named_modules()}
 
 
-def test_overlay_leaves_no_trace(recorded):
-    folder, trajectories = recorded
-    denoiser, stored = open_denoiser(folder)
-    before = {name: value.clone() for name, value in denoiser.state_dict().items()}
-    result = quantize_denoiser(denoiser, stored, trajectories, Ptq(method="ptq", weights=4, activations=4), seed=0)
-    call = next(iter(trajectories.calls()))
-    teacher = replay(denoiser, call)
-    with fake_quantized(denoiser, result.layers, StepClock(trajectories.timesteps)):
-        assert not torch.equal(replay(denoiser, call), teacher)
-    assert torch.equal(replay(denoiser, call), teacher)
-    assert all(torch.equal(value, before[name]) for name, value in denoiser.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in denoiser.modules())
-
-
-def test_overlay_is_removed_when_the_body_fails(recorded):
-    folder, trajectories = recorded
-    denoiser, stored = open_denoiser(folder)
-    result = quantize_denoiser(denoiser, stored, trajectories, Ptq(method="ptq"), seed=0)
-    call = next(iter(trajectories.calls()))
-    teacher = replay(denoiser, call)
-    with pytest.raises(RuntimeError), fake_quantized(denoiser, result.layers, StepClock(trajectories.timesteps)):
-        raise RuntimeError
-    assert torch.equal(replay(denoiser, call), teacher)
-
-
-def test_more_bits_lose_less(recorded):
-    folder, trajectories = recorded
-    denoiser, stored = open_denoiser(folder)
-    results = []
-    for weights, activations in ((8, 8), (4, 8), (4, 4)):
-        options = Ptq(method="ptq", weights=weights, activations=activations)
-        results.append(quantize_denoiser(denoiser, stored, trajectories, options, seed=0))
-    as_asked = [name for name, layer in results[-1].layers.items() if layer.weight_bits == 4]
+@pytest.mark.parametrize(
+    "chosen", [("tiny_class", {}), ("tiny_pixels", CONVOLUTIONS)], ids=["tiny_class", "tiny_pixels"]
+)
+def test_more_bits_lose_less(chosen: tuple[str, dict[str, Any]], quantized: Callable[..., Quantized]) -> None:
+    source, rest = chosen
+    results = [
+        quantized(source, weights=weights, activations=activations, **rest)
+        for weights, activations in ((8, 8), (4, 8), (4, 4))
+    ]
+    as_asked = [name for name, layer in results[-1].layers.items() if layer.format == Format(4, 4)]
+    assert as_asked
     errors = [sum(result.sensitivity[name] for name in as_asked) for result in results]
     assert errors[0] < errors[1] < errors[2]
 
 
-def test_same_seed_finds_the_same_integers(recorded):
-    folder, trajectories = recorded
-    denoiser, stored = open_denoiser(folder)
-    options = Ptq(method="ptq", weights=4)
-    first, second = (quantize_denoiser(denoiser, stored, trajectories, options, seed=3).layers for _ in range(2))
-    for name, layer in first.items():
-        assert torch.equal(layer.codes, second[name].codes)
-        assert torch.equal(layer.activation_scale, second[name].activation_scale)
+def test_embeddings_are_weight_only(recorded: Callable[[str], Any], quantized: Callable[..., Quantized]) -> None:
+    own, found = recorded("tiny_class"), quantized("tiny_class", **W4A4)
+    embeddings = [name for name, module in own.denoiser.named_modules() if isinstance(module, nn.Embedding)]
+    assert embeddings
+    for name in embeddings:
+        assert found.layers[name].format == Format(8, None, 16)
+        assert found.layers[name].activation_scale is None
+        assert found.reasons[name] == "embedding, 8 bits"
 
 
-def test_every_layer_is_either_quantized_or_has_a_reason(recorded):
-    folder, trajectories = recorded
-    denoiser, stored = open_denoiser(folder)
-    result = quantize_denoiser(denoiser, stored, trajectories, Ptq(method="ptq", weights=4), seed=0)
-    for name, module in denoiser.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            assert name in result.layers or result.reasons[name]
-    assert set(result.sensitivity) == set(result.layers)
+def bits_of(found: Quantized) -> tuple[float, set[str]]:
+    """The average over the layers that were measured, and which have 8 bits because they are sensitive."""
+    layers = {name: layer for name, layer in found.layers.items() if name in found.sensitivity}
+    total = sum(layer.codes.numel() * layer.format.weight_bits for layer in layers.values())
+    sensitive = {name for name in layers if found.reasons.get(name, "").startswith("sensitive")}
+    assert all(layers[name].format.weight_bits == 8 for name in sensitive)
+    return total / sum(layer.codes.numel() for layer in layers.values()), sensitive
 
 
-def test_observed_ranges_are_those_of_the_inputs(recorded):
-    folder, trajectories = recorded
-    denoiser, _ = open_denoiser(folder)
-    name, layer = next((n, m) for n, m in denoiser.named_modules() if isinstance(m, nn.Conv2d))
-    seen = observe_inputs(denoiser, {name: layer}, trajectories)[name]
-    for step in range(len(trajectories.timesteps)):
-        inputs = [
-            call.inputs.get("sample", call.inputs.get("hidden_states"))
-            for call in trajectories.calls()
-            if call.step == step
-        ]
-        assert seen.largest[step] == max(float(x.abs().max()) for x in inputs)
-    everything = torch.cat([c.inputs.get("sample", c.inputs.get("hidden_states")) for c in trajectories.calls()])
-    assert torch.allclose(seen.second_moment, everything.square().mean((0, 2, 3)), rtol=1e-5)
+def test_effective_bits_go_to_the_most_sensitive_layers(quantized: Callable[..., Quantized]) -> None:
+    plain = quantized("tiny_class", weights=2, activations=8)
+    average, _ = bits_of(plain)
+    low = {name for name, layer in plain.layers.items() if layer.format == Format(2, 8)}
+    budget = average + 0.5
+    found = quantized("tiny_class", weights=2, activations=8, effective_bits=budget)
+    spent, sensitive = bits_of(found)
+    assert average < spent <= budget
+    assert sensitive
+    assert sensitive < low
+
+    def gain(name: str) -> float:
+        """What 8 bits gained a weight, as was measured."""
+        return plain.sensitivity[name] - found.sensitivity[name]
+
+    # Whoever got more bits gained by them, and whoever loses most for its size is among them.
+    assert all(gain(name) > 0 for name in sensitive)
+    per_weight = {name: plain.sensitivity[name] / plain.layers[name].codes.numel() for name in low}
+    assert max(per_weight, key=lambda name: per_weight[name]) in sensitive
 
 
-def test_denoiser_without_layers_is_refused(recorded):
-    _, trajectories = recorded
-    with pytest.raises(UnsupportedModelError, match="has no Linear or Conv2d"):
-        quantize_denoiser(nn.Identity(), {}, trajectories, Ptq(method="ptq"), seed=0)
+def test_effective_bits_can_be_had_in_full(quantized: Callable[..., Quantized]) -> None:
+    found = quantized("tiny_class", weights=4, activations=8, effective_bits=8)
+    low = {name for name, layer in found.layers.items() if layer.format.weight_bits < 8}
+    # Whatever kept 4 bits measured no better at 8.
+    assert len(low) <= 2
 
 
-def test_rounded_to_is_quantize_then_dequantize():
-    values = torch.tensor([0.24, 0.26, -3.0, 9.0, 0.25])
-    assert rounded_to(values, torch.tensor([0.5]), 4).tolist() == [0.0, 0.5, -3.0, 3.5, 0.0]
+def test_weights_of_a_text_encoder(recorded: Callable[[str], Any]) -> None:
+    own = recorded("tiny_text")
+    encoder, stored = own.pipeline.text_encoder, dict(own.source.tensors("text_encoder"))
+    options = Ptq(method="ptq", weights=4, activations="none", group_size=8, components=["text_encoders"])
+    found = quantize_weights("text_encoder", encoder, stored, options)
+    words = [name for name in found.layers if isinstance(encoder.get_submodule(name), nn.Embedding)]
+    assert any(name.endswith("token_embedding") for name in words)
+    for name, layer in found.layers.items():
+        assert layer.activation_scale is None
+        assert layer.zero_point is None
+        assert layer.smoothing is None
+        assert layer.format == (Format(8, None, 16) if name in words else Format(4, None, 8))
+        error = (layer.weight() - encoder.get_submodule(name).weight.detach().float()).abs().max()
+        assert error <= encoder.get_submodule(name).weight.abs().max() / 2
+    assert not found.sensitivity
+    edits, tensors = edits_and_tensors(found)
+    assert all(edit.component == "text_encoder" and edit.group_size for edit in edits)
+    assert len(tensors) == 2 * len(edits)
 
 
-def test_quantization_weight_undoes_its_codes():
-    codes = torch.tensor([[1, -2], [3, 4]], dtype=torch.int8)
-    layer = Quantization(8, 8, codes, torch.tensor([0.5, 2.0]), torch.ones(1))
-    assert layer.weight().tolist() == [[0.5, -1.0], [6.0, 8.0]]
+class T5(nn.Module):
+    """Its `wo` is asked for its dtype, as transformers' T5 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ff = nn.ModuleDict({"wi": nn.Linear(32, 64, bias=False), "wo": nn.Linear(64, 32, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff["wo"](self.ff["wi"](x))
+
+
+def test_layers_that_are_asked_for_their_dtype_get_eight_bits() -> None:
+    model = T5()
+    options = Ptq(method="ptq", weights=4, activations="none")
+    found = quantize_weights("text_encoder_3", model, model.state_dict(), options)
+    assert found.layers["ff.wi"].format == Format(4, None, 32)
+    assert found.layers["ff.wo"].format == Format(8, None, 64)
+    assert found.reasons == {"ff.wo": "its model asks for 8 bits"}
+    edits, tensors = edits_and_tensors(found)
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    expected = x @ found.layers["ff.wi"].weight().t() @ found.layers["ff.wo"].weight().t()
+    assert apply_edits_(model, edits, []) is None
+    model.load_state_dict(tensors)
+    half_unit = torch.finfo(torch.float32).eps / 2
+    magnitude = x.abs() @ found.layers["ff.wi"].weight().abs().t() @ found.layers["ff.wo"].weight().abs().t()
+    # Two sums after each other, each computed twice.
+    assert ((model(x) - expected).abs() <= 2 * (32 + 64 + 4) * half_unit * magnitude).all()
+
+
+class Partly(nn.Module):
+    """A denoiser with a layer that nobody calls, and one that is better left alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry, self.unused, self.small = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 8), nn.Conv2d(8, 1, 1)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return (self.last(self.small(self.middle(self.entry(sample).relu()))),)
+
+
+def test_layers_that_are_never_called_or_would_not_shrink_are_left_alone(recorded: Callable[[str], Any]) -> None:
+    torch.manual_seed(0)
+    model, runs = Partly(), recorded("tiny_pixels").trajectories
+    stored = {name: value.half() for name, value in model.state_dict().items()}
+    found = quantize_denoiser("unet", model, stored, runs, Ptq(method="ptq", weights=4, per_step=True), seed=0)
+    assert found.reasons["unused"] == "never called while recording"
+    # Eight bytes of weights saved, one scale and a table of three scales spent.
+    assert found.reasons["small"] == "would not be smaller"
+    assert found.layers.keys() == {"entry", "middle", "last"} - {
+        name for name, reason in found.reasons.items() if reason == "would not be smaller"
+    }
+
+
+@pytest.mark.parametrize("quantize", ["denoiser", "weights"])
+def test_models_that_cannot_be_quantized_are_refused(quantize: str, recorded: Callable[[str], Any]) -> None:
+    def run(model: nn.Module, **options: Any) -> None:
+        if quantize == "weights":
+            quantize_weights("x", model, {}, Ptq(method="ptq", activations="none", **options))
+        else:
+            quantize_denoiser("x", model, {}, recorded("tiny_class").trajectories, Ptq(method="ptq", **options), seed=0)
+
+    with pytest.raises(UnsupportedModelError, match="Identity has no Linear or Conv2d or Embedding"):
+        run(nn.Identity())
+    with pytest.raises(UnsupportedModelError, match="kept by the recipe"):
+        run(nn.Sequential(nn.Linear(3, 3)), keep=["*"])
+    with pytest.raises(RecipeError, match="'attn' fits no layer"):
+        run(nn.Sequential(nn.Linear(3, 3)), keep=["attn"])
+
+
+def test_progress_is_told(recorded: Callable[[str], Any]) -> None:
+    own = recorded("tiny_class")
+    told: list[tuple[int, int]] = []
+    options = Ptq(method="ptq", keep=["transformer_blocks.*"])
+    quantize_denoiser(
+        own.source.denoiser, own.denoiser, own.stored, own.trajectories, options, 0, lambda *step: told.append(step)
+    )
+    assert told[:2] == [(1, 2), (2, 2)]

@@ -8,14 +8,16 @@ import yaml
 from diffpress.export.errors import RecipeError
 from diffpress.recipe import Recipe, load_recipe, parse_recipe, preset_text, presets, reference, reference_rows
 
+WIDTHS = {"balanced": (8, 8), "small": (4, 8), "tiny": (4, 4), "w4": (4, "none"), "w8": (8, "none")}
+
 
 def test_presets_are_recipes():
-    assert presets() == ["balanced", "small"]
-    balanced, small = map(load_recipe, presets())
-    assert balanced.quantize is not None
-    assert small.quantize is not None
-    assert (balanced.quantize.weights, balanced.quantize.activations) == (8, 8)
-    assert (small.quantize.weights, small.quantize.activations) == (4, 8)
+    assert presets() == sorted(WIDTHS)
+    for name, widths in WIDTHS.items():
+        options = load_recipe(name).quantize
+        assert options is not None
+        assert (options.weights, options.activations) == widths
+        assert options.method == ("qalora" if name in ("small", "tiny") else "ptq")
 
 
 def test_file_and_preset_give_the_same_recipe(tmp_path: Path):
@@ -38,9 +40,15 @@ def test_overrides_reach_nested_keys_and_win_over_the_file():
     [
         ({"quantise": {"method": "ptq"}}, ["'quantise'", "did you mean 'quantize'", "sampling"]),
         ({"quantize": {"method": "ptq", "weight": 4}}, ["quantize.weight", "did you mean 'weights'"]),
-        ({"quantize": {"weights": 4}}, ["quantize.method is missing"]),
-        ({"quantize": {"method": "ptq", "weights": 5}}, ["quantize.weights = 5", "4 or 8"]),
-        ({"quantize": {"method": "magic"}}, ["quantize.method = 'magic'", "'ptq'"]),
+        ({"quantize": {"weights": 4}}, ["quantize.method is missing", "'ptq' or 'qalora'"]),
+        ({"quantize": {"method": "ptq", "weights": 5}}, ["quantize.weights = 5", "2, 3, 4 or 8"]),
+        ({"quantize": {"method": "ptq", "activations": 2}}, ["quantize.activations = 2", "4, 6, 8 or 'none'"]),
+        ({"quantize": {"method": "magic"}}, ["quantize.method = 'magic'", "'ptq' or 'qalora'"]),
+        ({"quantize": {"method": "ptq", "rank": 8}}, ["unknown key 'quantize.rank'"]),
+        ({"quantize": {"method": "qalora", "iteratons": 8}}, ["did you mean 'iterations'", "rank"]),
+        ({"quantize": {"method": "qalora", "format": "float8"}}, ["quantize.format = 'float8'", "'integer'"]),
+        ({"quantize": {"method": "ptq", "format": "float8", "weights": 4}}, ["needs weights: 8 and activations: 8"]),
+        ({"quantize": {"method": "ptq", "components": ["vae"]}}, ["only weights of vae", "activations must be none"]),
         ({"quantize": {"method": "ptq"}, "record": {"trajectories": 0}}, ["record.trajectories = 0", "greater"]),
         ({"quantize": {"method": "ptq"}, "seed": -1}, ["seed = -1"]),
         ({"quantize": {"method": "ptq"}, "gates": {"size": float("nan")}}, ["gates.size", "finite"]),
@@ -56,7 +64,7 @@ def test_wrong_recipes_are_refused_with_key_value_and_what_is_allowed(data, word
 
 
 def test_unknown_preset_suggests_the_nearest():
-    with pytest.raises(RecipeError, match=r"Did you mean 'balanced'\? Built in are balanced, small"):
+    with pytest.raises(RecipeError, match=r"Did you mean 'balanced'\? Built in are balanced, small, tiny, w4, w8"):
         load_recipe("balaned")
 
 

@@ -52,16 +52,23 @@ def test_missing_recipe_key(refused, model, tmp_path):
 
 
 def test_impossible_value(refused, model):
-    assert "quantize.weights = 3: input should be 4 or 8" in refused(model, "small", "--set", "quantize.weights=3")
+    message = refused(model, "balanced", "--set", "quantize.weights=5")
+    assert "quantize.weights = 5: input should be 2, 3, 4 or 8" in message
 
 
 def test_missing_component(refused, model):
-    message = refused(model, "small", "--set", "quantize.components=[text_encoder]")
+    message = refused(model, "w4", "--set", "quantize.components=[text_encoder]")
     assert "no component 'text_encoder'; its parts are scheduler, transformer, vae" in message
 
 
-def test_component_that_ptq_cannot_quantize(refused, model):
-    assert "ptq quantizes the denoiser only, not 'vae'" in refused(model, "small", "--set", "quantize.components=[vae]")
+def test_component_whose_inputs_are_not_recorded(refused, model):
+    message = refused(model, "balanced", "--set", "quantize.components=[vae]")
+    assert "only weights of vae can be rounded: activations must be none" in message
+
+
+def test_component_without_weights(refused, model):
+    message = refused(model, "w4", "--set", "quantize.components=[scheduler]")
+    assert "quantize.components: 'scheduler' of" in message
 
 
 def test_unknown_preset(refused, model):

@@ -108,7 +108,7 @@ def test_learning_is_shown_with_what_was_held_back(page, make_manifest, history)
     html = page(manifest=make_manifest(learning=history))
     section = re.search(r'<section id="learning">.*?</section>', html, re.S).group()
     text = words(section)
-    assert "What the scheduler is given, squared difference to the original's answer: in the batch" in text
+    assert "Batch: squared difference of what the scheduler is given to the original's answer" in text
     assert "Loss Held back Batch logarithmic scale" in text
     assert "On what was held back First, iteration 60 4.0 \N{MULTIPLICATION SIGN} 10⁻³" in text
     assert "Best, iteration 960 1.4 \N{MULTIPLICATION SIGN} 10⁻⁴" in text

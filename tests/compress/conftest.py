@@ -1,0 +1,67 @@
+"""Tiny pipelines, what was recorded of them, and what rounding finds: each made once, and changed by nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+from torch import Tensor, nn
+
+from diffpress.calibration.conditions import conditions
+from diffpress.calibration.sampling import Sampling, denoiser_of
+from diffpress.calibration.trajectory import Trajectories, record
+from diffpress.compress.finish import Quantized
+from diffpress.compress.options import Ptq
+from diffpress.compress.ptq import quantize_denoiser
+from diffpress.export.artifact import load_pipeline
+from diffpress.export.folder import PipelineFolder
+
+SAMPLING = Sampling(3, 3.0)
+
+
+class Recorded(NamedTuple):
+    """A tiny pipeline and four recorded runs of it."""
+
+    pipeline: Any
+    source: PipelineFolder
+    denoiser: nn.Module
+    stored: dict[str, Tensor]
+    trajectories: Trajectories
+    sampling: Sampling
+
+
+@pytest.fixture(scope="session")
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Recorded]:
+    """A function: the tiny pipeline of that name."""
+    made: dict[str, Recorded] = {}
+
+    def get(name: str) -> Recorded:
+        if name not in made:
+            source = PipelineFolder(request.getfixturevalue(name), name)
+            pipeline = load_pipeline(source)
+            folder = tmp_path_factory.mktemp(f"recorded-{name}")
+            runs = record(pipeline, conditions(pipeline, "builtin", 4, 0), SAMPLING, folder, batch=2)
+            stored = dict(source.tensors(source.denoiser))
+            made[name] = Recorded(pipeline, source, denoiser_of(pipeline), stored, runs, SAMPLING)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def quantized(recorded: Callable[[str], Recorded]) -> Callable[..., Quantized]:
+    """A function: what rounding to nearest finds for the denoiser of that name with these options."""
+    found: dict[tuple[str, str], Quantized] = {}
+
+    def get(name: str, **options: Any) -> Quantized:
+        chosen = Ptq(method="ptq", **options)
+        key = (name, chosen.model_dump_json())
+        if key not in found:
+            own = recorded(name)
+            found[key] = quantize_denoiser(
+                own.source.denoiser, own.denoiser, own.stored, own.trajectories, chosen, seed=0
+            )
+        return found[key]
+
+    return get

@@ -1,0 +1,85 @@
+"""How much each step is learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from diffpress.compress.qalora.importance import EVEN_SHARE, step_importance
+
+LINEAR = {
+    "DDIM": DDIMScheduler(clip_sample=False),
+    "DDIM v": DDIMScheduler(clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing"),
+    "Euler": EulerDiscreteScheduler(),
+    "DPM-Solver++": DPMSolverMultistepScheduler(),
+    "UniPC": UniPCMultistepScheduler(),
+}
+OTHER = {
+    "clipping": DDIMScheduler(clip_sample=True),
+    "fresh noise": DDPMScheduler(clip_sample=False),
+    "ancestral": EulerAncestralDiscreteScheduler(),
+}
+MORE_CALLS_THAN_STEPS = {"PNDM": PNDMScheduler(skip_prk_steps=True), "Heun": HeunDiscreteScheduler()}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("scheduler", [*LINEAR.values(), *OTHER.values()], ids=[*LINEAR, *OTHER])
+def test_shares_sum_to_one_and_no_step_is_left_out(scheduler: Any, steps: int) -> None:
+    found = step_importance(scheduler, steps)
+    assert found.shape == (steps,)
+    # As many roundings as there are steps.
+    assert float(found.sum()) == pytest.approx(1, abs=steps * torch.finfo(torch.float32).eps)
+    assert (found >= EVEN_SHARE / steps * (1 - torch.finfo(torch.float32).eps)).all()
+
+
+@pytest.mark.parametrize("steps", [3, 10])
+def test_v_prediction_learns_most_from_the_last_step(recorded: Callable[[str], Any], steps: int) -> None:
+    """Its weight in the last sample is what DDIM says: sqrt(1 - a) of the last step, as the next is free of noise."""
+    scheduler = recorded("tiny_text").pipeline.scheduler
+    found = step_importance(scheduler, steps)
+    assert int(found.argmax()) == steps - 1
+
+
+def test_the_weights_are_the_schedulers_own() -> None:
+    """DDIM on noise: x' = sqrt(a') (x - sqrt(1 - a) e) / sqrt(a) + sqrt(1 - a') e, followed to the end by hand."""
+    scheduler = LINEAR["DDIM"]
+    steps = 4
+    scheduler.set_timesteps(steps)
+    times = scheduler.timesteps.tolist()
+    alphas = [float(scheduler.alphas_cumprod[time]) for time in times] + [1.0]
+    weights = []
+    for index in range(steps):
+        here, there = alphas[index], alphas[index + 1]
+        weight = (1 - there) ** 0.5 - (there / here) ** 0.5 * (1 - here) ** 0.5
+        # Whatever a step adds is scaled by all steps after it.
+        weights.append(abs(weight) * (alphas[-1] / there) ** 0.5)
+    expected = torch.tensor([(1 - EVEN_SHARE) * weight / sum(weights) + EVEN_SHARE / steps for weight in weights])
+    # The scheduler computes in float32, in a handful of operations a step.
+    assert torch.allclose(step_importance(scheduler, steps), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [*OTHER.values(), *MORE_CALLS_THAN_STEPS.values()], ids=[*OTHER, *MORE_CALLS_THAN_STEPS]
+)
+def test_schedulers_that_are_no_table_of_steps_are_learned_evenly(scheduler: Any) -> None:
+    assert torch.equal(step_importance(scheduler, 4), torch.full((4,), 0.25))
+
+
+def test_the_scheduler_is_left_as_it_was() -> None:
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(7)
+    step_importance(scheduler, 3)
+    assert len(scheduler.timesteps) == 7

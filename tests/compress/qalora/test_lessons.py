@@ -1,0 +1,159 @@
+"""What is learned from: the teacher's runs, and the student's own with the teacher's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from diffpress.calibration.sampling import Call, answer, replay, sample, watch
+from diffpress.calibration.trajectory import Trajectories
+from diffpress.compress.finish import Quantized
+from diffpress.compress.options import Qalora
+from diffpress.compress.overlay import Quantization
+from diffpress.compress.qalora import OwnRuns
+from diffpress.compress.qalora.lessons import OWN_PICTURES, OWN_ROUNDS, Lessons
+from diffpress.compress.qalora.student import Student
+
+School = Callable[..., tuple[Any, Quantized, OwnRuns, Qalora]]
+EVEN = torch.full((3,), 1 / 3)
+LAYERS = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2", "proj_out_2")
+
+
+@pytest.fixture
+def lessons(school: School) -> tuple[Any, Student, Lessons, OwnRuns]:
+    """A tiny pipeline, a student that has three layers changed visibly, and its lessons."""
+    own, found, runs, options = school()
+    start = {name: found.layers[name] for name in LAYERS}
+    student = Student(own.denoiser, start, own.trajectories.timesteps, options, 0)
+    return own, student, Lessons(own.trajectories, runs, EVEN, 7), runs
+
+
+def test_own_runs_hold_what_the_student_saw_and_the_teacher_answered(
+    lessons: tuple[Any, Student, Lessons, OwnRuns],
+) -> None:
+    own, student, learned, runs = lessons
+    learned.follow(student, 0)
+    stored = list(Trajectories(runs.folder / "round-00000").calls())
+    calls: list[Call] = []
+    with student.on(), watch(own.pipeline, calls.append):
+        sample(own.pipeline, [runs.wanted[index % len(runs.wanted)] for index in range(OWN_PICTURES)], runs.sampling)
+    assert len(stored) == len(calls) == 3
+    for call, seen in zip(stored, calls, strict=True):
+        assert all(torch.equal(call.inputs[name], value) for name, value in seen.inputs.items())
+        # The teacher's answer to it, bit for bit; not what the student went on with.
+        assert torch.equal(replay(own.denoiser, call), call.output)
+        assert not torch.equal(call.output, seen.output)
+    with student.on():
+        assert torch.equal(replay(own.denoiser, stored[-1]), calls[-1].output)
+    # The student's runs part from the teacher's after the first step.
+    teachers: list[Call] = []
+    with watch(own.pipeline, teachers.append):
+        sample(own.pipeline, [runs.wanted[index % len(runs.wanted)] for index in range(OWN_PICTURES)], runs.sampling)
+    latents = [call.inputs["hidden_states"] for call in teachers]
+    assert torch.equal(stored[0].inputs["hidden_states"], latents[0])
+    assert not torch.equal(stored[1].inputs["hidden_states"], latents[1])
+
+
+def test_batches_are_drawn_again_by_their_number(lessons: tuple[Any, Student, Lessons, OwnRuns]) -> None:
+    own, _, learned, runs = lessons
+    again = Lessons(own.trajectories, runs, EVEN, 7)
+    for number in (0, 3, 100):
+        first, second = learned.batch(number, 5), again.batch(number, 5)
+        assert torch.equal(first.output, second.output)
+        assert first.steps.tolist() == second.steps.tolist()
+        assert len(first.steps) == 5
+    assert not torch.equal(learned.batch(0, 5).output, learned.batch(1, 5).output)
+
+
+def test_steps_are_drawn_by_their_importance(lessons: tuple[Any, Student, Lessons, OwnRuns]) -> None:
+    own, _, _, runs = lessons
+    importance = torch.tensor([0.1, 0.2, 0.7])
+    steps = Lessons(own.trajectories, runs, importance, 0).batch(0, 4000).steps
+    shares = steps.bincount(minlength=3) / 4000
+    # Four standard deviations of a share.
+    deviation = (importance * (1 - importance) / 4000).sqrt()
+    assert ((shares - importance).abs() <= 4 * deviation).all()
+
+
+def test_most_batches_are_the_students_own_once_there_are_some(
+    lessons: tuple[Any, Student, Lessons, OwnRuns],
+) -> None:
+    own, student, learned, _ = lessons
+    learned.follow(student, 0)
+    teachers = 0
+    for number in range(40):
+        batch = learned.batch(number, 2)
+        with torch.no_grad():
+            replied = answer(own.denoiser, batch.inputs, batch.output.dtype)
+        # Whosever run it was, the answer to learn is the teacher's.
+        assert torch.allclose(replied, batch.output, atol=1e-4 * float(batch.output.abs().max()))
+        teachers += all(
+            any(torch.equal(batch.output[row], other.output[row % len(other.output)]) for other in recorded(learned))
+            for row in range(1)
+        )
+    assert 0 < teachers < 20
+
+
+def recorded(learned: Lessons) -> list[Any]:
+    """Every recorded example of the teacher's as a batch of its own."""
+    return [learned.recorded.batch([index]) for index in range(len(learned.recorded))]
+
+
+def test_rounds_are_sampled_once_and_the_latest_are_learned_from(
+    lessons: tuple[Any, Student, Lessons, OwnRuns], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, student, learned, runs = lessons
+    learned.follow(student, 1)
+    assert list(learned.own) == [0, 1]
+    first = learned.own[0]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a round was sampled again")
+
+    monkeypatch.setattr(type(own.pipeline), "__call__", refuse)
+    learned.follow(student, 1)
+    assert learned.own[0] is first
+    # Another process finds them on disk.
+    other = Lessons(own.trajectories, runs, EVEN, 7)
+    other.follow(student, 1)
+    assert torch.equal(other.batch(1, 4).output, learned.batch(1, 4).output)
+    monkeypatch.undo()
+    learned.follow(student, OWN_ROUNDS + 1)
+    assert list(learned.own) == list(range(2, OWN_ROUNDS + 2))
+
+
+def test_rounds_go_on_through_the_conditions(lessons: tuple[Any, Student, Lessons, OwnRuns]) -> None:
+    _, student, learned, runs = lessons
+    learned.follow(student, 1)
+    noises = [
+        next(iter(Trajectories(runs.folder / f"round-0000{index}").calls())).inputs["hidden_states"][:OWN_PICTURES]
+        for index in (0, 1)
+    ]
+    # Eight conditions and eight pictures a round: the second round begins anew.
+    assert len(runs.wanted) == OWN_PICTURES
+    assert torch.equal(noises[0], noises[1])
+    assert len(noises[0].unique(dim=0)) == OWN_PICTURES
+
+
+def test_the_judgement_is_the_error_of_whole_runs_from_noise_held_back(
+    lessons: tuple[Any, Student, Lessons, OwnRuns],
+) -> None:
+    own, student, learned, runs = lessons
+    truth = sample(own.pipeline, runs.held_back, runs.sampling).latents
+    with student.on():
+        missed = sample(own.pipeline, runs.held_back, runs.sampling).latents
+    expected = float((missed - truth).square().mean())
+    assert learned.judge(student) == expected > 0
+    assert learned.judge(student) == expected
+    seeds = {condition.seed for condition in runs.held_back}
+    assert not seeds & {condition.seed for condition in runs.wanted}
+
+
+def test_a_student_that_changes_nothing_is_judged_perfect(school: School) -> None:
+    own, _, runs, options = school()
+    layers: dict[str, Quantization] = {}
+    teacher = Student(own.denoiser, layers, own.trajectories.timesteps, options, 0)
+    assert Lessons(own.trajectories, runs, EVEN, 0).judge(teacher) == 0

@@ -1,0 +1,130 @@
+"""What an artifact stores of what was found, and what the report says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffpress.compress.finish import Quantized, drop_what_does_not_shrink_, edits_and_tensors, plan_rows
+from diffpress.compress.overlay import Format, Quantization
+from diffpress.kernels import unpack_codes
+
+
+def nbytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    ("tiny_class", {"weights": 4, "activations": 4}, "W4A4"),
+    ("tiny_class", {"weights": 2}, "W2A8"),
+    ("tiny_class", {"weights": 4, "activations": "none", "group_size": 8}, "W4 g8"),
+    ("tiny_class", {"weights": 4, "activations": "none"}, "W4"),
+    ("tiny_class", {"format": "float8"}, "FP8"),
+]
+
+
+@pytest.mark.parametrize(("source", "options", "format"), CASES, ids=[format for *_, format in CASES])
+def test_plan_rows_add_up(
+    source: str,
+    options: dict[str, Any],
+    format: str,
+    recorded: Callable[[str], Any],
+    quantized: Callable[..., Quantized],
+) -> None:
+    own, found = recorded(source), quantized(source, **options)
+    edits, packed = edits_and_tensors(found)
+    rows = plan_rows(found, own.stored, packed)
+    assert sum(row.source_bytes for row in rows) == nbytes(own.stored)
+    assert sum(row.bytes for row in rows) == nbytes({**own.stored, **packed})
+    assert len({row.module for row in rows}) == len(rows)
+    assert {row.component for row in rows} == {own.source.denoiser}
+    by_module = {row.module: row for row in rows}
+    formats = {edit.module: edit for edit in edits}
+    for module, row in by_module.items():
+        if module in found.layers:
+            assert row.bytes < row.source_bytes
+            assert row.shape == found.layers[module].codes.shape
+            assert row.format.split(" ")[0] == formats[module].format.split(" ")[0]
+        else:
+            assert (row.format, row.bytes) == ("float16", row.source_bytes)
+            assert row.reason
+        assert row.error == found.sensitivity.get(module)
+    assert by_module["transformer_blocks.0.attn1.to_q"].format == format
+    # One scale a row is no group.
+    assert by_module["pos_embed.proj"].format == "W8"
+
+
+def test_a_parameter_of_the_model_itself_stands_for_its_own() -> None:
+    stored = {"table": torch.zeros(3, 4), "a.weight": torch.zeros(2, 5, dtype=torch.bfloat16)}
+    rows = plan_rows(Quantized("x"), stored, {})
+    assert [(row.module, row.shape, row.format, row.bytes) for row in rows] == [
+        ("table", (3, 4), "float32", 48),
+        ("a", (2, 5), "bfloat16", 20),
+    ]
+
+
+def full(bits: int, activation_bits: int | None, group_size: int | None = None, float8: bool = False) -> Quantization:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 5, 2, 1), generator=generator, dtype=torch.int8)
+    scale = torch.rand(3, generator=generator) if group_size is None else torch.rand(3, 2, generator=generator)
+    steps = None if activation_bits is None else torch.rand(4, generator=generator)
+    return Quantization(
+        Format(bits, activation_bits, group_size, float8),
+        codes.to(torch.float8_e4m3fn) if float8 else codes,
+        scale,
+        steps,
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "word"),
+    [(full(4, 4), "W4A4"), (full(3, 6), "W3A6"), (full(2, None, 8), "W2 g8"), (full(8, 8, None, True), "FP8")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_one_edit_a_layer_with_the_tensors_it_names(layer: Quantization, word: str) -> None:
+    (edit,), tensors = edits_and_tensors(Quantized("unet", {"a.b": layer}))
+    assert (edit.component, edit.module, edit.format) == ("unet", "a.b", word)
+    assert (edit.asymmetric, edit.smoothed) == (False, False)
+    expected = {"a.b.weight", "a.b.weight_scale"}
+    assert tensors.keys() == (expected if layer.activation_scale is None else expected | {"a.b.activation_scale"})
+    codes = tensors["a.b.weight"]
+    unpacked = codes if layer.format.float8 else unpack_codes(codes, 10, layer.format.weight_bits)
+    assert torch.equal(unpacked.float(), layer.codes.flatten(1).float())
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+
+
+def test_zero_points_smoothing_and_biases_are_stored_where_there_are_some() -> None:
+    layer = Quantization(
+        Format(8, 8),
+        torch.zeros(3, 5, dtype=torch.int8),
+        torch.ones(3),
+        torch.ones(2),
+        torch.zeros(2),
+        torch.ones(5),
+        torch.ones(3),
+    )
+    (edit,), tensors = edits_and_tensors(Quantized("unet", {"a": layer}))
+    assert (edit.asymmetric, edit.smoothed) == (True, True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == {
+        "a.weight": (3, 5),
+        "a.weight_scale": (3,),
+        "a.activation_scale": (2,),
+        "a.zero_point": (2,),
+        "a.smoothing": (5,),
+        "a.bias": (3,),
+    }
+
+
+@pytest.mark.parametrize(("columns", "shrinks"), [(7, False), (8, False), (9, True)])
+def test_layers_that_do_not_shrink_are_dropped(columns: int, shrinks: bool) -> None:
+    """8 bits against float16 save a byte a weight; a float32 scale a row costs four, a table of four steps sixteen."""
+    layer = Quantization(Format(8, 8), torch.zeros(4, columns, dtype=torch.int8), torch.ones(4), torch.ones(4))
+    found = Quantized("unet", {"a": layer})
+    drop_what_does_not_shrink_(found, {"a.weight": torch.zeros(4, columns, dtype=torch.float16)})
+    assert ("a" in found.layers) == shrinks
+    assert found.reasons == ({} if shrinks else {"a": "would not be smaller"})

@@ -1,0 +1,136 @@
+"""Quantization through the front door: learning, weights only, float8, text encoders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffpress.calibration.conditions import Condition
+from diffpress.calibration.sampling import Sampling, sample
+from diffpress.export.artifact import load, verify
+from diffpress.export.folder import PipelineFolder
+from diffpress.export.manifest import REPORT, read_manifest
+from diffpress.export.runtime import PackedLayer
+from diffpress.flow import compress
+from diffpress.recipe import Recipe, parse_recipe
+
+QUICK = {"sampling": {"steps": 3}, "record": {"trajectories": 4, "batch": 2}}
+LEARN = {"method": "qalora", "weights": 4, "activations": 4, "iterations": 24, "batch": 4, "held_back": 2}
+
+
+def recipe_of(**quantize: object) -> Recipe:
+    return parse_recipe({**QUICK, "quantize": quantize})
+
+
+@pytest.fixture(scope="module")
+def learned(tiny_pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact whose layers were learned."""
+    out = tmp_path_factory.mktemp("learned") / "artifact"
+    compress(PipelineFolder(tiny_pixels, "tiny"), recipe_of(**LEARN), out)
+    return out
+
+
+def test_learned_artifact_holds_packed_integers_alone(learned: Path):
+    manifest = verify(learned)
+    assert {edit.weight_bits for edit in manifest.edits} == {4, 8}
+    names = [name for name, _ in PipelineFolder(learned, "artifact").tensors("unet")]
+    kinds = {name.rpartition(".")[2] for name in names}
+    assert kinds <= {"weight", "weight_scale", "activation_scale", "zero_point", "smoothing", "bias"}
+
+
+def test_learning_is_written_down_and_shown(learned: Path):
+    history = read_manifest(learned).learning
+    assert [row["iteration"] for row in history][:3] == [0, 2, 4]
+    assert all(set(row) == {"iteration", "loss", "held_back"} for row in history)
+    assert "<h2>Learning</h2>" in (learned / REPORT).read_text()
+
+
+def test_learning_continues_to_the_same_bytes(learned, tiny_pixels, digests, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if stage.startswith("learn") and done == 17:
+            raise Killed
+
+    source, out = PipelineFolder(tiny_pixels, "tiny"), tmp_path / "artifact"
+    with pytest.raises(Killed):
+        compress(source, recipe_of(**LEARN), out, notify=kill)
+    compress(source, recipe_of(**LEARN), out)
+    assert digests(out) == digests(learned)
+
+
+def test_weights_only_of_denoiser_and_text_encoder(tiny_text: Path, tmp_path: Path):
+    """Sizes shrink, inputs stay in float, and pictures stay close: eight bits lose little."""
+    source, out = PipelineFolder(tiny_text, "tiny"), tmp_path / "artifact"
+    wanted = recipe_of(method="ptq", weights=8, activations="none", components=["denoiser", "text_encoders"])
+    artifact = compress(source, wanted, out)
+    for component in ("unet", "text_encoder"):
+        assert PipelineFolder(out, "out").component_bytes(component) < 0.75 * source.component_bytes(component)
+    assert {edit.component for edit in artifact.manifest.edits} == {"unet", "text_encoder"}
+    assert {edit.activation_bits for edit in artifact.manifest.edits} == {None}
+    assert {row.component for row in artifact.manifest.plan} == {"unet", "text_encoder"}
+    pipeline = load(out)
+    assert any(isinstance(module, PackedLayer) for module in pipeline.text_encoder.modules())
+    assert artifact.manifest.metrics["psnr_db"] > 30
+
+
+def test_text_encoders_of_a_pipeline_without_any(tiny_pixels: Path, tmp_path: Path):
+    wanted = recipe_of(method="ptq", weights=4, activations="none", components=["denoiser", "text_encoders"])
+    artifact = compress(PipelineFolder(tiny_pixels, "tiny"), wanted, tmp_path / "artifact")
+    assert {edit.component for edit in artifact.manifest.edits} == {"unet"}
+
+
+@pytest.mark.parametrize("weights", [2, 3])
+def test_few_bits_go_the_whole_way(weights: int, tiny_class: Path, tmp_path: Path):
+    out = tmp_path / "artifact"
+    compress(PipelineFolder(tiny_class, "tiny"), recipe_of(method="ptq", weights=weights, activations=6), out)
+    assert weights in {edit.weight_bits for edit in verify(out).edits}
+    images = sample(load(out), [Condition("3", 1)], Sampling(2)).images
+    assert torch.isfinite(images).all()
+
+
+def test_float8_goes_the_whole_way(tiny_class: Path, tmp_path: Path):
+    artifact = compress(PipelineFolder(tiny_class, "tiny"), recipe_of(method="ptq", format="float8"), tmp_path / "out")
+    assert "FP8" in {edit.format for edit in verify(artifact.path).edits}
+    assert artifact.manifest.metrics["psnr_db"] > 30
+
+
+def test_kept_layers_are_left_alone(tiny_class: Path, tmp_path: Path):
+    wanted = recipe_of(method="ptq", weights=4, keep=["*.attn1.*"])
+    manifest = compress(PipelineFolder(tiny_class, "tiny"), wanted, tmp_path / "out").manifest
+    assert not [edit for edit in manifest.edits if ".attn1." in edit.module]
+    reasons = {row.reason for row in manifest.plan if ".attn1." in row.module}
+    assert reasons == {"kept by the recipe"}
+
+
+def test_pattern_that_fits_no_layer_is_refused(diffpress, tiny_class, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({**QUICK, "quantize": {"method": "ptq", "keep": ["transformer_blocks.0.attn.to_q"]}}))
+    status, _, errors = diffpress("compress", tiny_class, "--recipe", recipe, "--out", tmp_path / "out")
+    assert status == 2
+    assert "fits no layer" in errors
+    assert "transformer_blocks.0.attn1.to_q" in " ".join(errors.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_layers_kept_is_refused(diffpress, tiny_class, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({**QUICK, "quantize": {"method": "ptq", "keep": ["*"]}}))
+    status, _, errors = diffpress("compress", tiny_class, "--recipe", recipe, "--out", tmp_path / "out")
+    assert status == 2
+    assert "kept by the recipe" in errors
+
+
+def test_loss_that_is_not_finite_stops_with_the_layer_and_keeps_the_checkpoint(diffpress, tiny_pixels, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({**QUICK, "quantize": {**LEARN, "lora_rate": 1e38, "scale_rate": 1e30}}))
+    status, _, errors = diffpress("compress", tiny_pixels, "--recipe", recipe, "--out", tmp_path / "out")
+    assert status == 2
+    message = " ".join(errors.split())
+    assert "the loss is not finite" in message
+    assert "Lower quantize.lora_rate" in message
+    assert not (tmp_path / "out").exists()
