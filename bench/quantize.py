@@ -77,13 +77,13 @@ def jobs(models: list[str], bits: list[str], rows: list[str], ablation: str) -> 
 
 def run(job: Job, work: Path, count: int, iterations: int) -> None:
     """Make one row, unless it is there; a failure is written down in its place."""
-    out = job.file(work.absolute())
+    out = job.file(work)
     if out.exists():
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     request = out.with_suffix(".request.json")
     request.write_text(json.dumps(request_of(job.model, count)))
-    folder = Path(__file__).parent
+    folder = Path(__file__).resolve().parent
     arguments = ["--bits", job.bits, "--request", str(request), "--out", str(out)]
     try:
         if job.row in PEERS:
@@ -101,7 +101,7 @@ def run(job: Job, work: Path, count: int, iterations: int) -> None:
                 *arguments,
             ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
-        error = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        error = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1:] if done.returncode else []
     except RuntimeError as failure:
         error = [str(failure)]
     if error:
@@ -123,20 +123,23 @@ def request_of(model: str, count: int) -> dict[str, Any]:
 
 
 def table(model_jobs: list[Job], work: Path, digits: Path | None) -> list[dict[str, Any]]:
-    """All rows of one model beside its teacher's."""
-    truth = _read(model_jobs[0].file(work))
+    """All rows of one model beside its teacher's, over the pictures that every one of them drew."""
+    found = {job: _read(job.file(work)) for job in model_jobs}
+    count = min(len(each.images) for each in found.values() if each.images is not None)
+    truth = found[model_jobs[0]]
     rows = []
-    for job in model_jobs:
-        found = _read(job.file(work))
-        row = {"bits": job.bits, "row": job.row, **json.loads(found.metadata["peer"])}
-        if found.images is not None and truth.images is not None:
+    for job, own in found.items():
+        row = {"bits": job.bits, "row": job.row, **json.loads(own.metadata["peer"])}
+        if own.images is not None:
+            images, latents = own.images[:count], own.latents[:count]
             row |= {
-                "psnr_db": float(psnr_db(found.images, truth.images).mean()),
-                "ssim": ssim(found.images, truth.images),
-                "latent_mse": float((found.latents - truth.latents).square().mean()),
+                "count": count,
+                "psnr_db": float(psnr_db(images, truth.images[:count]).mean()),
+                "ssim": ssim(images, truth.images[:count]),
+                "latent_mse": float((latents - truth.latents[:count]).square().mean()),
             }
             if job.model.startswith("zoo:digits"):
-                row |= judged_digits(found.images, job.model, digits)
+                row |= judged_digits(images, job.model, digits)
         rows.append(row)
     return rows
 
@@ -145,8 +148,9 @@ def table(model_jobs: list[Job], work: Path, digits: Path | None) -> list[dict[s
 class Found:
     """A finished row."""
 
-    images: Tensor | None
-    latents: Tensor | None
+    images: Any
+    """None where the row failed; likewise the latents."""
+    latents: Any
     metadata: dict[str, str]
 
 
@@ -200,6 +204,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where finished rows are kept")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    arguments.work = arguments.work.absolute()
     wanted = jobs(arguments.models, arguments.bits, arguments.rows, arguments.ablation)
     for number, job in enumerate(wanted):
         print(f"{number + 1}/{len(wanted)} {job.model} {job.bits} {job.row}", file=sys.stderr, flush=True)

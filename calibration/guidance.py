@@ -39,13 +39,14 @@ def find_guidance(trajectories: Trajectories) -> Guidance | None:
     for call in trajectories.calls(trajectories.shards[:SHARDS]):
         if call.guided is None:
             return None
-        parts, rest = divmod(call.output.shape[0], call.guided.shape[0])
-        if rest or call.output.shape[2:] != call.guided.shape[2:]:
+        guided = _once(call.guided)
+        parts, rest = divmod(call.output.shape[0], guided.shape[0])
+        if rest or call.output.shape[2:] != guided.shape[2:]:
             return None
-        channels = call.guided.shape[1]
+        channels = guided.shape[1]
         columns = call.output[:, :channels].double().unflatten(0, (parts, -1)).flatten(1).t()
         outputs.setdefault(call.step, []).append(columns)
-        targets.setdefault(call.step, []).append(call.guided.double().flatten())
+        targets.setdefault(call.step, []).append(guided.double().flatten())
     rows = []
     for step in sorted(outputs):
         left, right = torch.cat(outputs[step]), torch.cat(targets[step])
@@ -54,3 +55,9 @@ def find_guidance(trajectories: Trajectories) -> Guidance | None:
             return None
         rows.append(solution.flatten().float())
     return Guidance(torch.stack(rows), channels)
+
+
+def _once(guided: Tensor) -> Tensor:
+    """Each picture once: a pipeline such as DiT's hands its scheduler the same for both halves of the batch."""
+    first, *rest = guided.chunk(2)
+    return first if rest and torch.equal(first, rest[0]) else guided

@@ -78,9 +78,10 @@ def observe_inputs(
             counts[name], samples[name] = 0, []
         entry = seen[name]
         probe = rows[:: max(1, len(rows) // PROBED)].clone()
+        # A layer that is not called at the first step does change with the step.
         if step == 0:
             probes[name] = probe
-        elif not torch.equal(probe, probes[name]):
+        elif name not in probes or not torch.equal(probe, probes[name]):
             moving.add(name)
         entry.low[step] = torch.minimum(entry.low[step], rows.min().cpu())
         entry.high[step] = torch.maximum(entry.high[step], rows.max().cpu())

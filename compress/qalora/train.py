@@ -119,8 +119,8 @@ class _Learning:
                 found = self._loss(batch) / self.options.accumulate
                 found.backward()
             loss += float(found.detach())
-        if not math.isfinite(loss):
-            raise LearningError(self._explain(batch, iteration))
+            if not math.isfinite(loss):
+                raise LearningError(self._explain(batch, iteration))
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
@@ -140,7 +140,8 @@ class _Learning:
         _swap(self.parameters, self.average)
         judged = self.lessons.judge(self.student)
         progress.since_best += 1
-        if judged < progress.best:
+        # The first is kept whatever it is, so that there is something to fall back on.
+        if judged < progress.best or not progress.history:
             progress.best, progress.since_best = judged, 0
             write_tensors(self.best, self.parameters)
         _swap(self.parameters, self.average)
@@ -165,7 +166,7 @@ class _Learning:
                 handle.remove()
         where = f"layer {bad[0]} is the first whose output is not finite" if bad else "every layer's output is finite"
         return (
-            f"quantize: the loss is not finite after {iteration} iterations; {where}. The checkpoint before that is kept. "
+            f"quantize: the loss is not finite after {iteration} iterations; {where}. The last checkpoint is kept. "
             "Lower quantize.lora_rate or quantize.scale_rate, or list the layer under quantize.keep."
         )
 

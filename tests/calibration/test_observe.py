@@ -132,7 +132,6 @@ class Late(nn.Module):
         return (self.late(x) if float(timestep) < 900 else x,)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="what is compared with is kept at the first step only")
 def test_layers_may_be_called_first_at_a_later_step(observed: Callable[[str], tuple[nn.Module, Trajectories]]) -> None:
     _, runs = observed("tiny_pixels")
     denoiser = Late()

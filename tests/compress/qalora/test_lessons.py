@@ -71,10 +71,10 @@ def test_batches_are_drawn_again_by_their_number(lessons: tuple[Any, Student, Le
 def test_steps_are_drawn_by_their_importance(lessons: tuple[Any, Student, Lessons, OwnRuns]) -> None:
     own, _, _, runs = lessons
     importance = torch.tensor([0.1, 0.2, 0.7])
-    steps = Lessons(own.trajectories, runs, importance, 0).batch(0, 4000).steps
-    shares = steps.bincount(minlength=3) / 4000
+    steps = Lessons(own.trajectories, runs, importance, 0).batch(0, 1000).steps
+    shares = steps.bincount(minlength=3) / 1000
     # Four standard deviations of a share.
-    deviation = (importance * (1 - importance) / 4000).sqrt()
+    deviation = (importance * (1 - importance) / 1000).sqrt()
     assert ((shares - importance).abs() <= 4 * deviation).all()
 
 

@@ -112,7 +112,9 @@ def test_same_seed_starts_at_the_same(recorded: Callable[[str], Any], quantized:
     assert not torch.equal(first[f"{name}.a"], other[f"{name}.a"])
 
 
-def test_a_batch_of_mixed_steps_gives_each_picture_its_own(tiny: tuple[Any, Student]) -> None:
+def test_a_batch_of_mixed_steps_gives_each_picture_its_own(
+    tiny: tuple[Any, Student], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A3 for a denoiser: each picture of a mixed batch against the step it is at.
 
     Other batches sum in another order, and a code on the other side of a rounding boundary moves everything after it. So:
@@ -133,8 +135,8 @@ def test_a_batch_of_mixed_steps_gives_each_picture_its_own(tiny: tuple[Any, Stud
         for index in indices:
             single = examples.batch([index])
             apart.append(answer(own.denoiser, single.inputs, single.output.dtype))
-        original = student.clock.set
-        student.clock.set = lambda _: original(own.trajectories.timesteps[0])  # type: ignore[method-assign]
+        first = own.trajectories.timesteps[0]
+        monkeypatch.setattr(student.clock, "set", lambda _: BatchClock.set(student.clock, first))
         for index in indices:
             single = examples.batch([index])
             frozen.append(answer(own.denoiser, single.inputs, single.output.dtype))

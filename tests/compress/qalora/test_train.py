@@ -233,9 +233,6 @@ def test_a_loss_that_is_no_number_stops_learning_and_names_the_layer(school: Sch
     assert told == [5, 6]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=FileNotFoundError, reason="nothing was ever judged better than NaN, so no file is read"
-)
 def test_where_no_judgement_is_a_number_the_start_is_kept(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
     own, found, runs, options = school(**HALF, **FAST)
     start = student_of(own, found, options).finish()
