@@ -58,6 +58,10 @@ class Rounding(BaseModel):
     def _fits_together(self) -> Self:
         if self.format == "float8" and (self.weights, self.activations) != (8, 8):
             raise ValueError("format float8 needs weights: 8 and activations: 8")
+        if self.effective_bits is not None and self.effective_bits < self.weights:
+            raise ValueError(
+                f"effective_bits {self.effective_bits:g} leaves nothing to spend: weights take {self.weights}"
+            )
         others = [name for name in self.components if name != "denoiser"]
         if self.activations != "none" and others:
             raise ValueError(f"only weights of {', '.join(others)} can be rounded: activations must be none")

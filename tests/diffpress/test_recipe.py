@@ -48,6 +48,10 @@ def test_overrides_reach_nested_keys_and_win_over_the_file():
         ({"quantize": {"method": "qalora", "iteratons": 8}}, ["did you mean 'iterations'", "rank"]),
         ({"quantize": {"method": "qalora", "format": "float8"}}, ["quantize.format = 'float8'", "'integer'"]),
         ({"quantize": {"method": "ptq", "format": "float8", "weights": 4}}, ["needs weights: 8 and activations: 8"]),
+        (
+            {"quantize": {"method": "ptq", "weights": 4, "effective_bits": 3}},
+            ["leaves nothing to spend", "weights take 4"],
+        ),
         ({"quantize": {"method": "ptq", "components": ["vae"]}}, ["only weights of vae", "activations must be none"]),
         ({"quantize": {"method": "ptq"}, "record": {"trajectories": 0}}, ["record.trajectories = 0", "greater"]),
         ({"quantize": {"method": "ptq"}, "seed": -1}, ["seed = -1"]),
