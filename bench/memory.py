@@ -28,7 +28,7 @@ from diffpress.compress.qalora.train import learn
 from diffpress.kernels import code_range, quantize
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from memory import peak_rss_bytes, reset_peak, rss_bytes
+from rss import peak_rss_bytes, reset_peak, rss_bytes
 
 LATENT, TEXT = (1, 4, 64, 64), (1, 77, 768)
 TIMESTEPS = [float(step) for step in range(961, 0, -40)]

@@ -24,18 +24,19 @@ from diffpress.compress.layers import choose_formats, find_layers
 from diffpress.compress.options import Qalora, Rounding
 from diffpress.compress.overlay import Quantization, fake_quantized
 from diffpress.compress.ptq import quantize_denoiser
-from diffpress.compress.qalora import OwnRuns, learn_layers_
+from diffpress.compress.qalora import learn_layers_
 from diffpress.compress.qalora.layer import ALL, QaloraLayer
-from diffpress.estimate import own_conditions, recorded_conditions
+from diffpress.estimate import recorded_conditions
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.runtime import StepClock
+from diffpress.flow import own_runs
 from diffpress.kernels import code_range, quantize
 from diffpress.models import resolve
 from diffpress.recipe import parse_recipe
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from memory import peak_rss_bytes, reset_peak, rss_bytes
+from rss import peak_rss_bytes, reset_peak, rss_bytes
 from task import Request, draw, read_request
 
 TRAJECTORIES = 128
@@ -87,8 +88,7 @@ def quantized(
         return nearest(source.denoiser, denoiser, trajectories, options)
     found = quantize_denoiser(source.denoiser, denoiser, stored, trajectories, options, recipe.seed)
     if isinstance(options, Qalora):
-        own = own_conditions(pipeline, recipe)
-        runs = OwnRuns(pipeline, own[options.held_back :], own[: options.held_back], request.sampling, work / "learned")
+        runs = own_runs(pipeline, recipe, options, work / "learned")
         layer_type = FullWeightLayer if row == "qat" else QaloraLayer
         learn_layers_(found, denoiser, trajectories, runs, options, recipe.seed, layer_type=layer_type)
     return found

@@ -148,7 +148,8 @@ def rounding_errors(
 
 def channel_weights(layer: nn.Module, smoothing: Tensor) -> Tensor:
     """How much the squared error of each channel [C] counts at the output, once inputs are multiplied by `smoothing`."""
-    return layer_matrix(layer).square().sum((0, 2)) / smoothing.square().to(layer_matrix(layer).device)
+    squares = layer_matrix(layer).square().sum((0, 2))
+    return squares / smoothing.square().to(squares.device)
 
 
 def grid_errors(rows: Tensor, weights: Tensor, grid: Grid, bits: int) -> Tensor:
@@ -162,10 +163,11 @@ def grid_errors(rows: Tensor, weights: Tensor, grid: Grid, bits: int) -> Tensor:
 def rounded_to(values: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
     """`values` after quantizing and dequantizing."""
     low, high = code_range(bits)
-    codes = torch.round(values / scale)
+    codes = torch.div(values, scale).round_()
     if zero_point is None:
-        return codes.clamp_(low, high) * scale
-    return codes.clamp_(low - zero_point, high - zero_point) * scale
+        return codes.clamp_(low, high).mul_(scale)
+    # Clipping the codes without z is the same, and exact: (clip(r + z) - z) = clip(r, low - z, high - z).
+    return codes.clamp_(low - zero_point, high - zero_point).mul_(scale)
 
 
 def replay_with(

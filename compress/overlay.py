@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpress.export.runtime import StepClock, attach_clock_
-from diffpress.kernels import dequantize, to_fp8
+from diffpress.kernels import dequantize, spread_groups, to_fp8
 
 from .rounding import fake_quantize
 
@@ -95,7 +95,7 @@ def spread(weight_scale: Tensor, shape: torch.Size, group_size: int | None) -> T
     """The scales [O] or [O, G] of a weight's rows or groups of columns, so that they broadcast against that weight."""
     if group_size is None:
         return weight_scale.view(-1, *[1] * (len(shape) - 1))
-    return weight_scale.repeat_interleave(group_size, 1)[:, : shape[1:].numel()].reshape(shape)
+    return spread_groups(weight_scale, group_size, shape[1:].numel()).reshape(shape)
 
 
 def smoothed(layer: nn.Module, x: Tensor, smoothing: Tensor | None) -> Tensor:

@@ -64,7 +64,7 @@ def quantize_denoiser(
 def quantize_weights(component: str, model: nn.Module, stored: Mapping[str, Tensor], options: Rounding) -> Quantized:
     """Find integers for the weights of a model that nothing was observed of, such as a text encoder; inputs stay in float.
 
-    Raises as `quantize_denoiser` does.
+    Raises RecipeError where a pattern fits no layer, and UnsupportedModelError where there is no layer to quantize.
     """
     found = Quantized(component)
     layers, found.reasons = find_layers(model, options)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpress.calibration.observe import rounded_to
 from diffpress.kernels import code_range
 
 
@@ -33,12 +34,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
         ctx.save_for_backward(values, scale, zero_point)
         ctx.bits = bits
-        low, high = code_range(bits)
-        codes = torch.div(values, scale).round_()
-        if zero_point is None:
-            return codes.clamp_(low, high).mul_(scale)
-        # Clipping the codes without z is the same, and exact: (clip(r + z) - z) = clip(r, low - z, high - z).
-        return codes.clamp_(low - zero_point, high - zero_point).mul_(scale)
+        return rounded_to(values, scale, bits, zero_point)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:

@@ -238,14 +238,19 @@ def _learn_(
     work: Work,
     notify: Notify,
 ) -> None:
-    own = own_conditions(teacher, recipe)
-    held_back, wanted = own[: options.held_back], own[options.held_back :]
-    runs = OwnRuns(teacher, wanted, held_back, _sampling(recipe), work.learned)
+    runs = own_runs(teacher, recipe, options, work.learned)
 
     def report(done: int, total: int, loss: float) -> None:
         notify(f"learn, loss {loss:.2e}", done, total)
 
     learn_layers_(found, denoiser_of(teacher), trajectories, runs, options, recipe.seed, report)
+
+
+def own_runs(pipeline: Any, recipe: Recipe, options: Qalora, folder: Path) -> OwnRuns:
+    """What a student samples while it learns, and what it is judged by: the first of its own conditions."""
+    own = own_conditions(pipeline, recipe)
+    held_back, wanted = own[: options.held_back], own[options.held_back :]
+    return OwnRuns(pipeline, wanted, held_back, _sampling(recipe), folder)
 
 
 def _stage(

@@ -3,7 +3,7 @@
 from .fp8_conv2d import fp8_conv2d
 from .fp8_linear import fp8_linear
 from .packing import pack_codes, packed_form, unpack_codes
-from .quantization import FP8_MAX, code_range, dequantize, dequantize_groups, quantize, to_fp8
+from .quantization import FP8_MAX, code_range, dequantize, dequantize_groups, quantize, spread_groups, to_fp8
 from .quantized_conv2d import quantized_conv2d
 from .quantized_linear import quantized_linear
 from .weight_only_conv2d import weight_only_conv2d
@@ -21,6 +21,7 @@ __all__ = [
     "quantize",
     "quantized_conv2d",
     "quantized_linear",
+    "spread_groups",
     "to_fp8",
     "unpack_codes",
     "weight_only_conv2d",

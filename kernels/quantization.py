@@ -34,7 +34,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -
 
 def dequantize_groups(codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
     """Float32 values [N, K] of integer codes whose rows have one of `scale` [N, ceil(K / group_size)] a group."""
-    return dequantize(codes, scale.repeat_interleave(group_size, dim=1)[:, : codes.shape[1]])
+    return dequantize(codes, spread_groups(scale, group_size, codes.shape[1]))
+
+
+def spread_groups(scale: Tensor, group_size: int, columns: int) -> Tensor:
+    """The scale of every column [N, columns], from one a group [N, ceil(columns / group_size)]."""
+    return scale.repeat_interleave(group_size, dim=1)[:, :columns]
 
 
 def to_fp8(values: Tensor, scale: Tensor) -> Tensor:

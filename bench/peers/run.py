@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from environment import PEERS
-from memory import peak_rss_bytes, reset_peak, rss_bytes
+from rss import peak_rss_bytes, reset_peak, rss_bytes
 from safetensors.torch import save_file
 from task import Quantized, Request, draw, read_request, record_inputs
 from torch import nn

@@ -68,7 +68,7 @@ def test_stand_in_draws_what_the_denoiser_draws(peers, asked):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux writes of a process")
 def test_peak_counts_from_its_reset(peers):
-    memory = peers("memory")
+    memory = peers("rss")
     block = torch.ones(64 << 20, dtype=torch.uint8)
     assert memory.peak_rss_bytes() >= block.numel()
     high = memory.rss_bytes()
