@@ -2,6 +2,7 @@
 
 from .fp8_conv2d import fp8_conv2d
 from .fp8_linear import fp8_linear
+from .integer_linear import integer_linear
 from .packing import pack_codes, packed_form, unpack_codes
 from .quantization import FP8_MAX, code_range, dequantize, dequantize_groups, quantize, spread_groups, to_fp8
 from .quantized_conv2d import quantized_conv2d
@@ -16,6 +17,7 @@ __all__ = [
     "dequantize_groups",
     "fp8_conv2d",
     "fp8_linear",
+    "integer_linear",
     "pack_codes",
     "packed_form",
     "quantize",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .activations import ACTIVATIONS
 from .packing import WEIGHT_BITS, packed_form
 from .windows import output_size
 
@@ -52,6 +53,44 @@ def check_quantized(
     if zero_point is not None:
         _check("zero_point", zero_point, torch.int32, [1])
     _check_bias(bias, len(weight))
+
+
+def check_integer_linear(
+    codes: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    activation_scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight_bits: int,
+    group_size: int,
+    activation: str,
+    dtype: torch.dtype,
+) -> None:
+    """The arguments of a linear layer on codes [..., K]."""
+    if codes.ndim == 0 or codes.dtype != torch.int8:
+        _refuse("codes", "torch.int8 [..., K]", codes)
+    if group_size < 0:
+        raise ValueError(f"group_size must be 0, for one scale a row, or more, got {group_size}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating point, got {dtype}")
+    depth, outputs, rows = codes.shape[-1], len(weight), codes.shape[:-1].numel()
+    _check_codes(depth, weight, weight_bits)
+    groups = [-(-depth // group_size)] if group_size else []
+    _check("weight_scale", weight_scale, torch.float32, [outputs, *groups])
+    if activation_scale.dtype != torch.float32 or activation_scale.shape not in [(1,), (rows,)]:
+        _refuse("activation_scale", f"torch.float32 [1] or [{rows}]", activation_scale)
+    if zero_point is not None:
+        _check("zero_point", zero_point, torch.int32, [1])
+    _check_bias(bias, outputs)
+    if activation == "geglu" and outputs % 2:
+        raise ValueError(f"activation geglu halves the outputs: weight must have an even number of rows, got {outputs}")
+    shape = [*codes.shape[:-1], outputs // (2 if activation == "geglu" else 1)]
+    if residual is not None and (not residual.is_floating_point() or list(residual.shape) != shape):
+        _refuse("residual", f"floating point {shape}", residual)
 
 
 def check_weight_only(

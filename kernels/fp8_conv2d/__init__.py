@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_fp8, conv2d_depth
+from ..library import define_op
 from ..windows import empty_output
 from .reference import fp8_conv2d_reference
 
@@ -46,9 +47,8 @@ def fp8_conv2d(
     )
 
 
-_op = torch.library.custom_op("diffpress::fp8_conv2d", fp8_conv2d_reference, mutates_args=())
-
-
-@_op.register_fake
-def _(x: Tensor, weight: Tensor, _s: Tensor, _a: Tensor, _bias: Tensor | None, *geometry: Any) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, _s: Tensor, _a: Tensor, _bias: Tensor | None, *geometry: Any) -> Tensor:
     return empty_output(x, weight, *geometry)
+
+
+define_op(__name__, fp8_conv2d_reference, _fake)

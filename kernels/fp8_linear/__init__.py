@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_fp8, linear_depth
+from ..library import define_op, like_rows
 from .reference import fp8_linear_reference
 
 __all__ = ["fp8_linear"]
@@ -23,9 +24,4 @@ def fp8_linear(
     return torch.ops.diffpress.fp8_linear(x, weight, weight_scale, activation_scale, bias)
 
 
-_op = torch.library.custom_op("diffpress::fp8_linear", fp8_linear_reference, mutates_args=())
-
-
-@_op.register_fake
-def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+define_op(__name__, fp8_linear_reference, like_rows)

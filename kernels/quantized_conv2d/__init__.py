@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_quantized, conv2d_depth
+from ..library import define_op
 from ..windows import empty_output
 from .reference import quantized_conv2d_reference
 
@@ -52,9 +53,10 @@ def quantized_conv2d(
     )
 
 
-_op = torch.library.custom_op("diffpress::quantized_conv2d", quantized_conv2d_reference, mutates_args=())
-
-
-@_op.register_fake
-def _(x: Tensor, weight: Tensor, _s: Tensor, _a: Tensor, _z: Tensor | None, _b: Tensor | None, *rest: Any) -> Tensor:
+def _fake(
+    x: Tensor, weight: Tensor, _s: Tensor, _a: Tensor, _z: Tensor | None, _b: Tensor | None, *rest: Any
+) -> Tensor:
     return empty_output(x, weight, *rest[:4])
+
+
+define_op(__name__, quantized_conv2d_reference, _fake)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_quantized, linear_depth
+from ..library import define_op, like_rows
 from .reference import quantized_linear_reference
 
 __all__ = ["quantized_linear"]
@@ -34,9 +35,4 @@ def quantized_linear(
     )
 
 
-_op = torch.library.custom_op("diffpress::quantized_linear", quantized_linear_reference, mutates_args=())
-
-
-@_op.register_fake
-def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+define_op(__name__, quantized_linear_reference, like_rows)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_weight_only, conv2d_depth
+from ..library import define_op
 from ..windows import empty_output
 from .reference import weight_only_conv2d_reference
 
@@ -48,9 +49,8 @@ def weight_only_conv2d(
     )
 
 
-_op = torch.library.custom_op("diffpress::weight_only_conv2d", weight_only_conv2d_reference, mutates_args=())
-
-
-@_op.register_fake
-def _(x: Tensor, weight: Tensor, _scale: Tensor, _bias: Tensor | None, *rest: Any) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, _scale: Tensor, _bias: Tensor | None, *rest: Any) -> Tensor:
     return empty_output(x, weight, *rest[:4])
+
+
+define_op(__name__, weight_only_conv2d_reference, _fake)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_weight_only, linear_depth
+from ..library import define_op, like_rows
 from .reference import weight_only_linear_reference
 
 __all__ = ["weight_only_linear"]
@@ -23,9 +24,4 @@ def weight_only_linear(
     return torch.ops.diffpress.weight_only_linear(x, weight, weight_scale, bias, weight_bits, group_size)
 
 
-_op = torch.library.custom_op("diffpress::weight_only_linear", weight_only_linear_reference, mutates_args=())
-
-
-@_op.register_fake
-def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+define_op(__name__, weight_only_linear_reference, like_rows)

@@ -1,0 +1,209 @@
+"""Triton kernel of `integer_linear`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ahead import Form
+from ..blocks import activate, tile_of, weight_tile
+from ..launching import given
+from ..tiles import Tile, pick, tile_depth
+
+TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4))
+"""For large outputs, for small ones, for few rows."""
+TWO_SUMS_TILES = (Tile(128, 64, 64, 8, 3), *TILES[1:])
+"""Where a program keeps two sums, as geglu and groups of columns need: of larger tiles they do not fit its registers."""
+
+
+@triton.jit
+def sums_of_products(
+    x_pointer,
+    weight_pointer,
+    weight_scale_pointer,
+    zero_point_pointer,
+    m,
+    n,
+    m_mask,
+    n_mask,
+    K,
+    weight_stride,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    EVEN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """s_w ((X - z) W) in float32 for rows `m` of the codes and rows `n` of the weight."""
+    sums = tl.zeros((m.shape[0], n.shape[0]), tl.int32)
+    scaled = tl.zeros((m.shape[0], n.shape[0]), tl.float32)
+    weight_sums = tl.zeros((n.shape[0],), tl.int32)
+    zero_point = tl.load(zero_point_pointer) if HAS_ZERO else 0
+    x_pointers = x_pointer + m.to(tl.int64)[:, None] * K
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        x_mask = m_mask[:, None] if EVEN else m_mask[:, None] & (k < K)[None, :]
+        x = tl.load(x_pointers + k[None, :], mask=x_mask, other=0)
+        weight = weight_tile(weight_pointer, weight_stride, n, start, n_mask, K, BITS, EVEN, BK)
+        if GROUP:
+            # A tile lies within one group of columns (see `depth_of`).
+            product = tl.dot(x, weight, out_dtype=tl.int32)
+            if HAS_ZERO:
+                product -= zero_point * tl.sum(weight.to(tl.int32), 0)[None, :]
+            scale_pointers = weight_scale_pointer + n * tl.cdiv(K, GROUP) + start // GROUP
+            scaled += product.to(tl.float32) * tl.load(scale_pointers, mask=n_mask, other=0)[None, :]
+        else:
+            sums = tl.dot(x, weight, sums, out_dtype=tl.int32)
+            if HAS_ZERO:
+                weight_sums += tl.sum(weight.to(tl.int32), 0)
+    if not GROUP:
+        if HAS_ZERO:
+            sums -= zero_point * weight_sums[None, :]
+        scaled = sums.to(tl.float32) * tl.load(weight_scale_pointer + n, mask=n_mask, other=0)[None, :]
+    return scaled
+
+
+@triton.jit
+def integer_linear_kernel(
+    x_pointer,
+    weight_pointer,
+    weight_scale_pointer,
+    activation_scale_pointer,
+    zero_point_pointer,
+    bias_pointer,
+    residual_pointer,
+    y_pointer,
+    M,
+    N,
+    K,
+    weight_stride,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One [BM, BN] tile of the output; of its N columns geglu makes each from rows n and N + n of the weight."""
+    row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN))
+    m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    m_mask, n_mask = m < M, n < N
+    if ROW_SCALES:
+        scale = tl.load(activation_scale_pointer + m, mask=m_mask, other=0)[:, None]
+    else:
+        scale = tl.load(activation_scale_pointer)
+    value = scale * sums_of_products(
+        x_pointer, weight_pointer, weight_scale_pointer, zero_point_pointer, m, n, m_mask, n_mask, K, weight_stride,
+        BITS, GROUP, HAS_ZERO, EVEN, BK,
+    )  # fmt: skip
+    if HAS_BIAS:
+        value += tl.load(bias_pointer + n, mask=n_mask, other=0).to(tl.float32)[None, :]
+    if ACTIVATION == "geglu":
+        gate = scale * sums_of_products(
+            x_pointer, weight_pointer, weight_scale_pointer, zero_point_pointer, m, N + n, m_mask, n_mask, K,
+            weight_stride, BITS, GROUP, HAS_ZERO, EVEN, BK,
+        )  # fmt: skip
+        if HAS_BIAS:
+            gate += tl.load(bias_pointer + N + n, mask=n_mask, other=0).to(tl.float32)[None, :]
+        value *= activate(gate, "gelu")
+    else:
+        value = activate(value, ACTIVATION)
+    place = m.to(tl.int64)[:, None] * N + n[None, :]
+    inside = m_mask[:, None] & n_mask[None, :]
+    if HAS_RESIDUAL:
+        value += tl.load(residual_pointer + place, mask=inside, other=0).to(tl.float32)
+    tl.store(y_pointer + place, value.to(y_pointer.dtype.element_ty), mask=inside)
+
+
+def launch(
+    codes: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    activation_scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight_bits: int,
+    group_size: int,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute `integer_linear` on the device of its arguments, which are known to fit."""
+    depth = codes.shape[-1]
+    rows, columns = codes.shape[:-1].numel(), len(weight) // (2 if activation == "geglu" else 1)
+    y = torch.empty(*codes.shape[:-1], columns, dtype=dtype, device=codes.device)
+    if y.numel() == 0:
+        return y
+    tile = pick(tiles_for(group_size, activation), rows, columns)
+    deep = tile_depth(tile, group_size)
+    integer_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+        codes.contiguous(),
+        weight.contiguous(),
+        weight_scale.contiguous(),
+        activation_scale.contiguous(),
+        given(zero_point, codes),
+        given(bias, codes),
+        given(residual, codes),
+        y,
+        rows,
+        columns,
+        depth,
+        weight.shape[1],
+        BITS=weight_bits,
+        GROUP=group_size,
+        ROW_SCALES=activation_scale.numel() > 1,
+        HAS_ZERO=zero_point is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        ACTIVATION=activation,
+        EVEN=depth % deep == 0,
+        BM=tile.rows,
+        BN=tile.columns,
+        BK=deep,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y
+
+
+def tiles_for(group_size: int, activation: str) -> tuple[Tile, ...]:
+    """The tiles that fit the registers."""
+    return TWO_SUMS_TILES if group_size or activation == "geglu" else TILES
+
+
+def forms() -> list[Form]:
+    """What is compiled ahead of time: every tile at 8 bits, and other formats in the largest that they take."""
+    whole = [_form(tile, 8, 0, "none") for tile in TILES]
+    return whole + [
+        _form(tiles_for(group_size, activation)[0], bits, group_size, activation)
+        for bits, group_size, activation in ((4, 0, "none"), (4, 128, "none"), (8, 0, "geglu"), (2, 0, "silu"))
+    ]
+
+
+def _form(tile: Tile, bits: int, group_size: int, activation: str) -> Form:
+    packed = "*i8" if bits == 8 else "*u8"
+    pointers = ("*i8", packed, "*fp32", "*fp32", "*i32", "*bf16", "*bf16", "*bf16")
+    names = integer_linear_kernel.arg_names
+    constants = {
+        "BITS": bits,
+        "GROUP": group_size,
+        "ROW_SCALES": False,
+        "HAS_ZERO": False,
+        "HAS_BIAS": True,
+        "HAS_RESIDUAL": False,
+        "ACTIVATION": activation,
+        "EVEN": True,
+        "BM": tile.rows,
+        "BN": tile.columns,
+        "BK": tile_depth(tile, group_size),
+    }
+    types = dict(zip(names, (*pointers, "i32", "i32", "i32", "i32"), strict=False))
+    name = f"W{bits}A8 {f'groups of {group_size} ' if group_size else ''}{activation} {tile.rows}x{tile.columns}"
+    return Form(name, integer_linear_kernel, types, constants, tile.warps, tile.stages, "int8")
