@@ -28,20 +28,23 @@ SHARDS = 8
 
 @dataclass
 class LayerInput:
-    """What was seen of one layer's input; S steps, C input channels."""
+    """What was seen of one layer's input over all steps; C input channels."""
 
     low: Tensor
-    """[S] smallest value at each step."""
+    """[C] smallest value of each channel, 0 where it is never negative."""
     high: Tensor
-    """[S] largest value at each step."""
-    largest: Tensor
-    """[C] largest magnitude of each channel over all steps."""
+    """[C] largest value of each channel, 0 where it is never positive."""
     second_moment: Tensor
-    """[C] mean square of each channel over all steps."""
+    """[C] mean square of each channel."""
     rows: Tensor
-    """[R, C] a sample over all steps; R <= KEPT_ROWS."""
+    """[R, C] a sample; R <= KEPT_ROWS."""
     conditioning: bool
     """The layer is fed one row an image (a time or class embedding), or the same at every step (the prompt)."""
+
+    @property
+    def largest(self) -> Tensor:
+        """[C] largest magnitude of each channel."""
+        return torch.maximum(-self.low, self.high)
 
 
 class Grid(NamedTuple):
@@ -74,7 +77,7 @@ def observe_inputs(
     def look(name: str, x: Tensor, step: int) -> None:
         rows = as_rows(layers[name], x)
         if name not in seen:
-            seen[name] = _nothing_seen(steps, rows.shape[1], x.ndim == 2)
+            seen[name] = _nothing_seen(rows.shape[1], x.ndim == 2)
             counts[name], samples[name] = 0, []
         entry = seen[name]
         probe = rows[:: max(1, len(rows) // PROBED)].clone()
@@ -83,9 +86,8 @@ def observe_inputs(
             probes[name] = probe
         elif name not in probes or not torch.equal(probe, probes[name]):
             moving.add(name)
-        entry.low[step] = torch.minimum(entry.low[step], rows.min().cpu())
-        entry.high[step] = torch.maximum(entry.high[step], rows.max().cpu())
-        entry.largest = torch.maximum(entry.largest, rows.abs().amax(0).cpu())
+        entry.low = torch.minimum(entry.low, rows.amin(0).cpu())
+        entry.high = torch.maximum(entry.high, rows.amax(0).cpu())
         entry.second_moment += rows.square().sum(0).cpu()
         counts[name] += len(rows)
         samples[name].append(_some(rows, kept, generator).cpu())
@@ -98,11 +100,9 @@ def observe_inputs(
     return seen
 
 
-def _nothing_seen(steps: int, channels: int, conditioning: bool) -> LayerInput:
-    zeros = torch.zeros(channels)
-    return LayerInput(
-        torch.zeros(steps), torch.zeros(steps), zeros, zeros.clone(), torch.empty(0, channels), conditioning
-    )
+def _nothing_seen(channels: int, conditioning: bool) -> LayerInput:
+    low, high, second_moment = torch.zeros(3, channels)
+    return LayerInput(low, high, second_moment, torch.empty(0, channels), conditioning)
 
 
 def _some(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:

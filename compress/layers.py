@@ -21,6 +21,8 @@ KINDS = (nn.Linear, nn.Conv2d, nn.Embedding)
 """Modules whose weights can be stored in fewer bits."""
 SAFE_BITS = 8
 """Bits of a weight whose error would reach everything."""
+EDGE_GROUP = 32
+"""Columns of the first and last layer that share a scale; the layers are small, and few scales would be what hurts most."""
 
 
 def find_layers(model: nn.Module, options: Rounding) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -75,7 +77,7 @@ def choose_formats(
     for name, layer in layers.items():
         why = "conditioning layer" if seen[name].conditioning else edges.get(name)
         if why is not None:
-            formats[name] = weights_only(layer, SAFE_BITS)
+            formats[name] = weights_only(layer, SAFE_BITS, EDGE_GROUP if name in edges else None)
             reasons[name] = f"{why}: weights in {SAFE_BITS} bits, inputs in float"
         elif options.activation_bits is None:
             formats[name] = weights_only(layer, options.weights, options.group_size)
@@ -96,7 +98,7 @@ def safe_format(format: Format) -> Format:
 
 
 def worth_more_bits(gains: Mapping[str, float], layers: Mapping[str, Quantization], effective_bits: float) -> list[str]:
-    """The layers that get the safe number of bits, by gain a bit, so that all `layers` average at most `effective_bits`."""
+    """Those of `layers` that get the safe number of bits, by gain a bit, so that all average at most `effective_bits`."""
     sizes = {name: layer.codes.numel() for name, layer in layers.items()}
     left = sum(size * (effective_bits - layers[name].format.weight_bits) for name, size in sizes.items())
     chosen = []

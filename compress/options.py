@@ -32,7 +32,8 @@ class Rounding(BaseModel):
         default=None,
         ge=2,
         le=8,
-        description="bits a weight may take on average: what is left over goes to the layers that measure as most sensitive",
+        description="bits a weight may take on average, of those that `weights` is meant for: what is left over goes to the "
+        "layers that measure as most sensitive",
     )
     smoothing: bool = Field(
         default=True, description="even out the channels of a layer's input where that measures better"

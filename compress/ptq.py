@@ -104,6 +104,6 @@ def _spend_bits_(
     safer = rounded({name: safe_format(layer.format) for name, layer in low.items()})
     errors = measure_sensitivity(denoiser, safer, trajectories)
     gains = {name: found.sensitivity[name] - errors[name] for name in low}
-    for name in worth_more_bits(gains, found.layers, effective_bits):
+    for name in worth_more_bits(gains, low, effective_bits):
         found.layers[name], found.sensitivity[name] = safer[name], errors[name]
         found.reasons[name] = f"sensitive, {SAFE_BITS} bits"

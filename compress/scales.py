@@ -14,8 +14,11 @@ SMALLEST_SHRINK = {8: 0.8, 4: 0.5, 3: 0.4, 2: 0.3}
 """How far down, by bits: the fewer codes there are, the more clipping pays."""
 CANDIDATES = 32
 """Candidate ranges of an input, spaced evenly in their logarithm."""
-REACH = 64.0
-"""The smallest candidate is the whole range divided by this."""
+MARGIN = 1.5
+"""The largest candidate over the range that was seen: other pictures go beyond it."""
+REACH = {8: 1.5, 6: 8.0, 4: 32.0}
+"""The largest candidate over the smallest, by bits: finer codes than those of eight bits gain little, and clip what other
+pictures need."""
 SMOOTHINGS = (0.25, 0.5, 0.75)
 """Shares of a channel's range that are moved from the input into the weights (alpha of SmoothQuant)."""
 
@@ -53,9 +56,10 @@ def search_smoothing(weight: Tensor, seen: LayerInput, bits: tuple[int, int], as
     """What each input channel [C] is multiplied by before rounding, and its weights divided by; ones where that is best.
 
     Channels with large inputs are made smaller at the cost of larger weights (Xiao et al. 2023, arXiv 2211.10438, eq. 4);
-    how much is what loses least at the layer's output, over both roundings.
+    how much is what loses least at the layer's output, over both roundings. How large the inputs of a channel are is told
+    by their mean square, not by their largest, which other pictures exceed in one channel or another.
     """
-    inputs = seen.largest.clamp(min=1e-5)
+    inputs = seen.second_moment.sqrt().clamp(min=1e-5)
     weights = weight.abs().amax((0, 2)).clamp(min=1e-5)
     candidates = [torch.ones_like(inputs)]
     for alpha in SMOOTHINGS:
@@ -73,17 +77,17 @@ def _rounding_loss(
     scale = search_weight_scale(smoothed, seen.second_moment * smoothing.square(), bits[0])
     error = rounded_to(smoothed, scale[:, None, None], bits[0]) - smoothed
     lost = float((error.square().sum((0, 2)) * seen.second_moment * smoothing.square()).sum())
-    rows = seen.rows * smoothing
     heavy = smoothed.square().sum((0, 2))
     return lost + min(
-        float(grid_errors(rows, heavy, grid, bits[1]).min()) for grid in grids_of(rows, bits[1], asymmetric)
+        float(grid_errors(seen.rows * smoothing, heavy, grid, bits[1]).min())
+        for grid in grids_of(seen, smoothing, bits[1], asymmetric)
     )
 
 
-def grids_of(rows: Tensor, bits: int, asymmetric: bool) -> list[Grid]:
-    """Candidates for rounding `rows` [R, C] from the whole range downwards: symmetric ones, and on demand others."""
-    low, high = rows.min().clamp(max=0), rows.max().clamp(min=0)
-    shrinks = torch.logspace(0, -1, CANDIDATES, base=REACH)
+def grids_of(seen: LayerInput, smoothing: Tensor, bits: int, asymmetric: bool) -> list[Grid]:
+    """Candidates for rounding a smoothed input, from more than its range downwards: symmetric ones, and on demand others."""
+    low, high = (seen.low * smoothing).min(), (seen.high * smoothing).max()
+    shrinks = MARGIN * torch.logspace(0, -1, CANDIDATES, base=REACH[bits])
     first, last = code_range(bits)
     symmetric = Grid(torch.maximum(-low, high).clamp(min=1e-8) * shrinks / last, None)
     if not asymmetric:

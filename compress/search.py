@@ -65,12 +65,12 @@ def _search_input(layer: nn.Module, seen: LayerInput, format: Format, options: R
     assert format.activation_bits is not None
     ones = torch.ones_like(seen.largest)
     if format.float8:
-        return _Input(ones, Grid(torch.maximum(-seen.low.min(), seen.high.max()).clamp(min=1e-8)[None] / FP8_MAX, None))
+        return _Input(ones, Grid(seen.largest.max().clamp(min=1e-8)[None] / FP8_MAX, None))
     weight = layer_matrix(layer).cpu()
     bits = (format.weight_bits, format.activation_bits)
     smoothing = search_smoothing(weight, seen, bits, options.asymmetric) if options.smoothing else ones
     weights, rows = channel_weights(layer, smoothing).cpu(), seen.rows * smoothing
-    families = grids_of(rows, bits[1], options.asymmetric)
+    families = grids_of(seen, smoothing, bits[1], options.asymmetric)
     errors = [grid_errors(rows, weights, family, bits[1]) for family in families]
     best = min(range(len(families)), key=lambda index: float(errors[index].min()))
     order = errors[best].argsort()

@@ -250,7 +250,7 @@ def own_runs(pipeline: Any, recipe: Recipe, options: Qalora, folder: Path) -> Ow
     """What a student samples while it learns, and what it is judged by: the first of its own conditions."""
     own = own_conditions(pipeline, recipe)
     held_back, wanted = own[: options.held_back], own[options.held_back :]
-    return OwnRuns(pipeline, wanted, held_back, _sampling(recipe), folder)
+    return OwnRuns(pipeline, wanted, held_back, _sampling(recipe), folder, recipe.record.batch)
 
 
 def _stage(

@@ -17,7 +17,7 @@ from diffpress.calibration.trajectory import Trajectories, record
 
 from .student import Student
 
-OWN_PICTURES = 8
+OWN_PICTURES = 32
 """Pictures that a round of the student's own runs makes."""
 OWN_ROUNDS = 8
 """Rounds that are learned from; older ones show a student that is no more."""
@@ -36,6 +36,8 @@ class OwnRuns:
     """What learning is judged by, and nothing else."""
     sampling: Sampling
     folder: Path
+    batch: int = 4
+    """Pictures that are sampled at a time."""
 
 
 class Lessons:
@@ -59,13 +61,21 @@ class Lessons:
         return pool.batch(torch.multinomial(chances, size, True, generator=generator).tolist())
 
     def judge(self, student: Student) -> float:
-        """Mean squared error of the latents that whole runs of the student end in, from noise it never learned from."""
-        runs = self.runs
+        """Squared error of the latents that whole runs of the student end in, from noise it never learned from.
+
+        The geometric mean over pictures, as a mean of decibels is, so that no single picture decides.
+        """
         if self._truth is None:
             with student.off():
-                self._truth = sample(runs.pipeline, runs.held_back, runs.sampling).latents
+                self._truth = self._held_back_latents()
         with student.on():
-            return float((sample(runs.pipeline, runs.held_back, runs.sampling).latents - self._truth).square().mean())
+            errors = (self._held_back_latents() - self._truth).square().flatten(1).mean(1)
+        return float(errors.log().mean().exp())
+
+    def _held_back_latents(self) -> Tensor:
+        runs = self.runs
+        groups = [runs.held_back[start : start + runs.batch] for start in range(0, len(runs.held_back), runs.batch)]
+        return torch.cat([sample(runs.pipeline, group, runs.sampling).latents for group in groups])
 
     def follow(self, student: Student, latest: int) -> None:
         """Have the rounds up to `latest` that are learned from; those that are on disk already are not sampled again."""
@@ -84,5 +94,5 @@ class Lessons:
 
         with student.on():
             folder = runs.folder / f"round-{index:05d}"
-            trajectories = record(runs.pipeline, wanted, runs.sampling, folder, OWN_PICTURES, answer=teacher)
+            trajectories = record(runs.pipeline, wanted, runs.sampling, folder, runs.batch, answer=teacher)
         return Examples(trajectories, trajectories.shards)

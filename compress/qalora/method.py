@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import nn
 
 from diffpress.calibration.guidance import find_guidance
@@ -37,6 +40,9 @@ def learn_layers_(
     for parameter in frozen:
         parameter.requires_grad_(False)
     student = Student(denoiser, start, trajectories.timesteps, options, seed, layer_type)
+    # Codes take as much memory as the weights; the student has what it needs of them.
+    found.layers |= {name: replace(own, codes=torch.empty(0)) for name, own in start.items()}
+    del start
     try:
         importance = step_importance(runs.pipeline.scheduler, len(trajectories.timesteps))
         lessons = Lessons(trajectories, runs, importance, seed)

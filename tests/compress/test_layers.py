@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from diffpress.calibration.observe import LayerInput
-from diffpress.compress.layers import choose_formats, find_layers, safe_format, weights_only, worth_more_bits
+from diffpress.compress.layers import (
+    EDGE_GROUP,
+    choose_formats,
+    find_layers,
+    safe_format,
+    weights_only,
+    worth_more_bits,
+)
 from diffpress.compress.options import Ptq
 from diffpress.compress.overlay import Format, Quantization
 from diffpress.export.errors import RecipeError, UnsupportedModelError
@@ -95,7 +102,7 @@ def test_tied_weights_are_quantized_where_they_are_stored() -> None:
 
 def seen(conditioning: bool) -> LayerInput:
     nothing = torch.zeros(1)
-    return LayerInput(nothing, nothing, nothing, nothing, nothing[None], conditioning)
+    return LayerInput(nothing, nothing, nothing, nothing[None], conditioning)
 
 
 ASKED: list[tuple[dict[str, Any], Format]] = [
@@ -113,10 +120,10 @@ ASKED: list[tuple[dict[str, Any], Format]] = [
 def test_edges_and_conditioning_keep_eight_bits_and_others_get_what_is_asked(
     chosen: dict[str, Any], format: Format
 ) -> None:
-    layers = {"in": nn.Conv2d(3, 8, 3), "time": nn.Linear(4, 8), "a": nn.Linear(80, 8), "b": nn.Conv2d(8, 8, 3)}
+    layers = {"in": nn.Conv2d(5, 8, 3), "time": nn.Linear(4, 8), "a": nn.Linear(80, 8), "b": nn.Conv2d(8, 8, 3)}
     layers["out"] = nn.Linear(8, 3)
     formats, reasons = choose_formats(layers, {name: seen(name == "time") for name in layers}, options(**chosen))
-    assert formats["in"] == Format(8, None, 27)
+    assert formats["in"] == Format(8, None, EDGE_GROUP)
     assert formats["time"] == Format(8, None, 4)
     assert formats["out"] == Format(8, None, 8)
     assert formats["a"] == formats["b"] == format

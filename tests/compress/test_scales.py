@@ -9,6 +9,7 @@ from torch import Tensor
 from diffpress.calibration.observe import Grid, LayerInput, grid_errors, rounded_to
 from diffpress.compress.scales import (
     CANDIDATES,
+    MARGIN,
     REACH,
     choose_steps,
     grids_of,
@@ -91,9 +92,13 @@ def test_groups_are_searched_one_by_one(channels: int, taps: int, group_size: in
 
 
 def layer_input(rows: Tensor) -> LayerInput:
-    """What would have been seen of a layer that is fed `rows`, at one step."""
-    low, high = rows.min().clamp(max=0)[None], rows.max().clamp(min=0)[None]
-    return LayerInput(low, high, rows.abs().amax(0), rows.square().mean(0), rows, False)
+    """What would have been seen of a layer that is fed `rows`."""
+    return LayerInput(rows.amin(0).clamp(max=0), rows.amax(0).clamp(min=0), rows.square().mean(0), rows, False)
+
+
+def candidates(rows: Tensor, bits: int, asymmetric: bool) -> list[Grid]:
+    """Candidates for a layer that is fed `rows` as they are."""
+    return grids_of(layer_input(rows), torch.ones(rows.shape[1]), bits, asymmetric)
 
 
 def expected_loss(weight: Tensor, seen: LayerInput, smoothing: Tensor, bits: tuple[int, int]) -> float:
@@ -102,7 +107,7 @@ def expected_loss(weight: Tensor, seen: LayerInput, smoothing: Tensor, bits: tup
     heavy = seen.second_moment * smoothing.square()
     scale = search_weight_scale(smoothed, heavy, bits[0])
     rows = seen.rows * smoothing
-    grids = grids_of(rows, bits[1], True)
+    grids = candidates(rows, bits[1], True)
     inputs = min(float(grid_errors(rows, smoothed.square().sum((0, 2)), grid, bits[1]).min()) for grid in grids)
     return float(loss(smoothed, heavy, scale, bits[0]).sum()) + inputs
 
@@ -133,7 +138,7 @@ def test_smoothing_evens_out_an_outlier_channel() -> None:
         smoothed, fed = weight / smoothing[None, :, None], rows * smoothing
         scale = search_weight_scale(smoothed, fed[:200].square().mean(0), 8)
         rounded_weight = rounded_to(smoothed, scale[:, None, None], 8)[:, :, 0]
-        (grid,) = grids_of(fed[:200], 8, False)
+        (grid,) = candidates(fed[:200], 8, False)
         best = grid.scale[grid_errors(fed[:200], rounded_weight.square().sum(0), grid, 8).argmin()]
         output = rounded_to(fed[200:], best, 8) @ rounded_weight.t()
         return float((output - rows[200:] @ weight[:, :, 0].t()).square().mean())
@@ -163,7 +168,7 @@ ROWS = {
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_every_candidate_holds_zero_exactly(rows: Tensor, bits: int) -> None:
-    for grid in grids_of(rows, bits, True):
+    for grid in candidates(rows, bits, True):
         assert len(grid.scale) == CANDIDATES
         assert (grid.scale > 0).all()
         zero = grid.zero_point
@@ -174,19 +179,19 @@ def test_every_candidate_holds_zero_exactly(rows: Tensor, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_candidates_begin_with_the_whole_range_and_fall(rows: Tensor, bits: int) -> None:
-    symmetric, asymmetric = grids_of(rows, bits, True)
+def test_candidates_begin_beyond_the_whole_range_and_fall(rows: Tensor, bits: int) -> None:
+    symmetric, asymmetric = candidates(rows, bits, True)
     low, high = float(rows.min().clamp(max=0)), float(rows.max().clamp(min=0))
     first, last = code_range(bits)
     assert symmetric.zero_point is None
     assert asymmetric.zero_point is not None
     if high > low:
-        assert float(symmetric.scale[0]) == pytest.approx(max(-low, high) / last, rel=2 * FLOAT)
-        assert float(asymmetric.scale[0]) == pytest.approx((high - low) / (2**bits - 1), rel=2 * FLOAT)
-        assert float(asymmetric.zero_point[0]) == round(first - low / float(asymmetric.scale[0]))
+        assert float(symmetric.scale[0]) == pytest.approx(MARGIN * max(-low, high) / last, rel=3 * FLOAT)
+        assert float(asymmetric.scale[0]) == pytest.approx(MARGIN * (high - low) / (2**bits - 1), rel=3 * FLOAT)
+        assert float(asymmetric.zero_point[0]) == round(first - MARGIN * low / float(asymmetric.scale[0]))
     for grid in (symmetric, asymmetric):
         # The reciprocal power of a logarithm's rounding error at this size.
-        assert float(grid.scale[0] / grid.scale[-1]) == pytest.approx(REACH, rel=8 * FLOAT)
+        assert float(grid.scale[0] / grid.scale[-1]) == pytest.approx(REACH[bits], rel=8 * FLOAT)
         assert (grid.scale[1:] < grid.scale[:-1]).all()
         zero = None if grid.zero_point is None else grid.zero_point[:1]
         # A zero point is rounded too, and so cuts off another half step at one end.
@@ -196,9 +201,9 @@ def test_candidates_begin_with_the_whole_range_and_fall(rows: Tensor, bits: int)
 
 
 def test_only_symmetric_candidates_unless_asked() -> None:
-    (grid,) = grids_of(ROWS["above zero"], 4, False)
+    (grid,) = candidates(ROWS["above zero"], 4, False)
     assert grid.zero_point is None
-    assert torch.equal(grid.scale, grids_of(ROWS["above zero"], 4, True)[0].scale)
+    assert torch.equal(grid.scale, candidates(ROWS["above zero"], 4, True)[0].scale)
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
@@ -207,17 +212,16 @@ def test_a_zero_point_wins_on_one_sided_inputs(name: str, bits: int) -> None:
     """Symmetric codes leave nearly half of theirs unused: nearly twice the step, up to four times the squared error."""
     rows = ROWS[name].repeat(5, 1)
     symmetric, asymmetric = (
-        float(grid_errors(rows, torch.ones(3), grid, bits).min()) for grid in grids_of(rows, bits, True)
+        float(grid_errors(rows, torch.ones(3), grid, bits).min()) for grid in candidates(rows, bits, True)
     )
     assert asymmetric < symmetric / 2
 
 
-def test_search_never_loses_to_the_whole_range() -> None:
+def test_long_tails_are_clipped_where_codes_are_few() -> None:
     rows = torch.randn(300, 5, generator=torch.Generator().manual_seed(0)) ** 3
-    for grid in grids_of(rows, 4, True):
+    for grid in candidates(rows, 4, True):
         errors = grid_errors(rows, torch.ones(5), grid, 4)
         whole = Grid(grid.scale[:1], None if grid.zero_point is None else grid.zero_point[:1])
-        # Long tails: clipping them pays.
         assert errors.min() < grid_errors(rows, torch.ones(5), whole, 4)[0]
 
 

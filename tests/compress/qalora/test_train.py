@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,7 +56,8 @@ def held_back(own: Any, found: Quantized, runs: OwnRuns) -> float:
     """Error of the latents of whole runs, measured apart from learning."""
     truth = sample(own.pipeline, runs.held_back, runs.sampling).latents
     with fake_quantized(own.denoiser, found.layers, StepClock(own.trajectories.timesteps)):
-        return float((sample(own.pipeline, runs.held_back, runs.sampling).latents - truth).square().mean())
+        errors = (sample(own.pipeline, runs.held_back, runs.sampling).latents - truth).square().flatten(1).mean(1)
+    return float(errors.log().mean().exp())
 
 
 @pytest.mark.parametrize("own_trajectory", [0.0, 0.5])
@@ -329,6 +331,6 @@ def test_other_seeds_learn_otherwise(school: School) -> None:
 
 def test_the_folder_is_made(school: School, tmp_path: Path) -> None:
     own, found, runs, options = school(iterations=1, **HALF)
-    deep = OwnRuns(runs.pipeline, runs.wanted, runs.held_back, runs.sampling, tmp_path / "a" / "b")
+    deep = replace(runs, folder=tmp_path / "a" / "b")
     learn_layers_(found, own.denoiser, own.trajectories, deep, options, 0)
     assert (deep.folder / "learned.safetensors").is_file()
