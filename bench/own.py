@@ -20,7 +20,7 @@ from diffpress.calibration.observe import layer_matrix, observe_inputs
 from diffpress.calibration.sampling import denoiser_of, sample
 from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.compress.finish import Quantized, edits_and_tensors, plan_rows
-from diffpress.compress.layers import choose_formats, find_layers
+from diffpress.compress.layers import SAFE_BITS, choose_formats, find_layers
 from diffpress.compress.options import Qalora, Rounding
 from diffpress.compress.overlay import Quantization, fake_quantized
 from diffpress.compress.ptq import quantize_denoiser
@@ -39,8 +39,10 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from rss import peak_rss_bytes, reset_peak, rss_bytes
 from task import Request, draw, read_request
 
-TRAJECTORIES = 128
+TRAJECTORIES = 256
 """Runs that learning records; ptq and the rest look at as many as a peer."""
+SPARE_BITS = 0.5
+"""What sensitive layers may take on average where weights have few bits, as in the presets; sizes are in the table."""
 WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W2A8": (2, 8), "w4": (4, "none")}
 LEARNED: dict[str, dict[str, Any]] = {
     "qalora": {},
@@ -69,7 +71,9 @@ def quantized(
 ) -> Quantized:
     """What the method of this row makes of the denoiser."""
     weights, activations = WIDTHS[bits]
-    common = {"weights": weights, "activations": activations}
+    common: dict[str, Any] = {"weights": weights, "activations": activations}
+    if weights < SAFE_BITS and activations != "none":
+        common["effective_bits"] = weights + SPARE_BITS
     learned = row in LEARNED
     method = {"method": "qalora", "iterations": iterations, **LEARNED[row]} if learned else {"method": "ptq"}
     recipe = parse_recipe(

@@ -49,6 +49,8 @@ class Examples:
         ]
         self.steps = torch.tensor([place.step for place in self._places])
         """[N] of each example."""
+        self.runs: list[list[int]] = list(_grouped(self._places).values())
+        """The examples of each picture, in the order of its calls."""
 
     def __len__(self) -> int:
         return len(self._places)
@@ -76,6 +78,13 @@ class Examples:
         }
         inputs["timestep"] = call.inputs["timestep"].flatten()[:1].expand(rows // place.pictures)
         return Call(inputs, call.output[own], call.step)
+
+
+def _grouped(places: Sequence[_Place]) -> dict[tuple[Path, int], list[int]]:
+    runs: dict[tuple[Path, int], list[int]] = {}
+    for index, place in enumerate(places):
+        runs.setdefault((place.shard, place.picture), []).append(index)
+    return runs
 
 
 def _joined(shares: Sequence[Tensor]) -> Tensor:

@@ -61,7 +61,8 @@ class Rounding(BaseModel):
             raise ValueError("format float8 needs weights: 8 and activations: 8")
         if self.effective_bits is not None and self.effective_bits < self.weights:
             raise ValueError(
-                f"effective_bits {self.effective_bits:g} leaves nothing to spend: weights take {self.weights}"
+                f"effective_bits {self.effective_bits:g} leaves nothing to spend: weights take {self.weights}. Give more, "
+                "or null"
             )
         others = [name for name in self.components if name != "denoiser"]
         if self.activations != "none" and others:
@@ -99,7 +100,7 @@ class Qalora(Rounding):
     )
     scale_rate: float = Field(default=2e-3, gt=0, description="learning rate of step sizes, relative to themselves")
     own_trajectory: float = Field(
-        default=0.75,
+        default=0.9,
         ge=0,
         lt=1,
         description="share of the iterations, the last ones, that learn on what the compressed model itself samples",

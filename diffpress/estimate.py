@@ -12,8 +12,8 @@ from diffpress.calibration.cost import peak_memory_bytes, weight_bytes
 from diffpress.calibration.observe import SHARDS
 from diffpress.calibration.sampling import Call, Sampling, sample, watch
 from diffpress.compress.options import Qalora
-from diffpress.compress.qalora.lessons import OWN_PICTURES
-from diffpress.compress.qalora.train import JUDGEMENTS
+from diffpress.compress.qalora.lessons import pictures_a_round
+from diffpress.compress.qalora.train import JUDGEMENTS, judge_every
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
 
@@ -89,7 +89,8 @@ def _learning_seconds(recipe: Recipe, seconds_a_step: float, steps: int) -> dict
     if not isinstance(options, Qalora):
         return {}
     seconds_a_picture = seconds_a_step / recipe.record.batch
-    rounds = JUDGEMENTS * options.own_trajectory * 2 * OWN_PICTURES + (JUDGEMENTS + 2) * options.held_back
+    pictures = pictures_a_round(judge_every(options.iterations), options.batch, steps)
+    rounds = JUDGEMENTS * options.own_trajectory * 2 * pictures + (JUDGEMENTS + 2) * options.held_back
     learned = options.iterations * options.batch * LEARNING
     return {"learn": seconds_a_picture * (learned + rounds * steps)}
 

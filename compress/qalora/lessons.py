@@ -17,8 +17,10 @@ from diffpress.calibration.trajectory import Trajectories, record
 
 from .student import Student
 
-OWN_PICTURES = 32
-"""Pictures that a round of the student's own runs makes."""
+STEPS_TOGETHER = 4
+"""Steps of one picture that a batch holds, so that it shows what their errors add up to."""
+FRESH_SHARE = 0.5
+"""Examples that a round of the student's own runs makes, over those that are drawn until the next."""
 OWN_ROUNDS = 8
 """Rounds that are learned from; older ones show a student that is no more."""
 TEACHERS_SHARE = 4
@@ -43,22 +45,29 @@ class OwnRuns:
 class Lessons:
     """A batch for every iteration, the same again when learning goes on after it was killed."""
 
-    def __init__(self, recorded: Trajectories, runs: OwnRuns, importance: Tensor, seed: int) -> None:
-        """`importance` [S]: how often each step is drawn, in proportion."""
+    def __init__(self, recorded: Trajectories, runs: OwnRuns, chances: Tensor, seed: int, pictures: int) -> None:
+        """`chances` [S]: how often each step is drawn, in proportion; `pictures` that a round of own runs makes."""
         self.recorded = Examples(recorded, recorded.shards)
-        self.runs, self.importance, self.seed = runs, importance, seed
+        self.runs, self.chances, self.seed, self.pictures = runs, chances, seed, pictures
         self.own: dict[int, Examples] = {}
         self._truth: Tensor | None = None
 
     def batch(self, number: int, size: int) -> Batch:
-        """Calls drawn from the teacher's runs and, once there are some, mostly from the student's own."""
+        """Calls drawn from the teacher's runs and, once there are some, mostly from the student's own.
+
+        Every `steps_together(size)` of them are of one picture.
+        """
         generator = torch.Generator().manual_seed(self.seed + number)
         pool = self.recorded
         if self.own and number % TEACHERS_SHARE:
             rounds = list(self.own.values())
             pool = rounds[int(torch.randint(len(rounds), (), generator=generator))]
-        chances = self.importance[pool.steps]
-        return pool.batch(torch.multinomial(chances, size, True, generator=generator).tolist())
+        together, drawn = steps_together(size), []
+        for picture in torch.randint(len(pool.runs), (size // together,), generator=generator).tolist():
+            run = pool.runs[picture]
+            places = torch.multinomial(self.chances[pool.steps[run]], together, True, generator=generator)
+            drawn += [run[place] for place in places.tolist()]
+        return pool.batch(drawn)
 
     def judge(self, student: Student) -> float:
         """Squared error of the latents that whole runs of the student end in, from noise it never learned from.
@@ -85,8 +94,8 @@ class Lessons:
     def _sample(self, student: Student, index: int) -> Examples:
         """Let the student sample, and the teacher answer to what it saw."""
         runs = self.runs
-        start = index * OWN_PICTURES
-        wanted = [runs.wanted[(start + i) % len(runs.wanted)] for i in range(OWN_PICTURES)]
+        first = index * self.pictures
+        wanted = [runs.wanted[place % len(runs.wanted)] for place in range(first, first + self.pictures)]
 
         def teacher(call: Call) -> Tensor:
             with student.off():
@@ -96,3 +105,13 @@ class Lessons:
             folder = runs.folder / f"round-{index:05d}"
             trajectories = record(runs.pipeline, wanted, runs.sampling, folder, runs.batch, answer=teacher)
         return Examples(trajectories, trajectories.shards)
+
+
+def steps_together(size: int) -> int:
+    """How many of a batch of `size` are of one picture."""
+    return next(count for count in range(min(STEPS_TOGETHER, size), 0, -1) if size % count == 0)
+
+
+def pictures_a_round(iterations: int, batch: int, steps: int) -> int:
+    """Pictures that a round of own runs makes where `iterations` batches are drawn until the next."""
+    return max(1, round(iterations * batch / steps * FRESH_SHARE))

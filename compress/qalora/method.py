@@ -14,9 +14,9 @@ from ..finish import Quantized
 from ..options import Qalora
 from .importance import step_importance
 from .layer import QaloraLayer
-from .lessons import Lessons, OwnRuns
+from .lessons import Lessons, OwnRuns, pictures_a_round
 from .student import Student
-from .train import Report, learn
+from .train import Report, judge_every, learn
 
 
 def learn_layers_(
@@ -44,9 +44,12 @@ def learn_layers_(
     found.layers |= {name: replace(own, codes=torch.empty(0)) for name, own in start.items()}
     del start
     try:
-        importance = step_importance(runs.pipeline.scheduler, len(trajectories.timesteps))
-        lessons = Lessons(trajectories, runs, importance, seed)
-        found.history = learn(student, lessons, find_guidance(trajectories), options, runs.folder, report).history
+        steps = len(trajectories.timesteps)
+        importance = step_importance(runs.pipeline.scheduler, steps)
+        pictures = pictures_a_round(judge_every(options.iterations), options.batch, steps)
+        lessons = Lessons(trajectories, runs, importance.chances, seed, pictures)
+        guidance = find_guidance(trajectories)
+        found.history = learn(student, lessons, importance, guidance, options, runs.folder, report).history
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)

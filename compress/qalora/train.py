@@ -18,7 +18,8 @@ from diffpress.export.errors import UserError
 
 from ..options import Qalora
 from .checkpoint import Progress, load_checkpoint, read_tensors, save_checkpoint, write_tensors
-from .lessons import Lessons
+from .importance import StepImportance
+from .lessons import Lessons, steps_together
 from .optimizer import make_optimizer
 from .student import Student
 
@@ -35,7 +36,7 @@ ZERO_POINT_RATE = 10.0
 BIAS_RATE = 0.05
 """Learning rate of biases over that of scales."""
 RAW = 0.1
-"""Weight of the loss on what guidance combines, beside the loss on what it makes of them."""
+"""Weight of the squared error of every single output, beside that of what they add up to."""
 
 Report = Callable[[int, int, float], None]
 """Called with how many iterations are done, how many there are, and the loss."""
@@ -48,6 +49,7 @@ class LearningError(UserError):
 def learn(
     student: Student,
     lessons: Lessons,
+    importance: StepImportance,
     guidance: Guidance | None,
     options: Qalora,
     folder: Path,
@@ -55,18 +57,19 @@ def learn(
 ) -> Progress:
     """Learn for `options.iterations`, or until what is held back stops getting better; the best ends up in `student`.
 
-    He et al. 2024, arXiv 2310.03270, eq. 7, with the inputs of the teacher's runs and then of the student's own. Goes on
-    from the checkpoint in `folder`. Raises LearningError naming the layer where the loss is not finite; the last
-    checkpoint stays.
+    He et al. 2024, arXiv 2310.03270, eq. 7, with the inputs of the teacher's runs and then of the student's own, and the
+    errors of several steps added up before they are squared. Goes on from the checkpoint in `folder`. Raises LearningError
+    naming the layer where the loss is not finite; the last checkpoint stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return _Learning(student, lessons, guidance, options, folder).run(report)
+    return _Learning(student, lessons, importance, guidance, options, folder).run(report)
 
 
 @dataclass
 class _Learning:
     student: Student
     lessons: Lessons
+    importance: StepImportance
     guidance: Guidance | None
     options: Qalora
     folder: Path
@@ -87,7 +90,7 @@ class _Learning:
         if progress.iteration == 0:
             # Where nothing gets better, what was started from is kept.
             self._judge(progress, self._first_loss())
-        every = max(1, options.iterations // JUDGEMENTS)
+        every = judge_every(options.iterations)
         own_from = round(options.iterations * (1 - options.own_trajectory))
         while progress.iteration < options.iterations and progress.since_best < options.patience:
             if options.own_trajectory and progress.iteration >= own_from:
@@ -128,11 +131,13 @@ class _Learning:
         return loss
 
     def _loss(self, batch: Batch) -> Tensor:
-        """Squared error of what the scheduler is given, and a little of the denoiser's own output."""
+        """What the errors of what the scheduler is given add up to, and a little of the denoiser's own error."""
         error = answer(self.student.denoiser, batch.inputs, batch.output.dtype) - batch.output.to(self.student.device)
-        if self.guidance is None:
-            return error.square().mean()
-        return self.guidance.combine(error, batch.steps).square().mean() + RAW * error.square().mean()
+        given = error if self.guidance is None else self.guidance.combine(error, batch.steps)
+        # Where guidance is not known its parts stand for themselves.
+        steps = batch.steps.repeat(len(given) // len(batch.steps))
+        together = steps_together(len(batch.steps))
+        return self.importance.accumulated(given, steps, together) + RAW * error.square().mean()
 
     @torch.no_grad()
     def _judge(self, progress: Progress, loss: float) -> None:
@@ -186,6 +191,11 @@ def rate_groups(student: Student, options: Qalora) -> list[dict[str, Any]]:
         "bias": BIAS_RATE * scale,
     }
     return [{"params": parameters, "lr": rates[kind]} for kind, parameters in sorted(groups.items())]
+
+
+def judge_every(iterations: int) -> int:
+    """Iterations from one judgement, and one round of own runs, to the next."""
+    return max(1, iterations // JUDGEMENTS)
 
 
 def _rate(iteration: int, iterations: int) -> float:

@@ -28,10 +28,10 @@ def test_file_and_preset_give_the_same_recipe(tmp_path: Path):
 
 def test_overrides_reach_nested_keys_and_win_over_the_file():
     recipe = load_recipe(
-        "small", ["quantize.weights=8", "record.trajectories=3", "sampling.guidance_scale=1.5"], seed=7
+        "small", ["quantize.weights=3", "record.trajectories=3", "sampling.guidance_scale=1.5"], seed=7
     )
     assert recipe.quantize is not None
-    assert (recipe.quantize.weights, recipe.record.trajectories, recipe.seed) == (8, 3, 7)
+    assert (recipe.quantize.weights, recipe.record.trajectories, recipe.seed) == (3, 3, 7)
     assert recipe.sampling.guidance_scale == 1.5
 
 

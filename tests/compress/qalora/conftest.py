@@ -16,12 +16,13 @@ from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Qalora
 from diffpress.compress.overlay import Format, Quantization
 from diffpress.compress.qalora import OwnRuns
-from diffpress.compress.qalora.lessons import OWN_PICTURES
 from diffpress.compress.search import round_weight
 from diffpress.kernels import code_range
 
 TIMESTEPS = [8.0, 4.0, 0.0]
 """Dyadic, so that a quarter of the way is exact in floats."""
+PICTURES = 8
+"""That a round of own runs makes; there are as many conditions."""
 
 
 class Toy(nn.Module):
@@ -112,8 +113,8 @@ def school(
         own = recorded(source)
         first = quantized(source, **rounding)
         found = Quantized(first.component, dict(first.layers), dict(first.reasons), dict(first.sensitivity))
-        wanted = conditions(own.pipeline, "builtin", OWN_PICTURES + 2, 1000)
-        runs = OwnRuns(own.pipeline, wanted[2:], wanted[:2], own.sampling, tmp_path / folder, OWN_PICTURES)
+        wanted = conditions(own.pipeline, "builtin", PICTURES + 2, 1000)
+        runs = OwnRuns(own.pipeline, wanted[2:], wanted[:2], own.sampling, tmp_path / folder, PICTURES)
         settings = {"rank": 4, "iterations": 4, "batch": 4, "held_back": 2, **chosen}
         return own, found, runs, Qalora(method="qalora", **rounding, **settings)
 

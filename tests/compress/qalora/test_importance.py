@@ -18,7 +18,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffpress.compress.qalora.importance import EVEN_SHARE, step_importance
+from diffpress.compress.qalora.importance import EVEN_SHARE, StepImportance, step_importance
 
 LINEAR = {
     "DDIM": DDIMScheduler(clip_sample=False),
@@ -38,18 +38,19 @@ MORE_CALLS_THAN_STEPS = {"PNDM": PNDMScheduler(skip_prk_steps=True), "Heun": Heu
 @pytest.mark.parametrize("steps", [1, 3, 10])
 @pytest.mark.parametrize("scheduler", [*LINEAR.values(), *OTHER.values()], ids=[*LINEAR, *OTHER])
 def test_shares_sum_to_one_and_no_step_is_left_out(scheduler: Any, steps: int) -> None:
-    found = step_importance(scheduler, steps)
-    assert found.shape == (steps,)
+    found, weights = step_importance(scheduler, steps)
+    assert found.shape == weights.shape == (steps,)
     # As many roundings as there are steps.
     assert float(found.sum()) == pytest.approx(1, abs=steps * torch.finfo(torch.float32).eps)
     assert (found >= EVEN_SHARE / steps * (1 - torch.finfo(torch.float32).eps)).all()
+    assert float((found * weights.square()).sum()) == pytest.approx(1, abs=3 * steps * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("steps", [3, 10])
 def test_v_prediction_learns_most_from_the_last_step(recorded: Callable[[str], Any], steps: int) -> None:
     """Its weight in the last sample is what DDIM says: sqrt(1 - a) of the last step, as the next is free of noise."""
     scheduler = recorded("tiny_text").pipeline.scheduler
-    found = step_importance(scheduler, steps)
+    found, _ = step_importance(scheduler, steps)
     assert int(found.argmax()) == steps - 1
 
 
@@ -65,17 +66,35 @@ def test_the_weights_are_the_schedulers_own() -> None:
         here, there = alphas[index], alphas[index + 1]
         weight = (1 - there) ** 0.5 - (there / here) ** 0.5 * (1 - here) ** 0.5
         # Whatever a step adds is scaled by all steps after it.
-        weights.append(abs(weight) * (alphas[-1] / there) ** 0.5)
-    expected = torch.tensor([(1 - EVEN_SHARE) * weight / sum(weights) + EVEN_SHARE / steps for weight in weights])
+        weights.append(weight * (alphas[-1] / there) ** 0.5)
+    total = sum(map(abs, weights))
+    expected = torch.tensor([(1 - EVEN_SHARE) * abs(weight) / total + EVEN_SHARE / steps for weight in weights])
+    found = step_importance(scheduler, steps)
     # The scheduler computes in float32, in a handful of operations a step.
-    assert torch.allclose(step_importance(scheduler, steps), expected, rtol=1e-4)
+    assert torch.allclose(found.chances, expected, rtol=1e-4)
+    # Drawn so and weighted so, a step's error counts on average as it does in the sample.
+    drawn = found.chances * found.weights
+    assert torch.allclose(drawn / drawn.sum(), torch.tensor(weights) / sum(weights), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
     "scheduler", [*OTHER.values(), *MORE_CALLS_THAN_STEPS.values()], ids=[*OTHER, *MORE_CALLS_THAN_STEPS]
 )
 def test_schedulers_that_are_no_table_of_steps_are_learned_evenly(scheduler: Any) -> None:
-    assert torch.equal(step_importance(scheduler, 4), torch.full((4,), 0.25))
+    found = step_importance(scheduler, 4)
+    assert torch.equal(found.chances, torch.full((4,), 0.25))
+    assert torch.equal(found.weights, torch.ones(4))
+
+
+def test_errors_that_point_the_same_way_cost_more_than_those_that_do_not() -> None:
+    importance = StepImportance(torch.tensor([0.5, 0.5]), torch.tensor([1.0, -1.0]))
+    steps, error = torch.tensor([0, 1, 0, 1]), torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    # Against the sign of the second step's weight they add up; with it they cancel out.
+    adding = torch.stack([error[0], -error[0], error[1], -error[1]])
+    assert float(importance.accumulated(adding, steps, 2)) == pytest.approx(2 * float(error.square().mean()))
+    assert float(importance.accumulated(adding.abs(), steps, 2)) == 0
+    # One at a time it is the mean square.
+    assert float(importance.accumulated(adding, steps, 1)) == pytest.approx(float(error.square().mean()))
 
 
 def test_the_scheduler_is_left_as_it_was() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Qalora
 from diffpress.compress.overlay import Quantization
 from diffpress.compress.qalora import OwnRuns
-from diffpress.compress.qalora.lessons import OWN_PICTURES, OWN_ROUNDS, Lessons
+from diffpress.compress.qalora.lessons import OWN_ROUNDS, STEPS_TOGETHER, Lessons, pictures_a_round, steps_together
 from diffpress.compress.qalora.student import Student
 
 School = Callable[..., tuple[Any, Quantized, OwnRuns, Qalora]]
 EVEN = torch.full((3,), 1 / 3)
+PICTURES = 8
 LAYERS = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2", "proj_out_2")
 
 
@@ -29,7 +31,7 @@ def lessons(school: School) -> tuple[Any, Student, Lessons, OwnRuns]:
     own, found, runs, options = school()
     start = {name: found.layers[name] for name in LAYERS}
     student = Student(own.denoiser, start, own.trajectories.timesteps, options, 0)
-    return own, student, Lessons(own.trajectories, runs, EVEN, 7), runs
+    return own, student, Lessons(own.trajectories, runs, EVEN, 7, PICTURES), runs
 
 
 def test_own_runs_hold_what_the_student_saw_and_the_teacher_answered(
@@ -40,7 +42,7 @@ def test_own_runs_hold_what_the_student_saw_and_the_teacher_answered(
     stored = list(Trajectories(runs.folder / "round-00000").calls())
     calls: list[Call] = []
     with student.on(), watch(own.pipeline, calls.append):
-        sample(own.pipeline, [runs.wanted[index % len(runs.wanted)] for index in range(OWN_PICTURES)], runs.sampling)
+        sample(own.pipeline, [runs.wanted[index % len(runs.wanted)] for index in range(PICTURES)], runs.sampling)
     assert len(stored) == len(calls) == 3
     for call, seen in zip(stored, calls, strict=True):
         assert all(torch.equal(call.inputs[name], value) for name, value in seen.inputs.items())
@@ -52,7 +54,7 @@ def test_own_runs_hold_what_the_student_saw_and_the_teacher_answered(
     # The student's runs part from the teacher's after the first step.
     teachers: list[Call] = []
     with watch(own.pipeline, teachers.append):
-        sample(own.pipeline, [runs.wanted[index % len(runs.wanted)] for index in range(OWN_PICTURES)], runs.sampling)
+        sample(own.pipeline, [runs.wanted[index % len(runs.wanted)] for index in range(PICTURES)], runs.sampling)
     latents = [call.inputs["hidden_states"] for call in teachers]
     assert torch.equal(stored[0].inputs["hidden_states"], latents[0])
     assert not torch.equal(stored[1].inputs["hidden_states"], latents[1])
@@ -60,7 +62,7 @@ def test_own_runs_hold_what_the_student_saw_and_the_teacher_answered(
 
 def test_batches_are_drawn_again_by_their_number(lessons: tuple[Any, Student, Lessons, OwnRuns]) -> None:
     own, _, learned, runs = lessons
-    again = Lessons(own.trajectories, runs, EVEN, 7)
+    again = Lessons(own.trajectories, runs, EVEN, 7, PICTURES)
     for number in (0, 3, 100):
         first, second = learned.batch(number, 5), again.batch(number, 5)
         assert torch.equal(first.output, second.output)
@@ -72,11 +74,38 @@ def test_batches_are_drawn_again_by_their_number(lessons: tuple[Any, Student, Le
 def test_steps_are_drawn_by_their_importance(lessons: tuple[Any, Student, Lessons, OwnRuns]) -> None:
     own, _, _, runs = lessons
     importance = torch.tensor([0.1, 0.2, 0.7])
-    steps = Lessons(own.trajectories, runs, importance, 0).batch(0, 1000).steps
+    steps = Lessons(own.trajectories, runs, importance, 0, PICTURES).batch(0, 1000).steps
     shares = steps.bincount(minlength=3) / 1000
     # Four standard deviations of a share.
     deviation = (importance * (1 - importance) / 1000).sqrt()
     assert ((shares - importance).abs() <= 4 * deviation).all()
+
+
+def test_a_batch_holds_several_steps_of_each_picture(
+    lessons: tuple[Any, Student, Lessons, OwnRuns], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, learned, _ = lessons
+    assert sorted(chain(*learned.recorded.runs)) == list(range(len(learned.recorded)))
+    assert all(learned.recorded.steps[run].tolist() == [0, 1, 2] for run in learned.recorded.runs)
+    drawn: list[int] = []
+    monkeypatch.setattr(learned.recorded, "batch", drawn.extend)
+    learned.batch(0, 40)
+    owner = {example: index for index, run in enumerate(learned.recorded.runs) for example in run}
+    pictures = [
+        {owner[example] for example in drawn[first : first + STEPS_TOGETHER]} for first in range(0, 40, STEPS_TOGETHER)
+    ]
+    assert all(len(each) == 1 for each in pictures)
+    assert len(set.union(*pictures)) > 1
+
+
+@pytest.mark.parametrize(("size", "together"), [(16, 4), (8, 4), (6, 3), (5, 1), (2, 2), (1, 1)])
+def test_batches_of_any_size_are_cut_evenly(size: int, together: int) -> None:
+    assert steps_together(size) == together
+
+
+def test_a_round_makes_half_of_the_examples_that_are_drawn_until_the_next() -> None:
+    assert pictures_a_round(100, 16, 25) == 32
+    assert pictures_a_round(1, 1, 50) == 1
 
 
 def test_most_batches_are_the_students_own_once_there_are_some(
@@ -118,7 +147,7 @@ def test_rounds_are_sampled_once_and_the_latest_are_learned_from(
     learned.follow(student, 1)
     assert learned.own[0] is first
     # Another process finds them on disk.
-    other = Lessons(own.trajectories, runs, EVEN, 7)
+    other = Lessons(own.trajectories, runs, EVEN, 7, PICTURES)
     other.follow(student, 1)
     assert torch.equal(other.batch(1, 4).output, learned.batch(1, 4).output)
     monkeypatch.undo()
@@ -130,13 +159,13 @@ def test_rounds_go_on_through_the_conditions(lessons: tuple[Any, Student, Lesson
     _, student, learned, runs = lessons
     learned.follow(student, 1)
     noises = [
-        next(iter(Trajectories(runs.folder / f"round-0000{index}").calls())).inputs["hidden_states"][:OWN_PICTURES]
+        next(iter(Trajectories(runs.folder / f"round-0000{index}").calls())).inputs["hidden_states"][:PICTURES]
         for index in (0, 1)
     ]
     # As many conditions as pictures a round: the second round begins anew.
-    assert len(runs.wanted) == OWN_PICTURES
+    assert len(runs.wanted) == PICTURES
     assert torch.equal(noises[0], noises[1])
-    assert len(noises[0].unique(dim=0)) == OWN_PICTURES
+    assert len(noises[0].unique(dim=0)) == PICTURES
 
 
 def test_the_judgement_is_the_error_of_whole_runs_from_noise_held_back(
@@ -155,15 +184,15 @@ def test_the_judgement_is_the_error_of_whole_runs_from_noise_held_back(
 
 def test_pictures_are_sampled_a_batch_at_a_time(lessons: tuple[Any, Student, Lessons, OwnRuns]) -> None:
     own, student, learned, runs = lessons
-    alone = Lessons(own.trajectories, replace(runs, batch=1, folder=runs.folder / "alone"), EVEN, 7)
+    alone = Lessons(own.trajectories, replace(runs, batch=1, folder=runs.folder / "alone"), EVEN, 7, PICTURES)
     # Products of one row are added up in another order; an error of the latents is small beside them.
     assert alone.judge(student) == pytest.approx(learned.judge(student), rel=1e-2)
     alone.follow(student, 0)
-    assert len(Trajectories(runs.folder / "alone" / "round-00000").shards) == OWN_PICTURES
+    assert len(Trajectories(runs.folder / "alone" / "round-00000").shards) == PICTURES
 
 
 def test_a_student_that_changes_nothing_is_judged_perfect(school: School) -> None:
     own, _, runs, options = school()
     layers: dict[str, Quantization] = {}
     teacher = Student(own.denoiser, layers, own.trajectories.timesteps, options, 0)
-    assert Lessons(own.trajectories, runs, EVEN, 0).judge(teacher) == 0
+    assert Lessons(own.trajectories, runs, EVEN, 0, PICTURES).judge(teacher) == 0

@@ -20,11 +20,13 @@ from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Qalora
 from diffpress.compress.overlay import fake_quantized
 from diffpress.compress.qalora import LearningError, OwnRuns, learn_layers_, train
+from diffpress.compress.qalora.importance import StepImportance
 from diffpress.compress.qalora.lessons import Lessons
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import Report, learn
 from diffpress.export.runtime import StepClock
 
+EVEN = StepImportance(torch.full((3,), 1 / 3), torch.ones(3))
 School = Callable[..., tuple[Any, Quantized, OwnRuns, Qalora]]
 FAST: dict[str, Any] = {"lora_rate": 0.05, "scale_rate": 0.01}
 """Rates at which thirty iterations show."""
@@ -208,7 +210,7 @@ def test_a_damaged_checkpoint_means_beginning_anew(school: School, damage: str) 
 def test_a_loss_that_is_no_number_stops_learning_and_names_the_layer(school: School, name: str, kind: str) -> None:
     own, found, runs, options = school(iterations=24, own_trajectory=0.0, **HALF, **FAST)
     student = student_of(own, found, options)
-    lessons = Lessons(own.trajectories, runs, torch.full((3,), 1 / 3), 0)
+    lessons = Lessons(own.trajectories, runs, EVEN.chances, 0, 8)
     sound: list[dict[str, bytes]] = []
 
     def poison(done: int, total: int, loss: float) -> None:
@@ -217,7 +219,7 @@ def test_a_loss_that_is_no_number_stops_learning_and_names_the_layer(school: Sch
             student.parameters()[f"{name}.{kind}"].data.fill_(torch.inf if kind == "bias" else torch.nan)
 
     with pytest.raises(LearningError) as caught:
-        learn(student, lessons, None, options, runs.folder, poison)
+        learn(student, lessons, EVEN, None, options, runs.folder, poison)
     assert f"layer {name} is the first whose output is not finite" in str(caught.value)
     assert "after 5 iterations" in str(caught.value)
     # The checkpoint before that is kept, and whoever continues can.
@@ -231,7 +233,7 @@ def test_a_loss_that_is_no_number_stops_learning_and_names_the_layer(school: Sch
             raise KilledError
 
     with pytest.raises(KilledError):
-        learn(student_of(own, found, options), lessons, None, options, runs.folder, kill)
+        learn(student_of(own, found, options), lessons, EVEN, None, options, runs.folder, kill)
     assert told == [5, 6]
 
 
