@@ -26,6 +26,8 @@ class Form(NamedTuple):
     stages: int
     cores: str | None
     """What has to run on tensor cores: `int8`, `half` or `fp8`; None where nothing does."""
+    targets: tuple[str, ...] | None = None
+    """The names of the only TARGETS that can run it; None: all can."""
 
 
 class Target(NamedTuple):

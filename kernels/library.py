@@ -19,25 +19,25 @@ def only_reference() -> bool:
     return os.environ.get(CHOICE) == "reference"
 
 
-def define_op(package: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define_op(
+    package: str, reference: Callable[..., Any], fake: Callable[..., Any], on_gpu: str | None = "triton_kernel"
+) -> None:
     """Register `diffpress::NAME` for the folder `package` (its `__name__`), one node for torch.compile and export.
 
-    `reference` answers everywhere but on CUDA and ROCm, where `launch` of the folder's `triton_kernel` does; `fake` gives
-    an output of the right form without computing it.
+    `reference` answers everywhere but on CUDA and ROCm, where `launch` of the folder's module `on_gpu` does, if it has one;
+    `fake` gives an output of the right form without computing it.
     """
     op = custom_op(f"diffpress::{package.rpartition('.')[2]}", reference, mutates_args=())
     op.register_fake(fake)
+    if on_gpu is None:
+        return
 
-    def on_gpu(*arguments: Any) -> Any:
+    def launch(*arguments: Any) -> Any:
         # Triton is imported by the first call that needs it: it takes seconds, and may be missing on a CPU.
-        return reference(*arguments) if only_reference() else kernel_of(package).launch(*arguments)
+        chosen = reference if only_reference() else import_module(f".{on_gpu}", package).launch
+        return chosen(*arguments)
 
-    op.register_kernel("cuda")(on_gpu)
-
-
-def kernel_of(package: str) -> Any:
-    """The module of an operation that holds its Triton kernel."""
-    return import_module(".triton_kernel", package)
+    op.register_kernel("cuda")(launch)
 
 
 def like_rows(x: Tensor, weight: Tensor, *_: object) -> Tensor:

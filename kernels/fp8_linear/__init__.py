@@ -17,10 +17,10 @@ def fp8_linear(
 ) -> Tensor:
     """`x` [..., K] times float8 weights: [..., N] in the dtype of `x`.
 
-    `weight` is float8_e4m3fn [N, K]; `weight_scale` [N] and `activation_scale` [1] are float32, `bias` is [N]. Raises
-    ValueError naming the argument that does not fit.
+    `weight` is float8_e4m3fn [N, K]; `weight_scale` [N] and `activation_scale` [1], or one a row of `x`, are float32,
+    `bias` is [N]. Raises ValueError naming the argument that does not fit.
     """
-    check_fp8(linear_depth(x), weight, weight_scale, activation_scale, bias)
+    check_fp8(linear_depth(x), weight, weight_scale, activation_scale, bias, x.shape[:-1])
     return torch.ops.diffpress.fp8_linear(x, weight, weight_scale, activation_scale, bias)
 
 

@@ -12,5 +12,6 @@ def fp8_linear_reference(
     x: Tensor, weight: Tensor, weight_scale: Tensor, activation_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     """y = s_x s_w (fp8(x / s_x) W) + b, the product summed in float32 (see `fp8_linear` for the shapes)."""
-    sums = F.linear(to_fp8(x, activation_scale).float(), weight.float())
-    return scale_sums(sums, activation_scale, weight_scale, bias).to(x.dtype)
+    scale = activation_scale.view(-1, 1)
+    sums = F.linear(to_fp8(x.reshape(x.shape[:-1].numel(), x.shape[-1]), scale).float(), weight.float())
+    return scale_sums(sums, scale, weight_scale, bias).to(x.dtype).view(*x.shape[:-1], len(weight))

@@ -11,11 +11,14 @@ from ..ahead import Form
 from ..blocks import activate, tile_of, weight_tile
 from ..launching import given
 from ..tiles import Tile, pick, tile_depth
+from .reference import integer_linear_reference
 
 TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4))
 """For large outputs, for small ones, for few rows."""
 TWO_SUMS_TILES = (Tile(128, 64, 64, 8, 3), *TILES[1:])
 """Where a program keeps two sums, as geglu and groups of columns need: of larger tiles they do not fit its registers."""
+SHALLOWEST = 32
+"""Smallest depth of a tile of int8 that tensor cores take."""
 
 
 @triton.jit
@@ -135,7 +138,7 @@ def launch(
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Compute `integer_linear` on the device of its arguments, which are known to fit."""
+    """Compute `integer_linear` on the device of its arguments, which are known to fit; by the reference for odd groups."""
     depth = codes.shape[-1]
     rows, columns = codes.shape[:-1].numel(), len(weight) // (2 if activation == "geglu" else 1)
     y = torch.empty(*codes.shape[:-1], columns, dtype=dtype, device=codes.device)
@@ -143,6 +146,11 @@ def launch(
         return y
     tile = pick(tiles_for(group_size, activation), rows, columns)
     deep = tile_depth(tile, group_size)
+    if deep < SHALLOWEST:
+        return integer_linear_reference(
+            codes, weight, weight_scale, activation_scale, zero_point, bias, residual, weight_bits, group_size,
+            activation, dtype,
+        )  # fmt: skip
     integer_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
         codes.contiguous(),
         weight.contiguous(),

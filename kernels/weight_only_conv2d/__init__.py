@@ -53,4 +53,4 @@ def _fake(x: Tensor, weight: Tensor, _scale: Tensor, _bias: Tensor | None, *rest
     return empty_output(x, weight, *rest[:4])
 
 
-define_op(__name__, weight_only_conv2d_reference, _fake)
+define_op(__name__, weight_only_conv2d_reference, _fake, on_gpu=None)

@@ -118,6 +118,13 @@ def test_a_tile_lies_within_one_group() -> None:
     assert tile_depth(TILES[0], 24) == 0
 
 
+@pytest.mark.parametrize("group_size", [16, 24])
+def test_groups_that_no_tile_fits_go_by_the_reference(group_size: int) -> None:
+    given = arguments(7, 12, 40, Case(8, group_size))
+    rest = (8, group_size, "none", torch.float32)
+    assert torch.equal(launch(*given.values(), *rest), torch.ops.diffpress.integer_linear(*given.values(), *rest))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [

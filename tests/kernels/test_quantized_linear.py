@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffpress.kernels import code_range, pack_codes, quantized_linear, unpack_codes
+from diffpress.kernels.quantized_linear.triton_kernel import launch
 
 SHAPES = [
     ((1,), 1, 1),
@@ -102,6 +103,17 @@ def test_matches_float64(
     assert output.dtype == dtype
     assert output.shape == (*lead, rows)
     assert torch.all((output.double() - expected).abs() <= tolerance(product, expected, dtype))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("form", [Format(8, 8), Format(4, 4, -6), Format(3, 6)])
+@pytest.mark.parametrize(("lead", "depth", "rows"), [((1,), 1, 1), ((63,), 100, 20), ((2, 7), 63, 33), ((0,), 8, 4)])
+def test_the_kernel_matches_float64(lead: tuple[int, ...], depth: int, rows: int, form: Format) -> None:
+    given = arguments(lead, depth, rows, form, torch.float16)
+    output = launch(*given)
+    product, expected = truth(*given)
+    assert (output.dtype, output.shape) == (torch.float16, (*lead, rows))
+    assert torch.all((output.double() - expected).abs() <= tolerance(product, expected, torch.float16))
 
 
 def test_inputs_that_are_not_contiguous() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffpress.kernels import code_range, pack_codes, unpack_codes, weight_only_linear
+from diffpress.kernels.weight_only_linear.triton_kernel import columns_of_a_part, launch
 
 SHAPES = [
     ((1,), 1, 1, 1),
@@ -21,6 +22,14 @@ SHAPES = [
     ((5,), 1000, 6, 128),
 ]
 """Leading sizes, K, N, group size: whole, short and single groups."""
+KERNEL_SHAPES = [
+    ((1,), 1, 1, 16),
+    ((63,), 1000, 20, 128),
+    ((100,), 63, 64, 24),
+    ((5, 13), 192, 130, 32),
+    ((2,), 700, 9, 100),
+]
+"""The same for the kernel: groups that a tile lies in and others, sums by one program and by several."""
 WIDTHS = [2, 3, 4, 8]
 Arguments = tuple[Any, ...]
 
@@ -68,6 +77,43 @@ def test_is_a_linear_layer_of_the_inputs_dtype(bits: int, dtype: torch.dtype) ->
     # A float32 bias, as a model that keeps its small tensors exact has it, is cast like the weights.
     for offset in (bias, bias.float()):
         assert torch.equal(weight_only_linear(x, weight, scale, offset, *rest), F.linear(x, weights, bias))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("lead", "depth", "rows", "group_size"), KERNEL_SHAPES)
+def test_the_kernel_matches_float64(
+    lead: tuple[int, ...], depth: int, rows: int, group_size: int, bits: int, dtype: torch.dtype
+) -> None:
+    """A sum of K products and the bias is rounded K + 1 times, then once to `dtype`; the weights are in it already.
+
+    Not in bfloat16, in which Triton's interpreter can not multiply.
+    """
+    given = arguments(lead, depth, rows, group_size, bits, dtype, bias=bits != 3)
+    x, offset = given[0].double(), torch.zeros(()) if given[3] is None else given[3].double()
+    # As the operation rounds them: in float32, then to the dtype.
+    scale = given[2].repeat_interleave(group_size, 1)[:, :depth]
+    weights = (unpack_codes(given[1], depth, bits).float() * scale).to(dtype).double()
+    expected, largest = x @ weights.t() + offset, x.abs() @ weights.t().abs() + offset.abs()
+    output = launch(*given)
+    assert (output.dtype, output.shape) == (dtype, (*lead, rows))
+    final = torch.finfo(dtype)
+    allowed = (depth + 1) * 2.0**-24 * largest + final.eps / 2 * expected.abs() + final.tiny * final.eps
+    assert ((output.double() - expected).abs() <= allowed).all()
+
+
+def test_few_tiles_are_shared_by_several_programs() -> None:
+    assert columns_of_a_part(1000, 4096, 64) == 4096
+    assert columns_of_a_part(66, 4096, 64) == 1024
+    assert columns_of_a_part(1, 1000, 64) == 384
+    assert columns_of_a_part(1, 100, 64) == 128
+    assert columns_of_a_part(1, 0, 64) == 64
+
+
+def test_the_kernel_gives_the_same_bits_twice() -> None:
+    given = arguments((3,), 1000, 20, 128, 4, torch.float16)
+    assert torch.equal(launch(*given), launch(*given))
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -1,0 +1,120 @@
+"""Triton kernel of `fp8_linear`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ahead import Form
+from ..blocks import tile_of
+from ..launching import given
+from ..quantization import to_fp8
+from ..tiles import Tile, pick
+from .reference import fp8_linear_reference
+
+TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 128, 4, 3))
+"""For large outputs and for small ones; with less than 64 rows H100 and B200 multiply in half precision instead."""
+TARGETS = ("sm_89", "sm_90", "sm_100", "sm_120")
+"""What multiplies float8 of this kind; MI300's has another bias in its exponent."""
+
+
+@triton.jit
+def fp8_linear_kernel(
+    x_pointer,
+    weight_pointer,
+    weight_scale_pointer,
+    activation_scale_pointer,
+    bias_pointer,
+    y_pointer,
+    M,
+    N,
+    K,
+    ROW_SCALES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One [BM, BN] tile of the output."""
+    row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN))
+    m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+    m_mask, n_mask = m < M, n < N
+    sums = tl.zeros((BM, BN), tl.float32)
+    x_pointers = x_pointer + m.to(tl.int64)[:, None] * K
+    weight_pointers = weight_pointer + n.to(tl.int64)[None, :] * K
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        x_mask = m_mask[:, None] if EVEN else m_mask[:, None] & (k < K)[None, :]
+        weight_mask = n_mask[None, :] if EVEN else n_mask[None, :] & (k < K)[:, None]
+        x = tl.load(x_pointers + k[None, :], mask=x_mask, other=0.0)
+        weight = tl.load(weight_pointers + k[:, None], mask=weight_mask, other=0.0)
+        # H100 adds products of float8 up in 14 bits: after every tile they go to a float32.
+        sums = tl.dot(x, weight, sums, max_num_imprecise_acc=BK)
+    if ROW_SCALES:
+        scale = tl.load(activation_scale_pointer + m, mask=m_mask, other=0)[:, None]
+    else:
+        scale = tl.load(activation_scale_pointer)
+    value = sums * (scale * tl.load(weight_scale_pointer + n, mask=n_mask, other=0)[None, :])
+    if HAS_BIAS:
+        value += tl.load(bias_pointer + n, mask=n_mask, other=0).to(tl.float32)[None, :]
+    place = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_pointer + place, value.to(y_pointer.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
+
+
+def launch(x: Tensor, weight: Tensor, weight_scale: Tensor, activation_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `fp8_linear` on the device of its arguments, which are known to fit; by the reference where it has no float8."""
+    if x.is_cuda and not multiplies_fp8(x.device):
+        return fp8_linear_reference(x, weight, weight_scale, activation_scale, bias)
+    rows, depth, columns = x.shape[:-1].numel(), x.shape[-1], len(weight)
+    y = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    tile = pick(TILES, rows, columns)
+    fp8_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+        to_fp8(x.reshape(rows, depth), activation_scale.view(-1, 1)),
+        weight.contiguous(),
+        weight_scale.contiguous(),
+        activation_scale.contiguous(),
+        given(bias, x),
+        y,
+        rows,
+        columns,
+        depth,
+        ROW_SCALES=activation_scale.numel() > 1,
+        HAS_BIAS=bias is not None,
+        EVEN=depth % tile.depth == 0,
+        BM=tile.rows,
+        BN=tile.columns,
+        BK=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the tensor cores of a GPU take float8_e4m3fn: from the 40 series on."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def forms() -> list[Form]:
+    """What is compiled ahead of time: every tile."""
+    types = ("*fp8e4nv", "*fp8e4nv", "*fp32", "*fp32", "*bf16", "*bf16", "i32", "i32", "i32")
+    named = dict(zip(fp8_linear_kernel.arg_names, types, strict=False))
+    return [_form(tile, row_scales, named) for tile in TILES for row_scales in (False, True)]
+
+
+def _form(tile: Tile, row_scales: bool, types: dict[str, str]) -> Form:
+    constants = {
+        "ROW_SCALES": row_scales,
+        "HAS_BIAS": True,
+        "EVEN": True,
+        "BM": tile.rows,
+        "BN": tile.columns,
+        "BK": tile.depth,
+    }
+    name = f"{'scale a row ' if row_scales else ''}{tile.rows}x{tile.columns}"
+    return Form(name, fp8_linear_kernel, types, constants, tile.warps, tile.stages, "fp8", TARGETS)

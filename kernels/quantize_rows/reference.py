@@ -1,0 +1,23 @@
+"""The truth of `quantize_rows`, in torch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..quantization import code_range, quantize
+
+
+def quantize_rows_reference(
+    x: Tensor, scale: Tensor | None, zero_point: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Q(x) = clip(round(x / s) + z), with s = max |x| / (2^(bits - 1) - 1) of a row where it is not given."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    scales = row_scales(rows, bits) if scale is None else scale.clone()
+    return quantize(rows, scales[:, None], bits, zero_point).view(x.shape), scales
+
+
+def row_scales(rows: Tensor, bits: int) -> Tensor:
+    """Float32 [M] that puts the largest magnitude of each of `rows` [M, K] at the largest code; 1 for a row of zeros."""
+    largest = rows.float().abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows)).float()
+    scales = largest / code_range(bits)[1]
+    return scales.where(scales > 0, 1)
