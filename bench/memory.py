@@ -23,6 +23,7 @@ from diffpress.calibration.sampling import answer
 from diffpress.compress.layers import find_layers
 from diffpress.compress.options import Qalora
 from diffpress.compress.overlay import Format, Quantization
+from diffpress.compress.qalora.importance import StepImportance
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import learn
 from diffpress.kernels import code_range, quantize
@@ -32,8 +33,8 @@ from rss import peak_rss_bytes, reset_peak, rss_bytes
 
 LATENT, TEXT = (1, 4, 64, 64), (1, 77, 768)
 TIMESTEPS = [float(step) for step in range(961, 0, -40)]
-ACTIVATION_SCALE = 0.5
-"""What a code of an input stands for; normalised inputs lie within a few of these, and learning costs the same at any."""
+ACTIVATION_REACH = 4.0
+"""What the largest code of an input stands for; most of a normalised input lies below, and costs are the same at any."""
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
 """Has the C library give memory back at once, so that what is resident is what is alive."""
 
@@ -93,7 +94,7 @@ def _simple(layer: nn.Module, options: Qalora) -> Quantization:
     weight = layer_matrix(layer)
     scale = weight.abs().amax((1, 2)).clamp(min=1e-8) / code_range(options.weights)[1]
     codes = quantize(weight, scale[:, None, None], options.weights).view(layer.weight.shape)
-    activation_scale = torch.full((len(TIMESTEPS),), ACTIVATION_SCALE)
+    activation_scale = torch.full((len(TIMESTEPS),), ACTIVATION_REACH / code_range(options.activation_bits or 8)[1])
     return Quantization(Format(options.weights, options.activation_bits), codes, scale, activation_scale)
 
 
@@ -111,7 +112,8 @@ def measure(options: Qalora, threads: int) -> dict[str, Any]:
     student = Student(denoiser, simple_start(denoiser, options), TIMESTEPS, options, 0)
     losses: list[float] = []
     with TemporaryDirectory() as folder:
-        learn(student, lessons, None, options, Path(folder), lambda _done, _all, loss: losses.append(loss))  # type: ignore[arg-type]
+        even = StepImportance(torch.full((len(TIMESTEPS),), 1 / len(TIMESTEPS)), torch.ones(len(TIMESTEPS)))
+        learn(student, lessons, even, None, options, Path(folder), lambda _done, _all, loss: losses.append(loss))  # type: ignore[arg-type]
     learning = peak_rss_bytes()
     return {
         "denoiser_parameters": sum(parameter.numel() for parameter in denoiser.parameters()),

@@ -20,7 +20,7 @@ from diffpress.calibration.observe import layer_matrix, observe_inputs
 from diffpress.calibration.sampling import denoiser_of, sample
 from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.compress.finish import Quantized, edits_and_tensors, plan_rows
-from diffpress.compress.layers import SAFE_BITS, choose_formats, find_layers
+from diffpress.compress.layers import SAFE_BITS, choose_formats, find_layers, weights_only
 from diffpress.compress.options import Qalora, Rounding
 from diffpress.compress.overlay import Quantization, fake_quantized
 from diffpress.compress.ptq import quantize_denoiser
@@ -108,6 +108,8 @@ def nearest(component: str, denoiser: nn.Module, trajectories: Trajectories, opt
     found = Quantized(component)
     for name, layer in layers.items():
         format, weight = formats[name], layer_matrix(layer)
+        if format.group_size is not None:
+            format = weights_only(layer, format.weight_bits)
         scale = weight.abs().amax((1, 2)).clamp(min=1e-8) / code_range(format.weight_bits)[1]
         codes = quantize(weight, scale[:, None, None], format.weight_bits).view(layer.weight.shape)
         own = Quantization(format, codes, scale[:, None] if format.group_size else scale)

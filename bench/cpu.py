@@ -1,0 +1,105 @@
+"""One denoiser call of Stable Diffusion 1.5's size on the CPU: `python bench/cpu.py --json`.
+
+float32, bfloat16 and W8A8, with random weights, taken in alternation in one process with one thread. Peers run in a process
+and an environment of their own, beside float32 in that same process; ratios compare, milliseconds of a shared machine do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+from memory import LATENT, TEXT, TIMESTEPS, simple_start
+from torch import Tensor, nn
+
+from diffpress.calibration.cost import latencies_ms, median_ratio
+from diffpress.compress.finish import Quantized, edits_and_tensors
+from diffpress.compress.options import Qalora
+from diffpress.export.apply import apply_edits_
+from diffpress.kernels.library import only_reference
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from environment import PEERS, python_for
+from one_call import Inputs, call, random_denoiser, random_inputs
+
+OFFERED = ("torchao", "openvino")
+
+
+def packed_(denoiser: nn.Module) -> nn.Module:
+    """Every layer in 8 bits, in the modules that an artifact is loaded into."""
+    options = Qalora.model_validate({"method": "qalora", "weights": 8, "activations": 8})
+    edits, tensors = edits_and_tensors(Quantized("unet", simple_start(denoiser, options)))
+    stored = denoiser.state_dict()
+    apply_edits_(denoiser, edits, TIMESTEPS)
+    denoiser.load_state_dict({name: tensors.get(name, stored.get(name)) for name in denoiser.state_dict()})
+    return denoiser
+
+
+def measure(repeats: int) -> list[dict[str, Any]]:
+    """A row for each of ours, against float32."""
+    plain = random_denoiser(TEXT[-1])
+    inputs = random_inputs(LATENT, TEXT, TIMESTEPS[0])
+    runs: dict[str, Callable[[], Tensor]] = {
+        "float32": partial(call, plain, inputs),
+        "bfloat16": partial(call, copy.deepcopy(plain).bfloat16(), half(inputs)),
+        "W8A8": partial(call, packed_(copy.deepcopy(plain)), inputs),
+    }
+    times = dict(zip(runs, latencies_ms(list(runs.values()), repeats), strict=True))
+    return [
+        {
+            "row": name,
+            "milliseconds": min(own),
+            "over_float32": median_ratio(own, times["float32"]),
+            "over_bfloat16": median_ratio(own, times["bfloat16"]),
+        }
+        for name, own in times.items()
+    ]
+
+
+def half(inputs: Inputs) -> Inputs:
+    """In bfloat16, but for the time step."""
+    return {name: value if name == "timestep" else value.bfloat16() for name, value in inputs.items()}
+
+
+def peer_row(peer: str, repeats: int, work: Path) -> dict[str, Any]:
+    """What the peer's own process found, or why it did not."""
+    try:
+        command = [python_for(peer, work / "environments"), Path(__file__).parent / "peers" / "one_call.py", peer]
+        sizes = ["--latent", *map(str, LATENT), "--text", *map(str, TEXT), "--repeats", str(repeats)]
+        done = subprocess.run([*command, *sizes], capture_output=True, text=True, check=False, cwd=work)
+    except RuntimeError as error:
+        return {"row": peer, "error": str(error)}
+    if done.returncode:
+        return {"row": peer, "error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
+    return {"row": peer, **json.loads(done.stdout)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", default=OFFERED, choices=PEERS)
+    parser.add_argument("--work", type=Path, default=Path("out/peers"), help="where peers' environments are kept")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    rows = measure(arguments.repeats)
+    rows += [peer_row(peer, arguments.repeats, arguments.work.absolute()) for peer in arguments.peers]
+    if arguments.json:
+        print(json.dumps({"machine": machine(), "only_reference": only_reference(), "rows": rows}, indent=1))
+        return
+    for row in rows:
+        print(row["error"] if "error" in row else f"{row['row']:10} {row['over_float32']:.2f} of float32's time")
+
+
+if __name__ == "__main__":
+    main()
