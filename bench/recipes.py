@@ -1,4 +1,4 @@
-"""Every preset on every model of the zoo, beside what one would pick instead: `python bench/recipes.py --json`.
+"""Presets on every model of the zoo, beside what one would pick instead: `python bench/recipes.py --json`.
 
 All rows of a model are taken in one run: same prompts, same noise, times in alternation.
 """
@@ -44,8 +44,8 @@ class Row:
     folder_bytes: int
 
 
-def rows_of(model: str, work: Path) -> list[Row]:
-    """The original, its cheap alternatives, and an artifact of each preset."""
+def rows_of(model: str, chosen: list[str], work: Path) -> list[Row]:
+    """The original, its cheap alternatives, and an artifact of each chosen preset."""
     source = resolve(model)
     sizes = source.component_bytes(source.denoiser), source.size_bytes()
     rows = [
@@ -53,7 +53,7 @@ def rows_of(model: str, work: Path) -> list[Row]:
         Row("original, bfloat16", load_pipeline(source, torch.bfloat16), STEPS, *sizes),
         Row(f"original, {FEWER_STEPS} steps", load_pipeline(source), FEWER_STEPS, *sizes),
     ]
-    for preset in presets():
+    for preset in chosen:
         out = work / f"{model.removeprefix('zoo:')}-{preset}"
         compress(source, load_recipe(preset), out)
         folder = PipelineFolder(out, str(out))
@@ -96,6 +96,7 @@ def draw(row: Row, wanted: list[Condition]) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=[f"zoo:{name}" for name in PIPELINES])
+    parser.add_argument("--presets", nargs="+", default=list(presets()), choices=list(presets()))
     parser.add_argument("--count", type=int, default=32, help="pairs of pictures")
     parser.add_argument("--repeats", type=int, default=7, help="timings of each row, in alternation")
     parser.add_argument("--json", action="store_true")
@@ -103,7 +104,7 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as work:
         for model in arguments.models:
-            results[model] = measure(rows_of(model, Path(work)), arguments.count, arguments.repeats)
+            results[model] = measure(rows_of(model, arguments.presets, Path(work)), arguments.count, arguments.repeats)
     if arguments.json:
         print(json.dumps({"machine": machine(), "count": arguments.count, "models": results}, indent=1))
         return
