@@ -1,9 +1,8 @@
-"""Teacher, W8A8 and W4A8 of `zoo:emoji`, same prompts and noise, a row each: `python bench/contact_sheet.py OUT.png`."""
+"""`zoo:emoji` and artifacts of it, same prompts and noise, a row each: `python bench/contact_sheet.py OUT.png ARTIFACT ...`."""
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,9 +11,7 @@ from diffpress.calibration.conditions import Condition
 from diffpress.calibration.sampling import Sampling, sample
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
-from diffpress.flow import compress
 from diffpress.models import resolve
-from diffpress.recipe import load_recipe
 from diffpress.running import to_picture
 
 PROMPTS = (
@@ -37,19 +34,14 @@ SCALE = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("artifacts", type=Path, nargs="+")
     parser.add_argument("--guidance", type=float, default=3.0)
     arguments = parser.parse_args()
-    source = resolve("zoo:emoji")
     wanted = [Condition(prompt, index) for index, prompt in enumerate(PROMPTS)]
     rows = []
-    with tempfile.TemporaryDirectory() as work:
-        folders = [source]
-        for preset in ("balanced", "small"):
-            compress(source, load_recipe(preset), Path(work) / preset)
-            folders.append(PipelineFolder(Path(work) / preset, preset))
-        for folder in folders:
-            images = sample(load_pipeline(folder), wanted, Sampling(25, arguments.guidance)).images
-            rows.append(torch.cat(list(images), dim=2))
+    for folder in (resolve("zoo:emoji"), *(PipelineFolder(path, str(path)) for path in arguments.artifacts)):
+        images = sample(load_pipeline(folder), wanted, Sampling(25, arguments.guidance)).images
+        rows.append(torch.cat(list(images), dim=2))
     sheet = to_picture(torch.cat(rows, dim=1).permute(1, 2, 0).numpy())
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     sheet.resize((sheet.width * SCALE, sheet.height * SCALE), 0).save(arguments.out, optimize=True)
