@@ -11,16 +11,26 @@ import torch
 from torch import Tensor
 
 from diffpress.kernels import (
+    block_sparse_linear,
     fp8_conv2d,
     fp8_linear,
+    group_norm_silu_quantize,
+    int8_attention,
+    lora_linear,
+    norm_modulate_quantize,
+    pack_blocks,
     pack_codes,
+    pack_semi_structured,
+    quantize_rows,
     quantized_conv2d,
     quantized_linear,
+    semi_structured_linear,
     weight_only_conv2d,
     weight_only_linear,
 )
+from diffpress.kernels.library import CHOICE, only_reference
 
-PACKAGES = ("diffpress", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("diffpress", "torch", "triton", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 SIZE = 64
 """Input and output channels of the layers that are tried."""
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1))
@@ -31,11 +41,15 @@ def examine() -> dict[str, str]:
     """A finding a line: versions, and for every backend and kernel `works` or `fails: why`."""
     findings = {"machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"}
     findings |= {name: _version(name) for name in PACKAGES}
+    findings["kernels"] = f"reference everywhere ({CHOICE})" if only_reference() else "reference on cpu, Triton on cuda"
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for bits in (8, 4, 3, 2):
             findings[f"quantized layers W{bits}A8 on {device}"] = _try(partial(_quantized, bits, device))
             findings[f"weight-only layers W{bits} on {device}"] = _try(partial(_weight_only, bits, device))
         findings[f"float8 layers on {device}"] = _try(partial(_float8, device))
+        findings[f"low-rank and sparse layers on {device}"] = _try(partial(_low_rank_and_sparse, device))
+        findings[f"norms into codes on {device}"] = _try(partial(_codes, device))
+        findings[f"int8 attention on {device}"] = _try(partial(_attention, device))
     findings["onnxruntime engine"] = _try(_onnxruntime)
     return findings
 
@@ -78,6 +92,36 @@ def _float8(device: str) -> None:
     _expect(fp8_conv2d(_pixels(device), weight, *scales, None, *POINTWISE))
 
 
+def _low_rank_and_sparse(device: str) -> None:
+    x, scale = _tokens(device).half(), torch.ones(SIZE, 1, device=device)
+    # The branch adds nothing: a low-rank change of zero.
+    down, up = torch.ones(16, SIZE, device=device).half(), torch.zeros(SIZE, 16, device=device).half()
+    _expect(lora_linear(x, _weight(4, device), scale, down, up, None, 1.0, 4, SIZE))
+    blocks = pack_blocks(
+        torch.ones(SIZE, SIZE, device=device).half(), torch.ones(2, 2, device=device).bool(), SIZE // 2
+    )
+    _expect(block_sparse_linear(x, *blocks, outputs=SIZE))
+    _expect(2 * semi_structured_linear(x, *pack_semi_structured(torch.ones(SIZE, SIZE, device=device).half())))
+
+
+def _codes(device: str) -> None:
+    """Values of 1 and -1 have mean 0 and variance 1, so a norm leaves them; at a scale of 1 / 64 their codes are 64."""
+    signs, scale = torch.ones(SIZE, device=device), torch.full((1,), 1 / SIZE, device=device)
+    signs[::2] = -1
+    norm = norm_modulate_quantize(signs.repeat(1, 32, 1), activation_scale=scale)[0]
+    zeros = torch.zeros(SIZE, device=device)
+    pictures = signs.view(1, SIZE, 1, 1).repeat(1, 1, 8, 8)
+    group = group_norm_silu_quantize(pictures, zeros + 1, zeros, scale, groups=4, activation="none")
+    for codes in (quantize_rows(_tokens(device), scale)[0], norm.abs(), group.abs()):
+        _expect(codes)
+
+
+def _attention(device: str) -> None:
+    """Keys that are alike weigh alike, and the mean of values that are alike is any of them."""
+    tokens = torch.ones(1, 2, 32, SIZE, device=device).half()
+    _expect(int8_attention(tokens, tokens, SIZE * tokens))
+
+
 def _tokens(device: str) -> Tensor:
     return torch.ones(32, SIZE, device=device)
 
@@ -91,7 +135,7 @@ def _weight(bits: int, device: str) -> Tensor:
 
 
 def _expect(output: Tensor) -> None:
-    """All inputs, weights and scales are 1, so each output counts the input channels."""
+    """All inputs, weights and scales are 1, so each output counts the input channels; others are made to give the same."""
     if not bool((output == SIZE).all()):
         raise ArithmeticError(f"expected {SIZE}, got {output.flatten()[0].item()}")
 

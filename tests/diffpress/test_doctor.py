@@ -1,0 +1,30 @@
+"""What the doctor says is what it tried."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffpress import doctor
+
+
+def test_every_kernel_works_on_the_cpu() -> None:
+    tried = {name: finding for name, finding in doctor.examine().items() if name.endswith("on cpu")}
+    assert len(tried) == 12
+    assert set(tried.values()) == {"works"}
+
+
+def test_a_wrong_result_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "int8_attention", lambda q, k, v: torch.zeros_like(v))
+    monkeypatch.setattr(doctor, "lora_linear", lambda *_: 1 / 0)
+    findings = doctor.examine()
+    assert findings["int8 attention on cpu"] == "fails: ArithmeticError: expected 64, got 0.0"
+    assert findings["low-rank and sparse layers on cpu"] == "fails: ZeroDivisionError: division by zero"
+    assert findings["norms into codes on cpu"] == "works"
+
+
+def test_it_says_which_implementation_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIFFPRESS_KERNELS", raising=False)
+    assert doctor.examine()["kernels"] == "reference on cpu, Triton on cuda"
+    monkeypatch.setenv("DIFFPRESS_KERNELS", "reference")
+    assert doctor.examine()["kernels"] == "reference everywhere (DIFFPRESS_KERNELS)"
