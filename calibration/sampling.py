@@ -78,6 +78,12 @@ def sample(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Sa
     return Sample(images, torch.cat(seen) if seen else images * 2 - 1)
 
 
+def sample_in_batches(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling, batch: int) -> Sample:
+    """The same for any number of conditions, `batch` pictures in memory at a time."""
+    parts = [sample(pipeline, wanted[start : start + batch], sampling) for start in range(0, len(wanted), batch)]
+    return Sample(torch.cat([part.images for part in parts]), torch.cat([part.latents for part in parts]))
+
+
 @contextmanager
 def _decoded_latents(pipeline: Any) -> Iterator[list[Tensor]]:
     """Collects what the pipeline gives its image decoder."""

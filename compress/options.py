@@ -83,7 +83,7 @@ class Qalora(Rounding):
     format: Literal["integer"] = Field(default="integer", description="`qalora` learns integers")
     rank: int = Field(default=32, ge=1, description="rank of what is learned about a weight")
     iterations: int = Field(default=1200, ge=1, description="optimizer steps")
-    batch: int = Field(default=16, ge=1, description="pictures an optimizer step sees, each at a step of its own")
+    batch: int = Field(default=16, ge=1, description="calls an optimizer step sees, up to four steps of each picture")
     accumulate: int = Field(default=1, ge=1, description="parts a batch is computed in; memory shrinks with it")
     checkpointing: bool | None = Field(
         default=None,

@@ -31,13 +31,31 @@ def conv2d_depth(
     """Length of the sums of a convolution over `x`. Raises ValueError where the geometry does not fit [B, C, H, W]."""
     if x.ndim != 4 or not x.is_floating_point():
         refuse("x", "floating point [B, C, H, W]", x)
-    geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
-    for name, pair in geometry.items():
-        if len(pair) != 2:
-            raise ValueError(f"{name} must be two numbers, got {list(pair)}")
-    if min(output_size(x.shape[2:], **geometry)) < 1:
-        raise ValueError(f"kernel_size {list(kernel_size)} reaches beyond x {list(x.shape)} padded by {list(padding)}")
+    check_geometry("x", x, x.shape[2:], kernel_size, stride, padding, dilation)
     return x.shape[1] * kernel_size[0] * kernel_size[1]
+
+
+def check_geometry(
+    name: str,
+    pictures: Tensor,
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Height and width after a convolution of `pictures`, which have `size`; `name` is what the error calls them."""
+    geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    for argument, pair in geometry.items():
+        least = 0 if argument == "padding" else 1
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{argument} must be two numbers, each at least {least}, got {list(pair)}")
+    after = output_size(size, **geometry)
+    if min(after) < 1:
+        raise ValueError(
+            f"kernel_size {list(kernel_size)} reaches beyond {name} {list(pictures.shape)} padded by {list(padding)}"
+        )
+    return after
 
 
 def check_quantized(

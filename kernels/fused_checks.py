@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_bias, check_codes, check_form, refuse
-from .windows import output_size
+from .checks import check_bias, check_codes, check_form, check_geometry, linear_depth, refuse
 
 LONGEST_ROW = 16384
 """Columns of a row that one program of a kernel can keep in its registers."""
@@ -24,10 +23,9 @@ LARGEST_HEAD = 128
 
 def check_quantize_rows(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, bits: int) -> None:
     """The arguments of quantising `x` [..., K]."""
-    if x.ndim == 0 or not x.is_floating_point():
-        refuse("x", "floating point [..., K]", x)
-    if scale is None and x.shape[-1] > LONGEST_ROW:
-        raise ValueError(f"x must have at most {LONGEST_ROW} columns for a scale a row, got {x.shape[-1]}")
+    depth = linear_depth(x)
+    if scale is None and depth > LONGEST_ROW:
+        raise ValueError(f"x must have at most {LONGEST_ROW} columns for a scale a row, got {depth}")
     _check_target("scale", scale, zero_point, bits)
 
 
@@ -107,7 +105,7 @@ def check_integer_conv2d(
     _check_activation(activation)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be floating point, got {dtype}")
-    size = _output_size(codes, kernel_size, stride, padding, dilation)
+    size = check_geometry("codes", codes, codes.shape[1:3], kernel_size, stride, padding, dilation)
     check_codes(codes.shape[3] * kernel_size[0] * kernel_size[1], weight, weight_bits)
     check_form("weight_scale", weight_scale, torch.float32, [len(weight)])
     check_form("activation_scale", activation_scale, torch.float32, [1])
@@ -128,22 +126,6 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     if tokens < 1 or k.dtype != q.dtype or list(k.shape) != [batch, heads, tokens, columns]:
         refuse("k", f"{q.dtype} [{batch}, {heads}, S, {columns}] with at least one token", k)
     check_form("v", v, q.dtype, list(k.shape))
-
-
-def _output_size(
-    codes: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
-    for name, pair in geometry.items():
-        least = 0 if name == "padding" else 1
-        if len(pair) != 2 or min(pair) < least:
-            raise ValueError(f"{name} must be two numbers, each at least {least}, got {list(pair)}")
-    size = output_size(codes.shape[1:3], **geometry)
-    if min(size) < 1:
-        raise ValueError(
-            f"kernel_size {list(kernel_size)} reaches beyond codes {list(codes.shape)} padded by {list(padding)}"
-        )
-    return size
 
 
 def _check_target(name: str, scale: Tensor | None, zero_point: Tensor | None, bits: int) -> None:

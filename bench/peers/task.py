@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffpress.calibration.conditions import Condition
-from diffpress.calibration.sampling import Call, Sample, Sampling, sample, watch
+from diffpress.calibration.sampling import Call, Sample, Sampling, sample_in_batches, watch
 
 Inputs = dict[str, Tensor]
 """The tensors of one call of the denoiser, by the names of its arguments."""
@@ -55,9 +54,7 @@ def read_request(path: Path) -> Request:
 
 def draw(pipeline: Any, wanted: Sequence[Condition], request: Request) -> Sample:
     """Pictures of all conditions, a batch at a time."""
-    starts = range(0, len(wanted), request.batch)
-    parts = [sample(pipeline, wanted[start : start + request.batch], request.sampling) for start in starts]
-    return Sample(torch.cat([part.images for part in parts]), torch.cat([part.latents for part in parts]))
+    return sample_in_batches(pipeline, wanted, request.sampling, request.batch)
 
 
 def record_inputs(pipeline: Any, request: Request) -> list[Inputs]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.examples import Batch, Examples
-from diffpress.calibration.sampling import Call, Sampling, replay, sample
+from diffpress.calibration.sampling import Call, Sampling, replay, sample_in_batches
 from diffpress.calibration.trajectory import Trajectories, record
 
 from .student import Student
@@ -83,8 +83,7 @@ class Lessons:
 
     def _held_back_latents(self) -> Tensor:
         runs = self.runs
-        groups = [runs.held_back[start : start + runs.batch] for start in range(0, len(runs.held_back), runs.batch)]
-        return torch.cat([sample(runs.pipeline, group, runs.sampling).latents for group in groups])
+        return sample_in_batches(runs.pipeline, runs.held_back, runs.sampling, runs.batch).latents
 
     def follow(self, student: Student, latest: int) -> None:
         """Have the rounds up to `latest` that are learned from; those that are on disk already are not sampled again."""

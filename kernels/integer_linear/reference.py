@@ -8,7 +8,7 @@ from torch import Tensor
 from ..activations import activate
 from ..integer_matmul import integer_matmul
 from ..packing import unpack_codes
-from ..quantization import dequantize, dequantize_groups
+from ..quantization import dequantize, dequantize_groups, scale_sums
 
 
 def integer_linear_reference(
@@ -25,13 +25,13 @@ def integer_linear_reference(
     dtype: torch.dtype,
 ) -> Tensor:
     """y = act(s_x s_w ((X - z) W) + b) + r, the product in int32, or in float32 where groups of columns have scales."""
-    rows = codes.reshape(-1, codes.shape[-1])
+    rows = codes.reshape(codes.shape[:-1].numel(), codes.shape[-1])
     weights = unpack_codes(weight, rows.shape[1], weight_bits)
     if group_size == 0:
-        sums = integer_matmul(rows, weights, zero_point).float() * weight_scale
+        sums, scale = integer_matmul(rows, weights, zero_point), weight_scale
     else:
-        sums = dequantize(rows, torch.ones(()), zero_point) @ dequantize_groups(weights, weight_scale, group_size).t()
-    output = sums * activation_scale.view(-1, 1)
-    output = activate(output if bias is None else output + bias.float(), activation)
+        groups = dequantize_groups(weights, weight_scale, group_size)
+        sums, scale = dequantize(rows, torch.ones(()), zero_point) @ groups.t(), weight_scale.new_ones(())
+    output = activate(scale_sums(sums, activation_scale.view(-1, 1), scale, bias), activation)
     output = output if residual is None else output + residual.reshape(output.shape).float()
     return output.to(dtype).view(*codes.shape[:-1], output.shape[-1])

@@ -26,6 +26,7 @@ def sums_of_products(
     x_pointer,
     weight_pointer,
     weight_scale_pointer,
+    scale,
     zero_point_pointer,
     m,
     n,
@@ -39,7 +40,7 @@ def sums_of_products(
     EVEN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """s_w ((X - z) W) in float32 for rows `m` of the codes and rows `n` of the weight."""
+    """s_x s_w ((X - z) W) in float32 for rows `m` of the codes, of `scale` s_x, and rows `n` of the weight."""
     sums = tl.zeros((m.shape[0], n.shape[0]), tl.int32)
     scaled = tl.zeros((m.shape[0], n.shape[0]), tl.float32)
     weight_sums = tl.zeros((n.shape[0],), tl.int32)
@@ -51,7 +52,7 @@ def sums_of_products(
         x = tl.load(x_pointers + k[None, :], mask=x_mask, other=0)
         weight = weight_tile(weight_pointer, weight_stride, n, start, n_mask, K, BITS, EVEN, BK)
         if GROUP:
-            # A tile lies within one group of columns (see `depth_of`).
+            # A tile lies within one group of columns (see `tile_depth`).
             product = tl.dot(x, weight, out_dtype=tl.int32)
             if HAS_ZERO:
                 product -= zero_point * tl.sum(weight.to(tl.int32), 0)[None, :]
@@ -61,10 +62,13 @@ def sums_of_products(
             sums = tl.dot(x, weight, sums, out_dtype=tl.int32)
             if HAS_ZERO:
                 weight_sums += tl.sum(weight.to(tl.int32), 0)
-    if not GROUP:
+    if GROUP:
+        scaled *= scale
+    else:
         if HAS_ZERO:
             sums -= zero_point * weight_sums[None, :]
-        scaled = sums.to(tl.float32) * tl.load(weight_scale_pointer + n, mask=n_mask, other=0)[None, :]
+        weight_scale = tl.load(weight_scale_pointer + n, mask=n_mask, other=0)[None, :]
+        scaled = sums.to(tl.float32) * (scale * weight_scale)
     return scaled
 
 
@@ -102,15 +106,15 @@ def integer_linear_kernel(
         scale = tl.load(activation_scale_pointer + m, mask=m_mask, other=0)[:, None]
     else:
         scale = tl.load(activation_scale_pointer)
-    value = scale * sums_of_products(
-        x_pointer, weight_pointer, weight_scale_pointer, zero_point_pointer, m, n, m_mask, n_mask, K, weight_stride,
+    value = sums_of_products(
+        x_pointer, weight_pointer, weight_scale_pointer, scale, zero_point_pointer, m, n, m_mask, n_mask, K, weight_stride,
         BITS, GROUP, HAS_ZERO, EVEN, BK,
     )  # fmt: skip
     if HAS_BIAS:
         value += tl.load(bias_pointer + n, mask=n_mask, other=0).to(tl.float32)[None, :]
     if ACTIVATION == "geglu":
-        gate = scale * sums_of_products(
-            x_pointer, weight_pointer, weight_scale_pointer, zero_point_pointer, m, N + n, m_mask, n_mask, K,
+        gate = sums_of_products(
+            x_pointer, weight_pointer, weight_scale_pointer, scale, zero_point_pointer, m, N + n, m_mask, n_mask, K,
             weight_stride, BITS, GROUP, HAS_ZERO, EVEN, BK,
         )  # fmt: skip
         if HAS_BIAS:
