@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpress.kernels import code_range
+from diffpress.kernels.windows import output_size
 
 from .sampling import replay
 from .trajectory import Progress, Trajectories
@@ -213,6 +215,25 @@ def _hooks(watchers: Mapping[str, tuple[nn.Module, Callable[[nn.Module, tuple[Te
 def as_rows(layer: nn.Module, x: Tensor) -> Tensor:
     """The input of a Linear or Conv2d as one row a position: [..., C] or [B, C, H, W] to [N, C]."""
     return x.movedim(1, -1).flatten(0, -2) if isinstance(layer, nn.Conv2d) else x.flatten(0, -2)
+
+
+def input_rows(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """At most `count` rows [N, K], drawn at random, of what the K columns of a layer's weight are multiplied with."""
+    if not isinstance(layer, nn.Conv2d):
+        return _some(x.flatten(0, -2), count, generator)
+    assert not isinstance(layer.padding, str)
+    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    height, width = output_size(x.shape[2:], *geometry)
+    places = torch.randint(len(x) * height * width, (count,), generator=generator).to(x.device)
+    picture, place = places // (height * width), places % (height * width)
+    top, left = place // width * layer.stride[0], place % width * layer.stride[1]
+    padded = F.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
+    taps = [
+        padded[picture, :, top + row * layer.dilation[0], left + column * layer.dilation[1]]
+        for row in range(layer.kernel_size[0])
+        for column in range(layer.kernel_size[1])
+    ]
+    return torch.stack(taps, 2).flatten(1)
 
 
 def layer_matrix(layer: nn.Module) -> Tensor:

@@ -38,6 +38,11 @@ class Rounding(BaseModel):
     smoothing: bool = Field(
         default=True, description="even out the channels of a layer's input where that measures better"
     )
+    gptq: bool = Field(
+        default=True,
+        description="round weights of fewer than 8 bits one column after the other, so that they make up for each other's "
+        "errors on what was recorded",
+    )
     asymmetric: bool = Field(default=True, description="give a layer's input a zero point where that measures better")
     per_step: bool = Field(default=True, description="give each sampling step its own scale where that measures better")
     keep: list[str] = Field(

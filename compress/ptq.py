@@ -1,4 +1,4 @@
-"""Post-training quantization: round to nearest with searched scales, no training. Where every other method starts."""
+"""Post-training quantization: searched scales, weights that make up for each other, no training. Other methods start here."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from diffpress.calibration.trajectory import Progress, Trajectories
 from diffpress.export.errors import UnsupportedModelError
 
 from .finish import Quantized, drop_what_does_not_shrink_
+from .gptq import make_up_for_errors
 from .layers import SAFE_BITS, choose_formats, find_layers, safe_format, weights_only, worth_more_bits
 from .options import Rounding
 from .overlay import Format, Quantization
@@ -46,7 +47,8 @@ def quantize_denoiser(
 
     def rounded(formats: Mapping[str, Format]) -> dict[str, Quantization]:
         chosen = {name: layers[name] for name in formats}
-        return search(denoiser, chosen, seen, formats, trajectories, options, seed, progress)
+        quantized = search(denoiser, chosen, seen, formats, trajectories, options, seed, progress)
+        return make_up_for_errors(denoiser, quantized, trajectories, seed, progress) if options.gptq else quantized
 
     found.layers = rounded(formats)
     found.sensitivity = measure_sensitivity(denoiser, found.layers, trajectories)

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffpress.export.runtime import StepClock
-from diffpress.kernels import code_range, quantize
+from diffpress.kernels import code_range, pack_codes, quantize, unpack_codes
 
 from ..overlay import Quantization, run_layer, smoothed, spread
 from ..rounding import fake_quantize, straight_through_round
 
 PART = 2**22
 """Entries of a weight that are worked on at a time where memory is short."""
+SHIFT_BITS = 2
+"""Of how far the code that a weight starts at lies from the nearest: -1, 0 or 1."""
 ALL = slice(None)
 """Every row of a weight, which is every output."""
 
@@ -30,6 +32,8 @@ class QaloraLayer(nn.Module):
     weight_sign: Tensor
     unit: Tensor
     smoothing: Tensor | None
+    shift: Tensor | None
+    shift_scale: Tensor | None
 
     def __init__(
         self,
@@ -52,6 +56,9 @@ class QaloraLayer(nn.Module):
         self.register_buffer("weight_sign", start.weight_scale.sign())
         self.register_buffer("unit", torch.as_tensor(unit, device=device))
         self.register_buffer("smoothing", start.smoothing)
+        shift = _shift(self._smoothed_weight(layer), start)
+        self.register_buffer("shift", None if shift is None else pack_codes(shift, SHIFT_BITS))
+        self.register_buffer("shift_scale", None if shift is None else start.weight_scale)
         scale, zero_point = start.activation_scale, start.zero_point
         self.steps = 0 if scale is None else len(scale)
         entries = slice(None) if per_step else slice(1)
@@ -65,11 +72,19 @@ class QaloraLayer(nn.Module):
         return self.b[rows] * self.unit @ self.a
 
     def merged(self, layer: nn.Module, rows: slice = ALL) -> Tensor:
-        """W0 + BA, smoothed, in float32, or some rows of it."""
+        """W0 + BA, smoothed, in float32, or some rows of it; W0 is a whole code further where the start rounds it there."""
+        weight = self._smoothed_weight(layer, rows)
+        change = self.change(rows).view_as(weight)
+        if self.shift is None or self.shift_scale is None:
+            return weight + change
+        codes = unpack_codes(self.shift[rows], change.flatten(1).shape[1], SHIFT_BITS).view_as(weight)
+        return weight.addcmul(codes, spread(self.shift_scale[rows], weight.shape, self.format.group_size)) + change
+
+    def _smoothed_weight(self, layer: nn.Module, rows: slice = ALL) -> Tensor:
         weight = layer.weight.detach()[rows].float()  # type: ignore[union-attr, operator]
-        if self.smoothing is not None:
-            weight = weight / self.smoothing.view(1, -1, *[1] * (weight.ndim - 2))
-        return weight + self.change(rows).view_as(weight)
+        if self.smoothing is None:
+            return weight
+        return weight / self.smoothing.view(1, -1, *[1] * (weight.ndim - 2))
 
     def weight_scale(self) -> Tensor:
         """[O]"""
@@ -132,6 +147,16 @@ class QaloraLayer(nn.Module):
             self.smoothing,
             None if self.bias is None else self.bias.detach().clone(),
         )
+
+
+def _shift(weight: Tensor, start: Quantization) -> Tensor | None:
+    """How many codes [O, K] the start lies from the nearest, by one at most; None where it does nowhere.
+
+    Shifted by a whole code a weight keeps its place between two of them, so that learning moves it as easily as others.
+    """
+    nearest = weight.div(spread(start.weight_scale, weight.shape, start.format.group_size)).round_()
+    shift = (start.codes - nearest.clamp(*code_range(start.format.weight_bits))).clamp_(-1, 1).flatten(1).to(torch.int8)
+    return shift if bool(shift.any()) else None
 
 
 def _along_batch(values: Tensor, x: Tensor) -> Tensor:

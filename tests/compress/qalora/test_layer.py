@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpress.compress.overlay import Quantization, fake_quantized, run_layer, smoothed
+from diffpress.compress.overlay import Quantization, fake_quantized, run_layer, smoothed, spread
 from diffpress.compress.qalora.layer import QaloraLayer
 from diffpress.compress.qalora.student import BatchClock
 from diffpress.export.runtime import StepClock
-from diffpress.kernels import code_range
+from diffpress.kernels import code_range, quantize
 
 TIMESTEPS = [8.0, 4.0, 0.0]
 HALF_UNIT = torch.finfo(torch.float32).eps / 2
@@ -23,6 +24,12 @@ HALF_UNIT = torch.finfo(torch.float32).eps / 2
 def learner(case: Any, rank: int = 3, unit: float = 0.125, per_step: bool = True, start: Any = None) -> QaloraLayer:
     generator = torch.Generator().manual_seed(0)
     return QaloraLayer(case.toy.layer, start or case.start, rank, unit, per_step, generator)
+
+
+def smoothed_weight(case: Any) -> Tensor:
+    weight = case.toy.layer.weight.detach()
+    smoothing = case.start.smoothing
+    return weight if smoothing is None else weight / smoothing.view(1, -1, *[1] * (weight.ndim - 2))
 
 
 def disturb_(layer: QaloraLayer) -> QaloraLayer:
@@ -79,9 +86,8 @@ def test_scales_that_do_not_survive_logarithms_move_by_rounding_only(low: float,
     """log rounds to |log s| (1 + 2u), which exp turns into a relative error; exp itself adds 2u (both within an ulp)."""
     case = named_case("linear", "W8A8")
     scale = torch.linspace(low, 3 * low, 7)
-    finished = learner(case, start=Quantization(case.start.format, case.start.codes, -scale, scale[:3])).finish(
-        case.toy.layer
-    )
+    codes = quantize(case.toy.layer.weight.detach(), -scale[:, None], 8)
+    finished = learner(case, start=Quantization(case.start.format, codes, -scale, scale[:3])).finish(case.toy.layer)
     relative = 2 * HALF_UNIT * (1 + scale.log().abs()) * (1 + 1e-3)
     assert ((finished.weight_scale + scale).abs() <= relative * scale).all()
     assert finished.activation_scale is not None
@@ -91,6 +97,25 @@ def test_scales_that_do_not_survive_logarithms_move_by_rounding_only(low: float,
     moved = finished.codes != ratio.round()
     tie = (ratio - ratio.floor() - 0.5).abs()
     assert (tie[moved] <= (ratio.abs() * relative[:, None] + 2 * HALF_UNIT * ratio.abs())[moved]).all()
+
+
+def test_codes_beside_the_nearest_are_where_it_starts(case: Any) -> None:
+    """Weights keep their place between two codes; what learning starts from is still what was found, and learns alike."""
+    settled = learner(case).finish(case.toy.layer)
+    first, last = code_range(settled.format.weight_bits)
+    weight = smoothed_weight(case)
+    nearest = (weight / spread(settled.weight_scale, weight.shape, settled.format.group_size)).round()
+    by = torch.randint(-1, 2, weight.shape, generator=torch.Generator().manual_seed(2))
+    shifted = replace(settled, codes=(nearest + by).clamp(first, last).to(torch.int8))
+    layer = learner(case, start=shifted)
+    assert torch.equal(layer.finish(case.toy.layer).codes, shifted.codes)
+    for timestep in TIMESTEPS:
+        assert torch.equal(student(case, layer, case.x, timestep), overlay(case, shifted, case.x, timestep))
+    trained = disturb_(layer)
+    assert torch.equal(
+        student(case, trained, case.x, TIMESTEPS[0]),
+        overlay(case, trained.finish(case.toy.layer), case.x, TIMESTEPS[0]),
+    )
 
 
 def test_trained_it_is_what_it_finishes_as(case: Any) -> None:

@@ -64,7 +64,7 @@ def held_back(own: Any, found: Quantized, runs: OwnRuns) -> float:
 
 @pytest.mark.parametrize("own_trajectory", [0.0, 0.5])
 def test_learning_lowers_the_error_of_whole_runs_held_back(school: School, own_trajectory: float) -> None:
-    chosen = {"iterations": 30, "batch": 8, "own_trajectory": own_trajectory, **FAST}
+    chosen = {"iterations": 30, "batch": 8, "patience": 30, "own_trajectory": own_trajectory, **FAST}
     own, found, runs, options = school(**chosen)
     # Embeddings are rounded too, but no part of what is learned.
     learned = {name: own.denoiser.get_submodule(name) for name in found.layers}
