@@ -11,15 +11,21 @@ from diffpress.export.load import register_quantizers
 if TYPE_CHECKING:
     from diffpress.export.artifact import load
 
+    from .compiling import compile
     from .flow import press
     from .recipe import Recipe
 
-__all__ = ["Recipe", "__version__", "load", "press"]
+__all__ = ["Recipe", "__version__", "compile", "load", "press"]
 __version__ = _version("diffpress")
 
 register_quantizers()
 
-_HOMES = {"Recipe": "diffpress.recipe", "load": "diffpress.export.artifact", "press": "diffpress.flow"}
+_HOMES = {
+    "Recipe": "diffpress.recipe",
+    "compile": "diffpress.compiling",
+    "load": "diffpress.export.artifact",
+    "press": "diffpress.flow",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -63,6 +63,7 @@ def check_group_norm(
     bias: Tensor,
     activation_scale: Tensor,
     zero_point: Tensor | None,
+    smoothing: Tensor | None,
     groups: int,
     eps: float,
     activation: str,
@@ -78,6 +79,7 @@ def check_group_norm(
         raise ValueError(f"groups must leave at most {LARGEST_GROUP} of the {channels} channels to each, got {groups}")
     _check_floating("weight", weight, [channels])
     _check_floating("bias", bias, [channels])
+    _check_floating("smoothing", smoothing, [channels])
     _check_target("activation_scale", activation_scale, zero_point, bits)
     _check_eps(eps)
     _check_activation(activation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -145,12 +145,13 @@ def _fill_packed_(layer: nn.Module, source: Source) -> None:
         layer.clock.weights = layer.clock.weights.to(source.device)
 
 
-def compile_(model: nn.Module) -> None:
-    """The blocks that repeat are compiled once; whole models of this size take minutes."""
-    if getattr(model, "_repeated_blocks", None):
-        model.compile_repeated_blocks(dynamic=False)
-    else:
-        model.compile(dynamic=False)
+def compile_(model: nn.Module, form: Format | None, backend: str = "inductor") -> Iterable[Any]:
+    """The blocks that repeat are compiled once: whole models of this size take minutes. Returns what of norms is fused."""
+    fusion = import_module("diffpress.export.runtime.fusion")
+    if form is not None:
+        return fusion.compile_(model, backend, regional=True, dynamic=False)
+    fusion.compile_regions_(fusion.regions_of(model).values(), backend, dynamic=False)
+    return ()
 
 
 def median_ms(call: Callable[[], Any]) -> float:
@@ -168,11 +169,12 @@ def measure(name: str, word: str, seed: int, plain: dict[str, float]) -> dict[st
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     model, inputs = prepared(DENOISERS[name], FORMATS[word], Source(seed, "cuda", torch.bfloat16))
-    compile_(model)
+    fusions = compile_(model, FORMATS[word])
     took = median_ms(partial(model, **inputs, return_dict=False))
     if word == PLAIN:
         plain[name] = took
-    found = {"ms": took, "peak_bytes": torch.cuda.max_memory_allocated()}
+    fused = sum(fusion.norm is not None for fusion in fusions)
+    found = {"ms": took, "peak_bytes": torch.cuda.max_memory_allocated(), "fused_layers": fused}
     return {**found, "speedup": plain[name] / took} if name in plain else found
 
 

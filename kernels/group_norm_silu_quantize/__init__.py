@@ -18,20 +18,21 @@ def group_norm_silu_quantize(
     bias: Tensor,
     activation_scale: Tensor,
     zero_point: Tensor | None = None,
+    smoothing: Tensor | None = None,
     *,
     groups: int,
     eps: float = 1e-5,
     activation: str = "silu",
     bits: int = 8,
 ) -> Tensor:
-    """int8 codes [B, H, W, C] of act(group_norm(x)) for `x` [B, C, H, W], whichever way it lies in memory.
+    """int8 codes [B, H, W, C] of act(group_norm(x)) * smoothing for `x` [B, C, H, W], whichever way it lies in memory.
 
-    `weight` and `bias` are [C]; `activation_scale` is float32 [1], `zero_point` [1], the code of 0, an int32; `activation`
-    is one of CONV_ACTIVATIONS. All of it is computed in float32. Raises ValueError naming what does not fit.
+    `weight`, `bias` and `smoothing` are [C]; `activation_scale` is float32 [1], `zero_point` [1], the code of 0, an int32;
+    `activation` is one of CONV_ACTIVATIONS. All of it is computed in float32. Raises ValueError naming what does not fit.
     """
-    check_group_norm(x, weight, bias, activation_scale, zero_point, groups, eps, activation, bits)
+    check_group_norm(x, weight, bias, activation_scale, zero_point, smoothing, groups, eps, activation, bits)
     return torch.ops.diffpress.group_norm_silu_quantize(
-        x, weight, bias, activation_scale, zero_point, groups, eps, activation, bits
+        x, weight, bias, activation_scale, zero_point, smoothing, groups, eps, activation, bits
     )
 
 

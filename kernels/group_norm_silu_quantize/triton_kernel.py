@@ -92,6 +92,7 @@ def group_norm_silu_quantize_kernel(
     bias_pointer,
     scale_pointer,
     zero_point_pointer,
+    smoothing_pointer,
     codes_pointer,
     P,
     C,
@@ -101,6 +102,7 @@ def group_norm_silu_quantize_kernel(
     EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -124,9 +126,11 @@ def group_norm_silu_quantize_kernel(
     weight = tl.load(weight_pointer + c, mask=c_mask, other=0).to(tl.float32)
     bias = tl.load(bias_pointer + c, mask=c_mask, other=0).to(tl.float32)
     x = load_pixels(x_pointer + picture.to(tl.int64) * C * P, p, c, inside, P, C, CHANNELS_LAST)
-    value = (x - mean[None, :]) * (tl.rsqrt(variance + EPS) * weight)[None, :] + bias[None, :]
+    value = activate((x - mean[None, :]) * (tl.rsqrt(variance + EPS) * weight)[None, :] + bias[None, :], ACTIVATION)
+    if HAS_SMOOTHING:
+        value *= tl.load(smoothing_pointer + c, mask=c_mask, other=0).to(tl.float32)[None, :]
     zero_point = tl.load(zero_point_pointer).to(tl.float32) if HAS_ZERO else 0.0
-    codes = codes_of(activate(value, ACTIVATION), tl.load(scale_pointer), zero_point, LOW, HIGH)
+    codes = codes_of(value, tl.load(scale_pointer), zero_point, LOW, HIGH)
     pixel = picture.to(tl.int64) * P + p
     tl.store(codes_pointer + pixel[:, None] * C + c[None, :], codes, mask=inside)
 
@@ -137,6 +141,7 @@ def launch(
     bias: Tensor,
     activation_scale: Tensor,
     zero_point: Tensor | None,
+    smoothing: Tensor | None,
     groups: int,
     eps: float,
     activation: str,
@@ -173,6 +178,7 @@ def launch(
         bias.contiguous(),
         activation_scale.contiguous(),
         given(zero_point, codes),
+        given(smoothing, codes),
         codes,
         pixels,
         channels,
@@ -182,6 +188,7 @@ def launch(
         EPS=eps,
         ACTIVATION=activation,
         HAS_ZERO=zero_point is not None,
+        HAS_SMOOTHING=smoothing is not None,
         LOW=low,
         HIGH=high,
         CHANNELS_LAST=last,
@@ -218,12 +225,13 @@ def _statistics_form(channels: int, last: bool) -> Form:
 
 def _form(channels: int, last: bool) -> Form:
     tile, parts = pixel_tile(channels), parts_of(4096, channels // 32, 64)
-    pointers = ("*bf16", "*fp32", "*fp32", "*bf16", "*bf16", "*fp32", "*i32", "*i8")
+    pointers = ("*bf16", "*fp32", "*fp32", "*bf16", "*bf16", "*fp32", "*i32", "*fp32", "*i8")
     constants = {
         "PARTS": parts.number,
         "EPS": 1e-5,
         "ACTIVATION": "silu",
         "HAS_ZERO": True,
+        "HAS_SMOOTHING": last,
         "LOW": -128,
         "HIGH": 127,
         "CHANNELS_LAST": last,

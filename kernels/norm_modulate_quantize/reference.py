@@ -21,12 +21,13 @@ def norm_modulate_quantize_reference(
     bits: int,
 ) -> tuple[Tensor, Tensor]:
     """Q((x - mean) / sqrt(variance + eps) * w + b, times 1 + scale, plus shift); the RMS norm leaves the mean out."""
-    value = x.float()
+    value, channels = x.float(), x.shape[2:]
+    weight, bias = (None if part is None else part.float() for part in (weight, bias))
     if norm == "layer":
-        value = value - value.mean(2, keepdim=True)
-    value = value * torch.rsqrt(value.square().mean(2, keepdim=True) + eps)
-    value = value if weight is None else value * weight.float()
-    value = value if bias is None else value + bias.float()
+        value = torch.layer_norm(value, channels, weight, bias, eps)
+    else:
+        value = torch.rms_norm(value, channels, weight, eps)
+        value = value if bias is None else value + bias
     value = value if scale is None else value * (1 + scale.float())[:, None]
     value = value if shift is None else value + shift.float()[:, None]
     return quantize_rows_reference(value, activation_scale, zero_point, bits)

@@ -25,15 +25,16 @@ class Case(NamedTuple):
     activation: str = "silu"
     bits: int = 8
     dtype: torch.dtype = torch.float32
+    smoothed: bool = False
 
 
 CASES = [
     Case((1, 1, 1, 1), 1),
-    Case((2, 63, 5, 7), 9, zero=-100, dtype=torch.float16),
+    Case((2, 63, 5, 7), 9, zero=-100, dtype=torch.float16, smoothed=True),
     Case((1, 100, 9, 4), 1, channels_last=True, activation="none", bits=4),
     Case((3, 40, 16, 16), 4, channels_last=True, zero=5, dtype=torch.float16),
     Case((1, 6, 100, 63), 3, dtype=torch.bfloat16),
-    Case((1, 8, 50, 80), 2, channels_last=True, activation="none"),
+    Case((1, 8, 50, 80), 2, channels_last=True, activation="none", smoothed=True),
 ]
 IMPLEMENTATIONS = ["reference", "triton"]
 
@@ -49,6 +50,7 @@ def arguments(case: Case) -> dict[str, Any]:
         "bias": torch.randn(case.x[1], generator=generator).to(case.dtype),
         "activation_scale": torch.tensor([2.5 / code_range(case.bits)[1]]),
         "zero_point": None if case.zero is None else torch.tensor([case.zero], dtype=torch.int32),
+        "smoothing": torch.rand(case.x[1], generator=generator) + 0.5 if case.smoothed else None,
     }
 
 
@@ -80,6 +82,9 @@ def truth(given: dict[str, Any], case: Case) -> tuple[Tensor, Tensor]:
     error = 1.1 * error + 16 * unit * (value.abs() + bias.abs())
     value = value + bias
     value = F.silu(value) if case.activation == "silu" else value
+    if given["smoothing"] is not None:
+        smoothing = given["smoothing"].double().view(-1, 1, 1)
+        value, error = value * smoothing, (error + unit * value.abs()) * smoothing
     return value.permute(0, 2, 3, 1), error.permute(0, 2, 3, 1)
 
 
@@ -144,6 +149,7 @@ def test_groups_are_cut_into_powers_of_two() -> None:
         ("bias", torch.ones(63, dtype=torch.int8), r"bias must be floating point \[63\]"),
         ("activation_scale", torch.ones(63), r"activation_scale must be torch.float32 \[1\]"),
         ("zero_point", torch.ones(1), r"zero_point must be torch.int32 \[1\]"),
+        ("smoothing", torch.ones(63, 1, 1), r"smoothing must be floating point \[63\]"),
         ("groups", 10, "groups must divide the 63 channels of x, got 10"),
         ("eps", -1.0, "eps must be greater than 0"),
         ("activation", "gelu", "activation must be one of none, silu, got 'gelu'"),
