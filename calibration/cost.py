@@ -47,6 +47,7 @@ def operation_formulas() -> dict[Any, Callable[..., int]]:
         ops.quantized_conv2d: conv2d(6),
         ops.weight_only_conv2d: conv2d(4),
         ops.fp8_conv2d: conv2d(5),
+        ops.int8_attention: attention,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
     }
 

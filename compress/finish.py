@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from diffpress.export.edits import Pack
+from diffpress.export.edits import Attend, Edit, Pack
 from diffpress.export.manifest import PlanRow
 from diffpress.kernels import pack_codes
 
+from .attention import AttentionChoice
 from .overlay import Quantization
 
 
@@ -24,6 +25,8 @@ class Quantized:
     """Per layer, why it was left alone or got another format than asked."""
     sensitivity: dict[str, float] = field(default_factory=dict)
     """Relative squared error of the denoiser's output when only this layer is rounded."""
+    attention: dict[str, AttentionChoice] = field(default_factory=dict)
+    """Per module that computes some, where the recipe asks for integers in it."""
     history: list[dict[str, float]] = field(default_factory=list)
     """How learning went: iteration, loss, held_back."""
 
@@ -36,9 +39,12 @@ def drop_what_does_not_shrink_(found: Quantized, stored: Mapping[str, Tensor]) -
             found.reasons[name] = "would not be smaller"
 
 
-def edits_and_tensors(found: Quantized) -> tuple[list[Pack], dict[str, Tensor]]:
-    """What the artifact stores of one component: one Pack edit a layer, and the tensors of all."""
-    edits = [_edit(found.component, name, layer) for name, layer in found.layers.items()]
+def edits_and_tensors(found: Quantized) -> tuple[list[Edit], dict[str, Tensor]]:
+    """What the artifact stores of one component: one edit a layer or attention, and the tensors of all."""
+    edits: list[Edit] = [_edit(found.component, name, layer) for name, layer in found.layers.items()]
+    edits += [
+        _attend(found.component, name, choice) for name, choice in found.attention.items() if choice.products != "none"
+    ]
     tensors = [_packed_tensors(name, layer) for name, layer in found.layers.items()]
     return edits, {name: tensor for own in tensors for name, tensor in own.items()}
 
@@ -56,6 +62,10 @@ def _edit(component: str, module: str, layer: Quantization) -> Pack:
             "smoothed": layer.smoothing is not None,
         }
     )
+
+
+def _attend(component: str, module: str, choice: AttentionChoice) -> Attend:
+    return Attend(component=component, module=module, integer_values=choice.products == "all")
 
 
 def _packed_tensors(name: str, layer: Quantization) -> dict[str, Tensor]:
@@ -77,7 +87,10 @@ def _replaced_tensors(name: str, layer: Quantization, stored: Mapping[str, Tenso
 
 
 def plan_rows(found: Quantized, stored: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> list[PlanRow]:
-    """One row a weighted module: its format, bytes before and after, and why it was left alone or got more bits."""
+    """One row a weighted module: its format, bytes before and after, and why it was left alone or got more bits.
+
+    After them one row an attention that the recipe would have on integers.
+    """
     rows = []
     for module in dict.fromkeys(map(_module_of, stored)):
         own = {name: tensor for name, tensor in stored.items() if _module_of(name) == module}
@@ -97,7 +110,20 @@ def plan_rows(found: Quantized, stored: Mapping[str, Tensor], packed: Mapping[st
                 error=found.sensitivity.get(module),
             )
         )
-    return rows
+    return rows + [_attention_row(found.component, module, choice) for module, choice in found.attention.items()]
+
+
+def _attention_row(component: str, module: str, choice: AttentionChoice) -> PlanRow:
+    return PlanRow(
+        component=component,
+        module=module,
+        shape=choice.shape,
+        format="attention float" if choice.products == "none" else _attend(component, module, choice).format,
+        source_bytes=0,
+        bytes=0,
+        reason=choice.reason,
+        error=choice.error,
+    )
 
 
 def _format_name(component: str, module: str, layer: Quantization) -> str:

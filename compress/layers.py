@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -12,7 +12,7 @@ from torch import nn
 from diffpress.calibration.observe import LayerInput
 from diffpress.export.apply import ties
 from diffpress.export.errors import RecipeError, UnsupportedModelError
-from diffpress.export.runtime import why_not_packable
+from diffpress.export.runtime import computes_attention, why_not_packable
 
 from .options import Rounding
 from .overlay import Format, Quantization
@@ -31,7 +31,8 @@ def find_layers(model: nn.Module, options: Rounding) -> tuple[dict[str, nn.Modul
     Raises RecipeError where a pattern of `keep` fits no layer, and UnsupportedModelError where no layer remains.
     """
     candidates = {name: module for name, module in model.named_modules() if isinstance(module, KINDS)}
-    kept = {name for pattern in options.keep for name in _matching(pattern, candidates)}
+    names = [*candidates, *(attention_names(model) if options.attention != "none" else ())]
+    kept = {name for pattern in options.keep for name in _matching(pattern, names)}
     tied = ties(model)
     layers: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
@@ -48,10 +49,15 @@ def find_layers(model: nn.Module, options: Rounding) -> tuple[dict[str, nn.Modul
     return layers, reasons
 
 
-def _matching(pattern: str, candidates: Mapping[str, nn.Module]) -> list[str]:
+def attention_names(model: nn.Module) -> list[str]:
+    """What patterns call the attentions of a model, as diffusers does: by their processors."""
+    return [f"{name}.processor" for name, module in model.named_modules() if computes_attention(module)]
+
+
+def _matching(pattern: str, candidates: Sequence[str]) -> list[str]:
     found = [name for name in candidates if fnmatchcase(name, pattern)]
     if not found and candidates:
-        near = get_close_matches(pattern, candidates, 3, 0.3) or list(candidates)[:3]
+        near = get_close_matches(pattern, candidates, 3, 0.3) or candidates[:3]
         raise RecipeError(f"quantize.keep: {pattern!r} fits no layer. Near it are {', '.join(near)}.")
     return found
 

@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Products = Literal["none", "scores", "all"]
+"""Which products of attention are of integers: neither, Q K^T, or softmax V as well."""
 LARGE = 100_000_000
 """Parameters of a denoiser from which learning spends time to save memory."""
 
@@ -44,9 +46,15 @@ class Rounding(BaseModel):
         "errors on what was recorded",
     )
     asymmetric: bool = Field(default=True, description="give a layer's input a zero point where that measures better")
+    attention: Products = Field(
+        default="none",
+        description="products of attention that the denoiser computes on integers: `scores` (Q·Kᵀ), `all` (softmax·V as well) "
+        "or `none`; those that measure as sensitive stay in float",
+    )
     per_step: bool = Field(default=True, description="give each sampling step its own scale where that measures better")
     keep: list[str] = Field(
-        default=[], description="layers to leave as they are, as patterns of their names such as `*.attn2.*`"
+        default=[],
+        description="layers, and attentions by their processors, to leave as they are: patterns of names such as `*.attn2.*`",
     )
     components: list[str] = Field(
         default=["denoiser"],
@@ -72,6 +80,8 @@ class Rounding(BaseModel):
         others = [name for name in self.components if name != "denoiser"]
         if self.activations != "none" and others:
             raise ValueError(f"only weights of {', '.join(others)} can be rounded: activations must be none")
+        if self.attention != "none" and "denoiser" not in self.components:
+            raise ValueError(f"attention {self.attention} is of the denoiser, which components does not name")
         return self
 
 

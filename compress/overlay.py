@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpress.export.runtime import StepClock, attach_clock_
+from diffpress.export.runtime import Attended, Attention, StepClock, attach_clock_
 from diffpress.kernels import dequantize, spread_groups, to_fp8
 
 from .rounding import fake_quantize
@@ -76,19 +77,24 @@ def fake_quantized(denoiser: nn.Module, layers: Mapping[str, Quantization], cloc
 
 
 @contextmanager
-def overlaid(denoiser: nn.Module, calls: Mapping[str, Callable[[Tensor], Tensor]], clock: StepClock) -> Iterator[None]:
-    """Let `calls` answer for the named layers while the context lasts, `clock` following the denoiser's time step."""
+def overlaid(denoiser: nn.Module, calls: Mapping[str, Callable[..., Any]], clock: StepClock) -> Iterator[None]:
+    """Let `calls` answer for the named modules while the context lasts, `clock` following the denoiser's time step."""
     handle = attach_clock_(denoiser, clock)
-    layers = [denoiser.get_submodule(name) for name in calls]
-    for layer, call in zip(layers, calls.values(), strict=True):
+    modules = [denoiser.get_submodule(name) for name in calls]
+    for module, call in zip(modules, calls.values(), strict=True):
         # An attribute of the instance stands before the method of its class.
-        layer.__dict__["forward"] = call
+        module.__dict__["forward"] = call
     try:
         yield
     finally:
         handle.remove()
-        for layer in layers:
-            del layer.__dict__["forward"]
+        for module in modules:
+            del module.__dict__["forward"]
+
+
+def attending(denoiser: nn.Module, attention: Mapping[str, Attention]) -> dict[str, Callable[..., Any]]:
+    """Calls to overlay: the named modules as they are, but with their attention answered by `attention`."""
+    return {name: Attended(denoiser.get_submodule(name).forward, answer) for name, answer in attention.items()}
 
 
 def spread(weight_scale: Tensor, shape: torch.Size, group_size: int | None) -> Tensor:

@@ -11,6 +11,7 @@ from diffpress.calibration.observe import layer_matrix, observe_inputs
 from diffpress.calibration.trajectory import Progress, Trajectories
 from diffpress.export.errors import UnsupportedModelError
 
+from .attention import choose_attention
 from .finish import Quantized, drop_what_does_not_shrink_
 from .gptq import make_up_for_errors
 from .layers import SAFE_BITS, choose_formats, find_layers, safe_format, weights_only, worth_more_bits
@@ -58,6 +59,7 @@ def quantize_denoiser(
         {name: candidates[name] for name in candidates if name not in layers}, options, found
     )
     drop_what_does_not_shrink_(found, stored)
+    found.attention = choose_attention(denoiser, trajectories, options, found.sensitivity)
     if not found.layers:
         raise UnsupportedModelError(f"{type(denoiser).__name__} has no layer that would be smaller than it is now.")
     return found

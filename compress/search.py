@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -125,15 +125,25 @@ def round_weight(layer: nn.Module, format: Format, importance: Tensor, smoothing
 def measure_sensitivity(
     denoiser: nn.Module, layers: Mapping[str, Quantization], trajectories: Trajectories
 ) -> dict[str, float]:
-    """Relative squared error of the denoiser's output with one layer rounded at a time, over three steps of one shard."""
-    calls = list(trajectories.calls(trajectories.shards[:1]))
-    chosen = [calls[0], calls[len(calls) // 2], calls[-1]]
+    """Relative squared error of the denoiser's output with one layer rounded at a time, over `judged_calls`."""
+    calls = judged_calls(trajectories)
     clock = StepClock(trajectories.timesteps)
     errors = {}
     for name, quantization in layers.items():
         with fake_quantized(denoiser, {name: quantization}, clock):
-            errors[name] = sum(_relative_error(denoiser, call) for call in chosen) / len(chosen)
+            errors[name] = output_error(denoiser, calls)
     return errors
+
+
+def judged_calls(trajectories: Trajectories) -> list[Call]:
+    """Three steps of one shard: the first, the one in the middle and the last."""
+    calls = list(trajectories.calls(trajectories.shards[:1]))
+    return [calls[0], calls[len(calls) // 2], calls[-1]]
+
+
+def output_error(denoiser: nn.Module, calls: Sequence[Call]) -> float:
+    """Relative squared error of what `denoiser` answers to recorded calls, a mean over them."""
+    return sum(_relative_error(denoiser, call) for call in calls) / len(calls)
 
 
 def _relative_error(denoiser: nn.Module, call: Call) -> float:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .edits import Edit
+from .edits import Attend, Edit, Pack
 from .errors import ArtifactError
-from .runtime import StepClock, attach_clock_, pack_layer
+from .runtime import StepClock, attach_clock_, attend_on_integers_, pack_layer
 
 
 class Shared(nn.Module):
@@ -30,15 +30,18 @@ def needs_clock(edits: Iterable[Edit]) -> bool:
 
 
 def apply_edits_(model: nn.Module, edits: Sequence[Edit], timesteps: Sequence[float]) -> StepClock | None:
-    """Replace the edited modules of `model` in place; returns the clock that follows its calls, where an edit needs one.
+    """Replace or change the edited modules of `model` in place; returns the clock that follows its calls, where one must.
 
     `timesteps` are not looked at where none does. Raises ArtifactError where an edit names a module the model has not,
-    or one that cannot be packed.
+    or one that cannot be packed or has no attention.
     """
     clock = _clock(timesteps) if needs_clock(edits) else None
     for edit in edits:
         try:
-            _pack_(model, edit, clock if _has_tables(edit) else None)
+            if isinstance(edit, Attend):
+                attend_on_integers_(model.get_submodule(edit.module), edit)
+            else:
+                _pack_(model, edit, clock if _has_tables(edit) else None)
         except (AttributeError, ValueError) as error:
             raise ArtifactError(f"edit of {edit.component}.{edit.module} does not apply: {error}") from error
     if clock is not None:
@@ -52,7 +55,7 @@ def ties(model: nn.Module) -> dict[str, str]:
 
 
 def _has_tables(edit: Edit) -> bool:
-    return edit.activation_bits is not None
+    return isinstance(edit, Pack) and edit.activation_bits is not None
 
 
 def _clock(timesteps: Sequence[float]) -> StepClock:
@@ -62,7 +65,7 @@ def _clock(timesteps: Sequence[float]) -> StepClock:
         raise ArtifactError(f"the edits do not apply: {error}") from error
 
 
-def _pack_(model: nn.Module, edit: Edit, clock: StepClock | None) -> None:
+def _pack_(model: nn.Module, edit: Pack, clock: StepClock | None) -> None:
     """Replace one module, and let those that are tied to it share what takes its place."""
     weight = f"{edit.module}.weight"
     if weight in ties(model):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .edits import Edit, edits_of
+from .edits import Edit, Pack, edits_of
 from .errors import ArtifactError, ModelFileError, OutputError
 from .folder import PipelineFolder
 from .load.config import EditsConfig
@@ -82,7 +82,7 @@ def _stored_tensors(
     """
     library, model = library_of(source, component), empty_model(source, component)
     tensors = library.renamed(model, dict(source.tensors(component)))
-    kept = library.held(model).keys() - {f"{edit.module}.weight" for edit in edits}
+    kept = library.held(model).keys() - {f"{edit.module}.weight" for edit in edits if isinstance(edit, Pack)}
     stored = {name: tensor for name, tensor in tensors.items() if name in kept} | dict(packed)
     return {name: tensor.contiguous() for name, tensor in sorted(stored.items())}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -54,7 +54,26 @@ class Pack(BaseModel):
         return f"W{self.weight_bits}{activations}"
 
 
-Edit = Pack
+class Attend(BaseModel):
+    """The attention of one module is computed on integers (see `kernels.int8_attention`); it stores no tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["attend"] = "attend"
+    component: str
+    """Folder of the pipeline component, such as `unet`."""
+    module: str
+    """Dotted path inside the component of a module with an attention processor."""
+    integer_values: bool = False
+    """The product of softmax and values is one of integers too, not that of queries and keys alone."""
+
+    @property
+    def format(self) -> str:
+        """The word for reports."""
+        return "attention int8" if self.integer_values else "attention Q·K int8"
+
+
+Edit = Annotated[Pack | Attend, Field(discriminator="kind")]
 """Every kind of edit."""
 
 

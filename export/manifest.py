@@ -16,7 +16,8 @@ from .errors import ArtifactError
 MANIFEST = "diffpress.json"
 REPORT = "report.html"
 """Holds timings, so it differs from run to run and is not under the digests."""
-SCHEMA = 1
+SCHEMA = 2
+"""2 has Attend edits, and what became of attention in the plan; all of 1 is as it was."""
 
 
 class File(BaseModel):
@@ -29,21 +30,22 @@ class File(BaseModel):
 
 
 class PlanRow(BaseModel):
-    """What became of one weighted module."""
+    """What became of one weighted module, or of the attention that one computes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     component: str
     module: str
     shape: tuple[int, ...]
+    """Of a weight; of attention, heads and the columns of each."""
     format: str
-    """Such as `W4A8`, or the dtype it was left in."""
+    """Such as `W4A8`, or the dtype it was left in; of attention `attention Q·K int8`, `attention int8` or `attention float`."""
     source_bytes: int
     bytes: int
     reason: str = ""
     """Why it was left alone or given more bits than asked."""
     error: float | None = None
-    """Relative squared error of the denoiser's output when only this module is quantized."""
+    """Relative squared error of the denoiser's output when only this is quantized."""
 
 
 class Manifest(BaseModel):

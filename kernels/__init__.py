@@ -3,6 +3,7 @@
 from .block_sparse_linear import block_sparse_linear, pack_blocks
 from .fp8_conv2d import fp8_conv2d
 from .fp8_linear import fp8_linear
+from .fused_checks import LARGEST_HEAD
 from .group_norm_silu_quantize import group_norm_silu_quantize
 from .int8_attention import int8_attention
 from .integer_conv2d import integer_conv2d
@@ -20,6 +21,7 @@ from .weight_only_linear import weight_only_linear
 
 __all__ = [
     "FP8_MAX",
+    "LARGEST_HEAD",
     "block_sparse_linear",
     "code_range",
     "dequantize",

@@ -26,7 +26,7 @@ def baselines(spec: Spec, given: Arguments, source: Source) -> Baselines:
     if isinstance(spec.shape, Conv):
         return _conv(spec, source)
     if isinstance(spec.shape, Attention):
-        return {"SDPA": lambda: partial(F.scaled_dot_product_attention, *given.values())}
+        return {"SDPA": lambda: partial(F.scaled_dot_product_attention, *(given[name] for name in "qkv"))}
     return _codes(spec, given, source)
 
 

@@ -183,12 +183,12 @@ def _fp8_conv2d(shape: Conv, _form: Form, source: Source) -> Arguments:
     return {"x": picture(shape, source), **weight, "activation_scale": scale, "bias": bias, **geometry(shape)}
 
 
-def _int8_attention(shape: Attention, _form: Form, source: Source) -> Arguments:
+def _int8_attention(shape: Attention, form: Form, source: Source) -> Arguments:
     """Heads as parts of one projection; keys share an offset, as those of diffusion models do."""
     batch, heads, queries, keys, columns = shape
     q = source.normal(batch, queries, heads, columns).transpose(1, 2)
     k, v = source.normal(batch, keys, 2, heads, columns).permute(2, 0, 3, 1, 4)
-    return {"q": q, "k": k + 2 * source.normal(columns), "v": v}
+    return {"q": q, "k": k + 2 * source.normal(columns), "v": v, "integer_values": form.integer_values}
 
 
 def _quantize_rows(shape: Tokens, _form: Form, source: Source) -> Arguments:
@@ -204,7 +204,7 @@ def _norm_modulate_quantize(shape: Tokens, _form: Form, source: Source) -> Argum
 def _group_norm_silu_quantize(shape: Pictures, form: Form, source: Source) -> Arguments:
     x, weight, bias = picture(shape, source) + 1, source.normal(shape.channels), source.normal(shape.channels)
     target = {"activation_scale": source.one(ACTIVATION_SCALE), "zero_point": source.one(-80, torch.int32)}
-    rest = {"groups": shape.groups, "eps": 1e-5, "activation": form.words, "bits": 8}
+    rest = {"smoothing": None, "groups": shape.groups, "eps": 1e-5, "activation": form.words, "bits": 8}
     return {"x": x, "weight": weight, "bias": bias, **target, **rest}
 
 

@@ -56,7 +56,7 @@ def work_of(spec: Spec) -> Work:
     """Bytes and operations of a row, without the scales and biases of whole channels, which are few."""
     shape, form = spec.shape, spec.form
     if isinstance(shape, Attention):
-        return _attention(shape)
+        return _attention(shape, form)
     if isinstance(shape, Linear):
         return _product(shape, form, shape.rows * shape.depth)
     if isinstance(shape, Conv):
@@ -77,12 +77,12 @@ def _product(shape: Linear, form: Form, inputs: int) -> Work:
     return Work(form.input_bytes * inputs + stored + 2 * branch + 2 * outputs, {form.cores: operations})
 
 
-def _attention(shape: Attention) -> Work:
+def _attention(shape: Attention, form: Form) -> Work:
     batch, heads, queries, keys, columns = shape
     product = 2 * batch * heads * queries * keys * columns
     # Queries and outputs, keys and values.
     numbers = 2 * batch * heads * columns * (queries + keys)
-    return Work(2 * numbers, {"int8": product, "half": product})
+    return Work(2 * numbers, {"int8": 2 * product} if form.integer_values else {"int8": product, "half": product})
 
 
 def _codes(op: str, shape: Tokens | Pictures) -> Work:

@@ -79,6 +79,8 @@ class Form(NamedTuple):
     kept: float = 1.0
     """Share of the weights."""
     rank: int = 0
+    integer_values: bool = False
+    """Of attention: both products are of integers."""
 
 
 class Spec(NamedTuple):
@@ -174,7 +176,7 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Sequence[Shape]], Sequence[Form]]] =
     "integer_conv2d": (CONVS, (Form("W8A8 silu", input_bytes=1, activation="silu"),)),
     "weight_only_conv2d": (CONVS, (HALF_A_WEIGHT,)),
     "fp8_conv2d": (CONVS, (Form("FP8", cores="fp8"),)),
-    "int8_attention": (ATTENTIONS, (Form("int8"),)),
+    "int8_attention": (ATTENTIONS, (Form("int8"), Form("int8 values", integer_values=True))),
     "quantize_rows": (TOKENS, (Form("scale a row"),)),
     "norm_modulate_quantize": (TOKENS, (Form("layer, scale a row"),)),
     "group_norm_silu_quantize": (PICTURES, (Form("silu"),)),

@@ -10,6 +10,7 @@ from torch import nn
 from diffpress.calibration.guidance import find_guidance
 from diffpress.calibration.trajectory import Trajectories
 
+from ..attention import learnable
 from ..finish import Quantized
 from ..options import Qalora
 from .importance import step_importance
@@ -39,7 +40,8 @@ def learn_layers_(
     frozen = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    student = Student(denoiser, start, trajectories.timesteps, options, seed, layer_type)
+    attention = learnable(found.attention)
+    student = Student(denoiser, start, trajectories.timesteps, options, seed, layer_type, attention)
     # Codes take as much memory as the weights; the student has what it needs of them.
     found.layers |= {name: replace(own, codes=torch.empty(0)) for name, own in start.items()}
     del start

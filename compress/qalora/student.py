@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.calibration.sampling import device_of
-from diffpress.export.runtime import StepClock
+from diffpress.export.runtime import Attention, StepClock
 
 from ..options import LARGE, Qalora
-from ..overlay import Quantization, overlaid
+from ..overlay import Quantization, attending, overlaid
 from .layer import QaloraLayer
 
 
@@ -34,7 +34,7 @@ class BatchClock(StepClock):
 
 
 class Student:
-    """All layers under training; off unless asked to be on."""
+    """All layers under training, and the attention between them; off unless asked to be on."""
 
     def __init__(
         self,
@@ -44,7 +44,9 @@ class Student:
         options: Qalora,
         seed: int,
         layer_type: type[QaloraLayer] = QaloraLayer,
+        attention: Mapping[str, Attention] | None = None,
     ) -> None:
+        """`attention` answers for that of the modules it names."""
         generator = torch.Generator().manual_seed(seed)
         self.denoiser = denoiser
         self.large = sum(parameter.numel() for parameter in denoiser.parameters()) >= LARGE
@@ -54,6 +56,7 @@ class Student:
             name: layer_type(denoiser.get_submodule(name), own, options.rank, unit, options.per_step, generator)
             for (name, own), unit in zip(start.items(), units(start, options.scale_aware), strict=True)
         }
+        self.attention = attention or {}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is learned, by name."""
@@ -66,8 +69,9 @@ class Student:
     @contextmanager
     def on(self) -> Iterator[None]:
         """The denoiser answers as the quantized one will; gradients have to be taken while it is on."""
+        calls = {name: self._call(name) for name in self.layers}
         with (
-            overlaid(self.denoiser, {name: self._call(name) for name in self.layers}, self.clock),
+            overlaid(self.denoiser, calls | attending(self.denoiser, self.attention), self.clock),
             self._checkpointed(),
         ):
             yield
@@ -94,7 +98,7 @@ class Student:
     @contextmanager
     def off(self) -> Iterator[None]:
         """The teacher answers, also where the student is on."""
-        modules = [self.denoiser.get_submodule(name) for name in self.layers]
+        modules = [self.denoiser.get_submodule(name) for name in (*self.layers, *self.attention)]
         calls = [module.__dict__.pop("forward", None) for module in modules]
         try:
             yield

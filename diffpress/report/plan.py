@@ -13,7 +13,9 @@ from diffpress.export.manifest import PlanRow
 from .words import TIMES, byte_size, scientific
 
 MOST_SENSITIVE = 20
-PACKED = re.compile(r"W\d+(A\d+| g\d+)?|FP8")
+ATTENTION = "attention "
+"""How the format of an attention begins, which is no layer."""
+PACKED = re.compile(rf"W\d+(A\d+| g\d+)?|FP8|{ATTENTION}.*int8")
 """Formats that an edit gives; all others are dtypes."""
 PACKED_COLOURS = 5
 PLAIN_COLOURS = 2
@@ -70,14 +72,19 @@ def totals(plan: Sequence[PlanRow]) -> list[Total]:
 
 
 def summary(plan: Sequence[PlanRow]) -> str:
-    """What was done, in words: `W8A8, 84 of 97 layers`."""
-    done = [total for total in totals(plan) if packed(total.format)]
-    if not done:
-        return f"nothing packed, {len(plan)} layers left as they were"
-    if len(done) == 1:
-        return f"{done[0].format}, {done[0].modules} of {len(plan)} layers"
+    """What was done, in words: `W8A8, 84 of 97 layers; attention int8, 8 of 8 attentions`."""
+    layers = [row for row in plan if not row.format.startswith(ATTENTION)]
+    attentions = [row for row in plan if row.format.startswith(ATTENTION)]
+    words = _formats(layers, "layers") or f"nothing packed, {len(layers)} layers left as they were"
+    return f"{words}; {_formats(attentions, 'attentions') or 'attention in float'}" if attentions else words
+
+
+def _formats(rows: Sequence[PlanRow], noun: str) -> str:
+    done = [total for total in totals(rows) if packed(total.format)]
+    if len(done) < 2:
+        return "".join(f"{total.format}, {total.modules} of {len(rows)} {noun}" for total in done)
     parts = [f"{total.format} in {total.modules}" for total in done]
-    return f"{', '.join(parts[:-1])} and {parts[-1]} of {len(plan)} layers"
+    return f"{', '.join(parts[:-1])} and {parts[-1]} of {len(rows)} {noun}"
 
 
 def sensitivity(plan: Sequence[PlanRow]) -> list[SensitivityBar]:
@@ -133,7 +140,7 @@ def _line(row: PlanRow, colour: int) -> Line:
     return Line(
         row.component,
         row.module,
-        f" {TIMES} ".join(map(str, row.shape)) or "scalar",
+        f" {TIMES} ".join(map(str, row.shape)) or ("—" if row.format.startswith(ATTENTION) else "scalar"),
         row.format,
         colour,
         byte_size(row.source_bytes),

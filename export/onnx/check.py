@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
+from ..runtime import Attended, Attention, attended
 from .graph import Part, packed_layers
 from .sessions import open_session, run_session
 
@@ -80,18 +81,33 @@ def jittered(module: nn.Module, generator: torch.Generator) -> Iterator[None]:
     this does to torch's own output is what another engine may differ by.
     """
 
+    def moved(x: Tensor) -> Tensor:
+        return x + JITTER * x.square().mean().sqrt() * torch.randn(x.shape, generator=generator)
+
     def jitter(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, *others = arguments
-        noise = torch.randn(x.shape, generator=generator)
-        return (x + JITTER * x.square().mean().sqrt() * noise, *others)
+        return (moved(x), *others)
+
+    def jittered_attention(own: Attended) -> Attention:
+        attend = own.attend
+
+        def answer(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
+            return attend(moved(query), moved(key), moved(value), *others, **options)
+
+        return answer
 
     rounding_layers = [layer for layer in packed_layers(module) if layer.edit.activation_bits is not None]
     handles = [layer.register_forward_pre_hook(jitter) for layer in rounding_layers]
+    attentions = [(own, own.attend) for own in attended(module)]
+    for own, _ in attentions:
+        own.attend = jittered_attention(own)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for own, attend in attentions:
+            own.attend = attend
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

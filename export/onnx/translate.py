@@ -8,10 +8,19 @@ from typing import Any
 import torch
 
 # Importing these imports the kernels, which registers the operations.
+from .translate_attention import int8_attention
 from .translate_floats import fp8_conv2d, fp8_linear, weight_only_conv2d, weight_only_linear
 from .translate_integers import quantized_conv2d, quantized_linear
 
-TRANSLATED = (quantized_linear, quantized_conv2d, weight_only_linear, weight_only_conv2d, fp8_linear, fp8_conv2d)
+TRANSLATED = (
+    quantized_linear,
+    quantized_conv2d,
+    weight_only_linear,
+    weight_only_conv2d,
+    fp8_linear,
+    fp8_conv2d,
+    int8_attention,
+)
 """Each has the name and the arguments of the operation it stands for."""
 
 

@@ -12,18 +12,19 @@ from .reference import int8_attention_reference, tokens_before_heads
 __all__ = ["int8_attention"]
 
 
-def int8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def int8_attention(q: Tensor, k: Tensor, v: Tensor, integer_values: bool = False) -> Tensor:
     """Attention from `q` [B, H, T, D] to `k` and `v` [B, H, S, D], without a mask: [B, H, T, D] in their one dtype.
 
-    q, and k less its mean over tokens, are brought to int8 with one scale a token; everything after their product is
-    computed in float. The tokens of the result lie before its heads in memory, as the layer after it reads them. Raises
-    ValueError naming what does not fit.
+    q, and k less its mean over tokens, are brought to int8 with one scale a token; softmax is float32. With
+    `integer_values` its product with v is one of integers too: probabilities over the largest times 127, and v with one
+    scale a channel of a head; without, everything after the first product is computed in float. The tokens of the result
+    lie before its heads in memory, as the layer after it reads them. Raises ValueError naming what does not fit.
     """
     check_attention(q, k, v)
-    return torch.ops.diffpress.int8_attention(q, k, v)
+    return torch.ops.diffpress.int8_attention(q, k, v, integer_values)
 
 
-def _fake(q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
+def _fake(q: Tensor, _k: Tensor, _v: Tensor, _integer_values: bool = False) -> Tensor:
     return tokens_before_heads(q)
 
 

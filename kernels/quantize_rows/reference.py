@@ -19,7 +19,11 @@ def quantize_rows_reference(
 
 def row_scales(rows: Tensor, bits: int) -> Tensor:
     """Float32 [M] that puts the largest magnitude of each of `rows` [M, K] at the largest code; 1 for a row of zeros."""
-    largest = rows.float().abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows)).float()
+    return scales_for(rows.float().abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows)).float(), bits)
+
+
+def scales_for(largest: Tensor, bits: int) -> Tensor:
+    """Scales that put the `largest` magnitudes, float32, at the largest code; 1 where that is 0."""
     # By a tensor: torch divides by a number on a GPU as if it multiplied with the rounded inverse.
     scales = largest / torch.full_like(largest, code_range(bits)[1])
     return scales.where(scales > 0, 1)

@@ -10,11 +10,12 @@ import torch
 
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.sampling import Sampling, sample
-from diffpress.export.artifact import load, verify
+from diffpress.export.artifact import load, load_pipeline, verify
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, read_manifest
-from diffpress.export.runtime import PackedLayer
-from diffpress.flow import compress
+from diffpress.export.runtime import PackedLayer, attended
+from diffpress.flow import MEASURED, compress
+from diffpress.pairs import compare_pairs, paired_conditions
 from diffpress.recipe import Recipe, parse_recipe
 
 QUICK = {"sampling": {"steps": 3}, "record": {"trajectories": 4, "batch": 2}}
@@ -97,6 +98,30 @@ def test_float8_goes_the_whole_way(tiny_class: Path, tmp_path: Path):
     artifact = compress(PipelineFolder(tiny_class, "tiny"), recipe_of(method="ptq", format="float8"), tmp_path / "out")
     assert "FP8" in {edit.format for edit in verify(artifact.path).edits}
     assert artifact.manifest.metrics["psnr_db"] > 30
+
+
+@pytest.mark.parametrize("method", [{"method": "ptq"}, {**LEARN, "iterations": 4}], ids=["ptq", "qalora"])
+def test_attention_goes_the_whole_way(method: dict, diffpress, tiny_class: Path, tmp_path: Path):
+    """Into edits, plan, report and what is printed; pictures are those that were measured."""
+    out, source = tmp_path / "out", PipelineFolder(tiny_class, "tiny")
+    compress(source, recipe_of(**method, attention="all"), out)
+    manifest = verify(out)
+    attends = [edit for edit in manifest.edits if edit.kind == "attend"]
+    rows = [row for row in manifest.plan if row.format.startswith("attention ")]
+    assert len(attends) == len(rows) == 2
+    assert [row.format for row in rows] == [edit.format for edit in attends]
+    assert len(attended(load(out).transformer)) == 2
+    assert rows[0].format in (out / REPORT).read_text()
+    assert rows[0].format in " ".join(diffpress("inspect", out).output.split())
+    teacher, sampling = load_pipeline(source), Sampling(3)
+    pairs = compare_pairs(teacher, load(out), paired_conditions(teacher, MEASURED, 0), sampling, lambda *_: None)
+    assert pairs.metrics()["psnr_db"] == manifest.metrics["psnr_db"]
+    # Learning sees integers in attention too, so it ends elsewhere.
+    other = compress(source, recipe_of(**method), tmp_path / "plain").manifest
+    weights = [
+        manifest.files["transformer/diffusion_pytorch_model.safetensors"].sha256 for manifest in (manifest, other)
+    ]
+    assert (weights[0] == weights[1]) == (method["method"] == "ptq")
 
 
 def test_kept_layers_are_left_alone(tiny_class: Path, tmp_path: Path):

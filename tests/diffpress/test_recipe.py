@@ -53,6 +53,14 @@ def test_overrides_reach_nested_keys_and_win_over_the_file():
             ["leaves nothing to spend", "weights take 4"],
         ),
         ({"quantize": {"method": "ptq", "components": ["vae"]}}, ["only weights of vae", "activations must be none"]),
+        (
+            {"quantize": {"method": "ptq", "attention": "values"}},
+            ["quantize.attention = 'values'", "'scores' or 'all'"],
+        ),
+        (
+            {"quantize": {"method": "ptq", "attention": "all", "activations": "none", "components": ["vae"]}},
+            ["attention all is of the denoiser", "components does not name"],
+        ),
         ({"quantize": {"method": "ptq"}, "record": {"trajectories": 0}}, ["record.trajectories = 0", "greater"]),
         ({"quantize": {"method": "ptq"}, "seed": -1}, ["seed = -1"]),
         ({"quantize": {"method": "ptq"}, "gates": {"size": float("nan")}}, ["gates.size", "finite"]),

@@ -54,6 +54,13 @@ def change(path: Path, **values: object) -> None:
     (path / MANIFEST).write_text(json.dumps(data | values))
 
 
+def test_a_manifest_of_the_first_schema_is_read_as_it_was(folder: Path) -> None:
+    """It knew Pack edits alone."""
+    change(folder, schema_version=1)
+    read, expected = read_manifest(folder), manifest_of(folder)
+    assert (read.schema_version, read.edits, read.plan) == (1, expected.edits, expected.plan)
+
+
 def test_round_trip(folder: Path) -> None:
     assert read_manifest(folder) == manifest_of(folder)
     check_files(folder, read_manifest(folder).files)

@@ -1,4 +1,4 @@
-"""int8_attention, its reference and its Triton kernels, against attention in float64."""
+"""int8_attention, its reference and its kernels, against attention in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from diffpress.kernels import int8_attention
-from diffpress.kernels.int8_attention.triton_kernel import launch
+from diffpress.kernels.int8_attention import cpu_kernel
+from diffpress.kernels.int8_attention.triton_kernel import launch, tile_for
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -34,7 +35,7 @@ SHAPES = [
     Shape(1, 2, 65, 64, 128),
 ]
 DTYPES = [torch.float32, torch.float16]
-IMPLEMENTATIONS = {"reference": int8_attention, "triton": launch}
+IMPLEMENTATIONS = {"reference": int8_attention, "triton": launch, "cpu": cpu_kernel.launch}
 UNIT = 2.0**-24
 
 
@@ -89,6 +90,81 @@ def test_it_is_attention_between_the_codes(implementation: str, shape: Shape, dt
     assert ((output.double() - expected).abs() <= rounding(weights, v, scores, expected)).all()
 
 
+def values(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the values and the scales of their channels."""
+    found, scale = codes(v.float().transpose(2, 3))
+    return found.transpose(2, 3), scale.transpose(2, 3)
+
+
+def probabilities(scores: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """What the codes of probabilities stand for, rounded over the largest score up to the end of a key's block; and by how
+    much each may be off: by one code, where the errors of `rounding` may take it over the edge between two."""
+    largest = torch.cat([part.amax(3, keepdim=True).expand(part.shape) for part in scores.split(block, 3)], 3)
+    largest = largest.cummax(3).values
+    exact = 127 * (scores - largest).exp()
+    off = 2 * 6 * UNIT * scores.abs().amax(3, keepdim=True) + 16 * UNIT
+    near = (exact - exact.floor() - 0.5).abs() <= exact * off
+    unit = (largest - largest[..., -1:]).exp()
+    return exact.round() * unit, near * unit
+
+
+def block_of(implementation: str, columns: int, keys: int) -> int:
+    return tile_for(columns, True).columns if implementation == "triton" else keys
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_integer_values_are_weighted_by_the_codes_of_probabilities(
+    implementation: str, shape: Shape, dtype: torch.dtype
+) -> None:
+    q, k, v = arguments(shape, dtype)
+    (q_codes, q_scale), (k_codes, k_scale) = codes(q.float()), codes(smoothed(k))
+    scores = q_codes @ k_codes.transpose(2, 3) * q_scale * k_scale.transpose(2, 3) * shape.columns**-0.5
+    weights, moved = probabilities(scores, block_of(implementation, shape.columns, shape.keys))
+    v_codes, v_scale = values(v)
+    total, stands_for = weights.sum(3, keepdim=True), v_codes * v_scale
+    expected = weights @ stands_for / total
+    output = IMPLEMENTATIONS[implementation](q, k, v, True)
+    assert (output.dtype, output.shape) == (dtype, q.shape)
+    # A weight that is off by one pulls the result towards its value.
+    off = moved.sum(3, keepdim=True)
+    pulled = (moved @ stands_for.abs() + off * expected.abs()) / (total - off)
+    final = torch.finfo(dtype)
+    sums = (2 * shape.keys + 16) * UNIT * (weights @ stands_for.abs()) / total
+    bound = pulled + sums + final.eps * expected.abs() + final.smallest_normal * final.eps
+    assert ((output.double() - expected).abs() <= bound).all()
+    assert (moved > 0).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_integer_values_miss_float_ones_by_half_a_code_each(implementation: str) -> None:
+    """Sum of e_j (v_j - o) over sum of c_j, with e_j half a code at most, and half a scale of the values themselves."""
+    shape = SHAPES[2]
+    q, k, v = arguments(shape, torch.float32)
+    (q_codes, q_scale), (k_codes, k_scale) = codes(q), codes(smoothed(k))
+    scores = q_codes @ k_codes.transpose(2, 3) * q_scale * k_scale.transpose(2, 3) * shape.columns**-0.5
+    weights, _ = probabilities(scores, block_of(implementation, shape.columns, shape.keys))
+    v_codes, v_scale = values(v)
+    expected = scores.softmax(3) @ v.double()
+    apart = (v_codes * v_scale)[:, :, None] - (scores.softmax(3) @ (v_codes * v_scale))[:, :, :, None]
+    total = weights.sum(3, keepdim=True)
+    bound = apart.abs().sum(3) / 2 / total + v_scale / 2 + rounding(scores.softmax(3), v, scores, expected)
+    error = IMPLEMENTATIONS[implementation](q, k, v, True).double() - expected
+    assert (error.abs() <= bound).all()
+    # Signs are as good as random, so that squares add up.
+    assert error.square().mean() <= (apart.square().sum(3) / 4 / total.square() + v_scale.square() / 4).mean()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_codes_of_probabilities_add_up_to_one(implementation: str) -> None:
+    """Whatever the scores, values that are all alike come back: the sum is that of the rounded probabilities."""
+    q, k, v = arguments(SHAPES[2], torch.float32)
+    alike = v[:, :, :1].expand(v.shape)
+    output = IMPLEMENTATIONS[implementation](q, k, alike, True)
+    assert torch.allclose(output, v[:, :, :1].expand(output.shape), rtol=2 * SHAPES[2].keys * UNIT, atol=0)
+
+
 @pytest.mark.parametrize("offset", [0.0, 50.0])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_it_stays_near_exact_attention(implementation: str, offset: float) -> None:
@@ -111,15 +187,16 @@ def test_it_stays_near_exact_attention(implementation: str, offset: float) -> No
     assert bound.mean() < v.abs().mean()
 
 
-def test_kernel_and_reference_agree_wherever_the_heads_lie() -> None:
+@pytest.mark.parametrize("integer_values", [False, True])
+def test_kernel_and_reference_agree_wherever_the_heads_lie(integer_values: bool) -> None:
     q, k, v = arguments(SHAPES[3], torch.float32)
     # Of such keys every mean is the same, in whichever order they are added.
     k = (k * 8).round() / 8
-    expected = launch(q, k, v)
+    expected = launch(q, k, v, integer_values)
     assert expected.transpose(1, 2).is_contiguous()
-    assert expected.stride() == int8_attention(q, k, v).stride()
+    assert expected.stride() == int8_attention(q, k, v, integer_values).stride()
     scattered = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
-    assert torch.equal(launch(*scattered), expected)
+    assert torch.equal(launch(*scattered, integer_values), expected)
 
 
 def test_queries_and_keys_of_zeros_give_the_mean() -> None:
@@ -127,11 +204,16 @@ def test_queries_and_keys_of_zeros_give_the_mean() -> None:
     expected = v.mean(2, keepdim=True).expand(q.shape)
     for output in (launch(q * 0, k, v), launch(q, torch.ones_like(k), v), launch(q * 1e-38, k, v)):
         assert torch.allclose(output, expected, rtol=0, atol=200 * UNIT)
+    half = codes(v.transpose(2, 3))[1].transpose(2, 3) / 2
+    for output in (launch(q * 0, k, v, True), int8_attention(q * 0, k, v, True)):
+        assert ((output - expected).abs() <= half + 200 * UNIT).all()
+    assert torch.equal(launch(q, k, v * 0, True), torch.zeros_like(q))
 
 
 def test_no_queries_give_nothing() -> None:
     q, k, v = arguments(SHAPES[1], torch.float32)
-    assert launch(q[:, :, :0], k, v).shape == int8_attention(q[:, :, :0], k, v).shape == (2, 3, 0, 40)
+    for whole in (False, True):
+        assert launch(q[:, :, :0], k, v, whole).shape == int8_attention(q[:, :, :0], k, v, whole).shape == (2, 3, 0, 40)
 
 
 @pytest.mark.parametrize(
@@ -151,5 +233,7 @@ def test_what_does_not_fit_is_named(name: str, value: Tensor, words: str) -> Non
         int8_attention(**given)
 
 
-def test_torch_compile_and_export_see_one_op() -> None:
-    torch.library.opcheck(torch.ops.diffpress.int8_attention.default, arguments(SHAPES[1], torch.float16))
+@pytest.mark.parametrize("integer_values", [False, True])
+def test_torch_compile_and_export_see_one_op(integer_values: bool) -> None:
+    given = (*arguments(SHAPES[1], torch.float16), integer_values)
+    torch.library.opcheck(torch.ops.diffpress.int8_attention.default, given)

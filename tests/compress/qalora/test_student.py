@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from diffpress.calibration.examples import Examples
 from diffpress.calibration.sampling import answer, replay
+from diffpress.compress.attention import AttentionChoice, learnable
 from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import Format, Quantization, fake_quantized
+from diffpress.compress.overlay import Format, Quantization, attending, fake_quantized, overlaid
 from diffpress.compress.qalora.student import BatchClock, Student, units
 from diffpress.compress.qalora.train import rate_groups
-from diffpress.export.runtime import StepClock
+from diffpress.export.runtime import OnIntegers, StepClock, computes_attention
 
 
 def options(**chosen: Any) -> Qalora:
@@ -55,6 +56,54 @@ def test_the_whole_student_is_what_it_finishes_as(tiny: tuple[Any, Student]) -> 
                 assert torch.equal(replay(own.denoiser, call), learned)
             assert not torch.equal(learned, call.output)
         disturb_(student)
+
+
+@pytest.fixture
+def attentive(tiny: tuple[Any, Student]) -> tuple[Any, Student]:
+    """The same with one attention on integers, and one whose values are as well."""
+    own, plain = tiny
+    names = [name for name, module in own.denoiser.named_modules() if computes_attention(module)]
+    choices = {name: AttentionChoice(products="all" if index else "scores") for index, name in enumerate(names)}
+    plain.attention = learnable(choices)
+    return own, plain
+
+
+def test_a_student_attends_as_its_artifact_will(attentive: tuple[Any, Student]) -> None:
+    """Bit for bit, and not as the teacher does."""
+    own, student = attentive
+    call = next(iter(own.trajectories.calls()))
+    stored = [OnIntegers(False), OnIntegers(True)]
+    assert len(student.attention) == len(stored)
+    layers = student.finish()
+    with student.on():
+        learned = replay(own.denoiser, call)
+        with student.off():
+            assert torch.equal(replay(own.denoiser, call), call.output)
+        assert torch.equal(replay(own.denoiser, call), learned)
+    clock = StepClock(own.trajectories.timesteps)
+    with fake_quantized(own.denoiser, layers, clock):
+        floats = replay(own.denoiser, call)
+        with overlaid(own.denoiser, attending(own.denoiser, dict(zip(student.attention, stored, strict=True))), clock):
+            assert torch.equal(replay(own.denoiser, call), learned)
+    assert not torch.equal(floats, learned)
+    assert torch.equal(replay(own.denoiser, call), call.output)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_pass_through_attention_on_integers(attentive: tuple[Any, Student], checkpointing: bool) -> None:
+    own, student = attentive
+    student.checkpointing = checkpointing
+    call = next(iter(own.trajectories.calls()))
+    learned = student.parameters()
+    with student.on():
+        given = answer(own.denoiser, call.inputs, call.output.dtype)
+        before = [name for name in learned if ".to_q." in name or ".to_v." in name]
+        gradients = torch.autograd.grad(given.square().sum(), [learned[name] for name in before], allow_unused=True)
+    reached = {
+        name for name, gradient in zip(before, gradients, strict=True) if gradient is not None and gradient.any()
+    }
+    wanted = {f"transformer_blocks.{block}.attn1.{part}.b" for block in (0, 1) for part in ("to_q", "to_v")}
+    assert wanted <= reached
 
 
 def test_off_inside_on_is_the_teacher_bit_for_bit(tiny: tuple[Any, Student]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffpress.export.edits import Pack
+from diffpress.export.edits import Attend, Pack
 from diffpress.export.manifest import PlanRow
 from diffpress.report.plan import PACKED_COLOURS, PLAIN_COLOURS, lines, packed, sensitivity, summary, totals, whole
 
@@ -35,6 +35,17 @@ def test_every_word_that_an_edit_has_for_its_format_is_known(options):
     assert packed(Pack(component="unet", module="a", **options).format)
 
 
+@pytest.mark.parametrize("integer_values", [False, True])
+def test_the_words_of_attention_are_known(integer_values):
+    assert packed(Attend(component="unet", module="a", integer_values=integer_values).format)
+    assert not packed("attention float")
+
+
+def test_attention_that_was_never_seen_has_no_shape():
+    row = make_row("attention float").model_copy(update={"shape": ()})
+    assert [line.shape for line in lines([row, row.model_copy(update={"format": "float32"})])] == ["—", "scalar"]
+
+
 @pytest.mark.parametrize(
     ("formats", "sentence"),
     [
@@ -42,6 +53,12 @@ def test_every_word_that_an_edit_has_for_its_format_is_known(options):
         (["FP8"] * 2 + ["float32"], "FP8, 2 of 3 layers"),
         (["W8"] * 2 + ["W4A4"] * 3 + ["bfloat16"], "W4A4 in 3 and W8 in 2 of 6 layers"),
         (["W8"] * 2 + ["W4 g64"] * 3 + ["W4"], "W4 g64 in 3, W8 in 2 and W4 in 1 of 6 layers"),
+        (["W8A8", "attention int8"], "W8A8, 1 of 1 layers; attention int8, 1 of 1 attentions"),
+        (["W8A8", "attention float"], "W8A8, 1 of 1 layers; attention in float"),
+        (
+            ["W8A8", "attention Q·K int8", "attention float", "attention int8"],
+            "W8A8, 1 of 1 layers; attention Q·K int8 in 1 and attention int8 in 1 of 3 attentions",
+        ),
     ],
 )
 def test_summary_names_packed_formats_by_how_many_have_them(formats, sentence):

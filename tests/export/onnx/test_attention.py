@@ -1,0 +1,82 @@
+"""Attention on integers as a graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffpress.export.artifact import write_pipeline
+from diffpress.export.edits import Attend
+from diffpress.export.errors import ArtifactError
+from diffpress.export.folder import PipelineFolder
+from diffpress.export.onnx.check import EPSILON, check_graph
+from diffpress.export.onnx.export import export_onnx
+from diffpress.export.onnx.graph import Input, Part, write_graph
+from diffpress.export.onnx.sessions import open_session, run_session
+from diffpress.export.runtime import OnIntegers, attend_on_integers_, attended
+
+HEADS, QUERIES, KEYS, COLUMNS = 3, 10, 7, 12
+
+
+class Attention(nn.Module):
+    """Heads of queries over heads of keys that share an offset."""
+
+    processor = None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key + 3, value)
+
+
+@pytest.fixture(params=[False, True], ids=["scores", "all"])
+def part(request: pytest.FixtureRequest) -> Part:
+    module = Attention().eval()
+    attend_on_integers_(module, Attend(component="unet", module="", integer_values=request.param))
+    sizes = {"query": QUERIES, "key": KEYS, "value": KEYS}
+    inputs = tuple(Input(name, (HEADS, tokens, COLUMNS)) for name, tokens in sizes.items())
+    return Part("attention", module, inputs, "output")
+
+
+def test_attention_on_integers_equals_torch(part: Part, tmp_path: Path) -> None:
+    """Products are exact: what differs are the mean, softmax and, in float, a sum over the keys, by a rounding each.
+
+    Scores of codes at most 127, times scales that are three roundings, are in the exponent; no code lies at an edge here.
+    """
+    write_graph(part, tmp_path)
+    graph = tmp_path / "attention.onnx"
+    largest_score = COLUMNS**0.5 * 4 * 4
+    assert check_graph(part, graph, batches=(1, 3, 3)).relative_error < (6 * largest_score + 2 * KEYS) * EPSILON
+    (own,) = attended(part.module)
+    assert isinstance(own.attend, OnIntegers)
+    products = [node.op_type for node in ir.load(graph).graph if node.op_type in ("MatMul", "MatMulInteger")]
+    assert products == ["MatMulInteger", "MatMulInteger" if own.attend.integer_values else "MatMul"]
+    own.attend = OnIntegers(not own.attend.integer_values)
+    with pytest.raises(ArtifactError, match="differs from torch"):
+        check_graph(part, graph)
+
+
+def test_zeros_stay_zeros(part: Part, tmp_path: Path) -> None:
+    """Scales of rows and channels of zeros are 1, as in torch."""
+    write_graph(part, tmp_path)
+    inputs = {name: torch.zeros_like(value).numpy() for name, value in part.example(2, torch.Generator()).items()}
+    answer = run_session(open_session(tmp_path / "attention.onnx", threads=1), inputs)
+    assert (answer == 0).all()
+
+
+def test_a_pipeline_with_attention_on_integers_is_exported(sources: dict[str, PipelineFolder], tmp_path: Path) -> None:
+    """Its layers stay in float, so the graph is one of integers by its attention alone; it is checked against torch."""
+    names = [f"transformer_blocks.{block}.attn1" for block in (0, 1)]
+    edits = [Attend(component="transformer", module=name, integer_values=True) for name in names]
+    write_pipeline(tmp_path / "source", sources["label"], edits, {"transformer": {}}, [])
+    source = PipelineFolder(tmp_path / "source", "attentive")
+    manifest = export_onnx(source, tmp_path / "export", steps=4, guidance_scale=3.0)
+    assert {name: graph.format for name, graph in manifest.components.items()} == {
+        "denoiser": "int8",
+        "decoder": "float32",
+    }
+    products = [node.op_type for node in ir.load(tmp_path / "export" / "denoiser.onnx").graph]
+    assert (products.count("Softmax"), products.count("MatMulInteger")) == (0, 2 * len(names))
