@@ -15,7 +15,6 @@ from diffpress.calibration.trajectory import Progress, Trajectories
 from diffpress.export.runtime import StepClock
 from diffpress.kernels import code_range
 
-from .layers import SAFE_BITS
 from .overlay import Quantization, smoothed, spread
 
 BLOCK = 512
@@ -36,14 +35,13 @@ def make_up_for_errors(
     seed: int,
     progress: Progress | None = None,
 ) -> dict[str, Quantization]:
-    """The same layers with other codes where weights are integers of few bits; scales stay.
+    """The same layers with other codes where weights are integers; scales stay.
 
     Frantar et al. 2022, arXiv 2210.17323, within blocks of columns and with strong damping. No code moves by more than one
     from the nearest, so that a weight stays what it was.
     """
     found = dict(layers)
-    low = {name: own for name, own in layers.items() if own.format.weight_bits < SAFE_BITS}
-    for part in _parts(low):
+    for part in _parts({name: own for name, own in layers.items() if not own.format.float8}):
         moments = _second_moments(denoiser, part, trajectories, seed, progress)
         for name, own in part.items():
             weight = layer_matrix(denoiser.get_submodule(name))

@@ -42,8 +42,8 @@ class Rounding(BaseModel):
     )
     gptq: bool = Field(
         default=True,
-        description="round weights of fewer than 8 bits one column after the other, so that they make up for each other's "
-        "errors on what was recorded",
+        description="round weights one column after the other, so that they make up for each other's errors on what was "
+        "recorded",
     )
     asymmetric: bool = Field(default=True, description="give a layer's input a zero point where that measures better")
     attention: Products = Field(

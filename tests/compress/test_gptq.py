@@ -116,22 +116,28 @@ def test_of_a_linear_it_draws_rows() -> None:
     assert input_rows(nn.Linear(6, 3), x, 200, torch.Generator().manual_seed(0)).shape == (100, 6)
 
 
-def test_only_few_bits_change_and_scales_stay(
+def test_codes_change_and_scales_stay(
     recorded: Callable[[str], Any], quantized: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the moments of two layers do not fit into one replay."""
     case = recorded("tiny_text")
     layers = quantized("tiny_text", weights=4, activations=8, gptq=False).layers
     found = make_up_for_errors(case.denoiser, layers, case.trajectories, 0)
-    low = [name for name, own in layers.items() if own.format.weight_bits == 4]
-    assert low
-    assert [name for name in layers if found[name] is not layers[name]] == low
-    for name in low:
-        assert torch.equal(found[name].weight_scale, layers[name].weight_scale)
-    assert any(not torch.equal(found[name].codes, layers[name].codes) for name in low)
+    assert list(found) == list(layers)
+    for name, own in found.items():
+        assert own.codes.shape == layers[name].codes.shape
+        assert torch.equal(own.weight_scale, layers[name].weight_scale)
+    assert any(not torch.equal(found[name].codes, layers[name].codes) for name in layers)
     monkeypatch.setattr(gptq, "MOMENT_BYTES", 1)
     again = make_up_for_errors(case.denoiser, layers, case.trajectories, 0)
     assert list(again) == list(found)
+
+
+def test_float8_has_no_codes_to_choose(recorded: Callable[[str], Any], quantized: Callable[..., Any]) -> None:
+    case = recorded("tiny_text")
+    layers = quantized("tiny_text", format="float8").layers
+    found = make_up_for_errors(case.denoiser, layers, case.trajectories, 0)
+    assert all(found[name] is own for name, own in layers.items() if own.format.float8)
 
 
 def test_layers_lose_less_at_the_output(recorded: Callable[[str], Any], quantized: Callable[..., Any]) -> None:
