@@ -28,6 +28,7 @@ from diffpress.kernels import (
     weight_only_conv2d,
     weight_only_linear,
 )
+from diffpress.kernels.cpu import why_no_library
 from diffpress.kernels.library import CHOICE, only_reference
 
 PACKAGES = ("diffpress", "torch", "triton", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -41,7 +42,7 @@ def examine() -> dict[str, str]:
     """A finding a line: versions, and for every backend and kernel `works` or `fails: why`."""
     findings = {"machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"}
     findings |= {name: _version(name) for name in PACKAGES}
-    findings["kernels"] = f"reference everywhere ({CHOICE})" if only_reference() else "reference on cpu, Triton on cuda"
+    findings["kernels"] = _answering()
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for bits in (8, 4, 3, 2):
             findings[f"quantized layers W{bits}A8 on {device}"] = _try(partial(_quantized, bits, device))
@@ -52,6 +53,14 @@ def examine() -> dict[str, str]:
         findings[f"int8 attention on {device}"] = _try(partial(_attention, device))
     findings["onnxruntime engine"] = _try(_onnxruntime)
     return findings
+
+
+def _answering() -> str:
+    """Which implementation the operations choose."""
+    if only_reference():
+        return f"reference everywhere ({CHOICE})"
+    reason = why_no_library()
+    return f"{'C++' if reason is None else f'reference ({reason})'} on cpu, Triton on cuda"
 
 
 def _version(name: str) -> str:

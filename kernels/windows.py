@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,6 +31,11 @@ def empty_output(
     """The form of what `x` [B, C, H, W] convolved with `weight` [O, ...] gives: [B, O, H', W']."""
     size = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     return x.new_empty((x.shape[0], weight.shape[0], *size))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """How a convolution of codes leaves its pictures: as it computes them on a CPU, as norms of GPUs read them on those."""
+    return torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
 
 
 def windows(

@@ -22,6 +22,8 @@ EPSILON = 2.0**-23
 """Rounding of float32."""
 JITTER = 8 * EPSILON
 """What engines differ by in front of a quantiser, of a tensor's root mean square: sums in another order."""
+DRAWS = 32
+"""Of that noise, at most, until it explains a difference: one value at an edge may move much, and few draws find it."""
 MARGIN = 2.0
 """How much further apart than torch and jittered torch an engine may be: both errors add up."""
 
@@ -51,10 +53,13 @@ def check_graph(part: Part, graph: Path, batches: Sequence[int] = BATCHES) -> Ag
             raise ArtifactError(
                 f"{graph.name} gives {tuple(found.shape)} where torch gives {tuple(expected.shape)}, at batch {batch}."
             )
-        with jittered(part.module, generator):
-            moved = max(moved, _relative(part.module(*inputs.values()), expected))
         worst = max(worst, float((found - expected).abs().max()))
         relative = max(relative, _relative(found, expected))
+        for _ in range(DRAWS):
+            with jittered(part.module, generator):
+                moved = max(moved, _relative(part.module(*inputs.values()), expected))
+            if relative <= rounding(part.module) + MARGIN * moved:
+                break
     tolerance = rounding(part.module) + MARGIN * moved
     # Written so that NaN fails too.
     if not relative <= tolerance:

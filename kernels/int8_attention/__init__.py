@@ -28,4 +28,4 @@ def _fake(q: Tensor, _k: Tensor, _v: Tensor, _integer_values: bool = False) -> T
     return tokens_before_heads(q)
 
 
-define_op(__name__, int8_attention_reference, _fake)
+define_op(__name__, int8_attention_reference, _fake, on_cpu="cpu_kernel")

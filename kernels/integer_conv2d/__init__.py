@@ -78,4 +78,4 @@ def _fake(codes: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return codes.new_empty((codes.shape[0], *size, weight.shape[0]), dtype=rest[-1])
 
 
-define_op(__name__, integer_conv2d_reference, _fake)
+define_op(__name__, integer_conv2d_reference, _fake, on_cpu="cpu_kernel")

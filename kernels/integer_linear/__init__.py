@@ -68,4 +68,4 @@ def _fake(codes: Tensor, weight: Tensor, *rest: object) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], columns), dtype=dtype)
 
 
-define_op(__name__, integer_linear_reference, _fake)
+define_op(__name__, integer_linear_reference, _fake, on_cpu="cpu_kernel")

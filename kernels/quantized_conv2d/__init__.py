@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_quantized, conv2d_depth
 from ..library import define_op
-from ..windows import empty_output
+from ..windows import empty_output, memory_format
 from .reference import quantized_conv2d_reference
 
 __all__ = ["quantized_conv2d"]
@@ -33,7 +33,8 @@ def quantized_conv2d(
     """`x` [B, C, H, W] convolved with integer weights: [B, O, H', W'] in the dtype of `x`, zero padding, one group.
 
     `weight` [O, ...] is the kernel packed from [O, C*kh*kw] (see `pack_codes`); the other tensors are those of
-    `quantized_linear`, with N = O. Raises ValueError naming what does not fit.
+    `quantized_linear`, with N = O. On a CPU the channels of the output lie beside each other, on a GPU its pixels. Raises
+    ValueError naming what does not fit.
     """
     depth = conv2d_depth(x, kernel_size, stride, padding, dilation)
     check_quantized(depth, weight, weight_scale, activation_scale, zero_point, bias, weight_bits, activation_bits)
@@ -56,7 +57,7 @@ def quantized_conv2d(
 def _fake(
     x: Tensor, weight: Tensor, _s: Tensor, _a: Tensor, _z: Tensor | None, _b: Tensor | None, *rest: Any
 ) -> Tensor:
-    return empty_output(x, weight, *rest[:4])
+    return empty_output(x, weight, *rest[:4]).to(memory_format=memory_format(x))
 
 
-define_op(__name__, quantized_conv2d_reference, _fake)
+define_op(__name__, quantized_conv2d_reference, _fake, on_cpu="cpu_kernel")

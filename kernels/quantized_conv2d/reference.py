@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..integer_conv2d.reference import integer_conv2d_reference
 from ..quantization import quantize
+from ..windows import memory_format
 
 
 def quantized_conv2d_reference(
@@ -30,4 +31,4 @@ def quantized_conv2d_reference(
         codes, weight, weight_scale, activation_scale, zero_point, bias, None,
         kernel_size, stride, padding, dilation, weight_bits, "none", x.dtype,
     )  # fmt: skip
-    return output.permute(0, 3, 1, 2).contiguous()
+    return output.permute(0, 3, 1, 2).contiguous(memory_format=memory_format(x))

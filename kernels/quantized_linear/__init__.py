@@ -35,4 +35,4 @@ def quantized_linear(
     )
 
 
-define_op(__name__, quantized_linear_reference, like_rows)
+define_op(__name__, quantized_linear_reference, like_rows, on_cpu="cpu_kernel")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from diffpress.export.runtime import PackedLayer
+from diffpress.export.runtime import PackedLayer, attended
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -51,12 +51,34 @@ def test_every_layer_is_packed_and_answers_nearly_the_same(cpu) -> None:
     assert 0 < error < 0.1
 
 
+@pytest.mark.parametrize("products", ["scores", "all"])
+def test_attention_in_integers_answers_nearly_the_same(cpu, products: str) -> None:
+    plain, inputs = small(), cpu.random_inputs((1, 4, 8, 8), (1, 5, 12), 961.0)
+    layers = cpu.call(cpu.packed_(copy.deepcopy(plain)), inputs)
+    packed = cpu.packed_(copy.deepcopy(plain), products)
+    assert [forward.attend.integer_values for forward in attended(packed)] == 8 * [products == "all"]
+    error = (cpu.call(packed, inputs) - layers).square().mean() / layers.square().mean()
+    assert 0 < error < 0.01
+
+
+def test_a_small_model_is_fed_as_its_pipeline_feeds_it(cpu) -> None:
+    rows = cpu.small("zoo:emoji", 1)
+    assert [row["row"] for row in rows] == ["float32", "bfloat16", "W8A8"]
+    inputs = cpu.first_inputs(cpu.load_pipeline(cpu.resolve("zoo:emoji")))
+    # Guidance asks for two answers to each picture.
+    assert {name: len(value.shape) and len(value) for name, value in inputs.items()} == {
+        "sample": 2,
+        "timestep": 0,
+        "encoder_hidden_states": 2,
+    }
+
+
 def test_a_peer_that_fails_is_a_row_with_its_error(cpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> Path:
         raise RuntimeError("no such wheel")
 
     monkeypatch.setattr(cpu, "python_for", refuse)
-    assert cpu.peer_row("torchao", 1, tmp_path) == {"row": "torchao", "error": "no such wheel"}
+    assert cpu.peer_row("torchao", 1, tmp_path) == {"model": cpu.LARGE, "row": "torchao", "error": "no such wheel"}
     monkeypatch.setattr(cpu, "python_for", lambda *_: Path(sys.executable))
     row = cpu.peer_row("nobody", 1, tmp_path)
     assert "ModuleNotFoundError" in row["error"]

@@ -1,0 +1,43 @@
+"""What computes `integer_conv2d` on a CPU: C++ in one call, or the reference where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..activations import activate
+from ..cpu import compute_conv2d, computes
+from ..packing import unpack_codes
+from .reference import integer_conv2d_reference
+
+
+def launch(
+    codes: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    activation_scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    weight_bits: int,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute `integer_conv2d`; its arguments are known to fit."""
+    tensors, geometry = (weight_scale, activation_scale, zero_point, bias), (kernel_size, stride, padding, dilation)
+    if not computes(dtype):
+        return integer_conv2d_reference(codes, weight, *tensors, residual, *geometry, weight_bits, activation, dtype)
+    weights = unpack_codes(weight, codes.shape[3] * prod(kernel_size), weight_bits)
+    pictures = codes.permute(0, 3, 1, 2)
+    if activation == "none":
+        return compute_conv2d(pictures, weights, *tensors, residual, geometry=geometry, dtype=dtype)
+    output = compute_conv2d(pictures, weights, *tensors, None, geometry=geometry, dtype=torch.float32)
+    output = activate(output, activation)
+    return (output if residual is None else output + residual.float()).to(dtype)
