@@ -42,7 +42,7 @@ from task import Request, draw, read_request
 TRAJECTORIES = 256
 """Runs that learning records; ptq and the rest look at as many as a peer."""
 SPARE_BITS = 0.5
-"""What sensitive layers may take on average where weights have few bits, as in the presets; sizes are in the table."""
+"""What sensitive layers may take on average where weights have few bits, as in the presets, unless a row says otherwise."""
 WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W2A8": (2, 8), "w4": (4, "none")}
 LEARNED: dict[str, dict[str, Any]] = {
     "qalora": {},
@@ -67,13 +67,20 @@ class FullWeightLayer(QaloraLayer):
 
 
 def quantized(
-    row: str, pipeline: Any, source: PipelineFolder, bits: str, request: Request, iterations: int, work: Path
+    row: str,
+    pipeline: Any,
+    source: PipelineFolder,
+    bits: str,
+    request: Request,
+    iterations: int,
+    spare_bits: float,
+    work: Path,
 ) -> Quantized:
     """What the method of this row makes of the denoiser."""
     weights, activations = WIDTHS[bits]
     common: dict[str, Any] = {"weights": weights, "activations": activations}
     if weights < SAFE_BITS and activations != "none":
-        common["effective_bits"] = weights + SPARE_BITS
+        common["effective_bits"] = weights + spare_bits
     learned = row in LEARNED
     method = {"method": "qalora", "iterations": iterations, **LEARNED[row]} if learned else {"method": "ptq"}
     recipe = parse_recipe(
@@ -128,7 +135,7 @@ def stored_bytes(found: Quantized, source: PipelineFolder) -> int:
     return sum(row.bytes for row in plan_rows(found, stored, edits_and_tensors(found)[1]))
 
 
-def run(row: str, model: str, bits: str, request: Request, iterations: int, out: Path) -> None:
+def run(row: str, model: str, bits: str, request: Request, iterations: int, spare_bits: float, out: Path) -> None:
     """Quantize, draw and write."""
     source = resolve(model)
     pipeline = open_pipeline(source)
@@ -139,7 +146,7 @@ def run(row: str, model: str, bits: str, request: Request, iterations: int, out:
     overlay: AbstractContextManager[None] = nullcontext()
     if row != "teacher":
         with TemporaryDirectory() as work:
-            found = quantized(row, pipeline, source, bits, request, iterations, Path(work))
+            found = quantized(row, pipeline, source, bits, request, iterations, spare_bits, Path(work))
             timesteps = Trajectories(Path(work) / "recorded").timesteps
         figures = {
             "seconds": perf_counter() - start,
@@ -163,6 +170,7 @@ def main() -> None:
     parser.add_argument("--bits", required=True)
     parser.add_argument("--request", type=Path, required=True)
     parser.add_argument("--iterations", type=int, default=1200)
+    parser.add_argument("--spare-bits", type=float, default=SPARE_BITS)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     run(
@@ -171,6 +179,7 @@ def main() -> None:
         arguments.bits,
         read_request(arguments.request),
         arguments.iterations,
+        arguments.spare_bits,
         arguments.out,
     )
 

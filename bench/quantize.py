@@ -10,7 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from diffpress.zoo.data import load_digits
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from environment import PEERS, python_for
+from own import SPARE_BITS
 
 STEPS = 25
 GUIDANCE = 3.0
@@ -45,6 +46,10 @@ BATCH = 8
 BITS = ("W8A8", "W4A8", "W4A4", "W2A8", "w4")
 OWN_ROWS = {"nearest": BITS[:-1], "ptq": BITS, "qalora": BITS[1:-1]}
 """At which widths; the preset of eight bits does not learn, since rounding alone is hard to tell from the original."""
+AT_SIZE_OF = "modelopt"
+"""The peer that rounds inputs too at every width, and whose bytes the rows `ROW-same-size` may spend."""
+SAME_SIZE = {"ptq-same-size": ("W4A8", "W4A4", "W2A8"), "qalora-same-size": ("W4A8", "W4A4", "W2A8")}
+ROWS = (*OWN_ROWS, *PEERS, *SAME_SIZE)
 ABLATION = ("ptq", "lora", "lora-scale-aware", "lora-per-step", "qalora", "qat")
 """Each adds one thing to the row before it; the last trains whole weights instead."""
 
@@ -69,7 +74,8 @@ def jobs(models: list[str], bits: list[str], rows: list[str], ablation: str) -> 
         for width in bits:
             own = [row for row, widths in OWN_ROWS.items() if width in widths]
             offered = [peer for peer, what in PEERS.items() if width in what.bits]
-            wanted += [Job(model, width, row) for row in [*own, *offered] if row in rows]
+            larger = [row for row, widths in SAME_SIZE.items() if width in widths]
+            wanted += [Job(model, width, row) for row in [*own, *offered, *larger] if row in rows]
     if ablation:
         wanted += [Job(ablation, "W4A4", row) for row in ABLATION]
     return list(dict.fromkeys(wanted))
@@ -93,11 +99,12 @@ def run(job: Job, work: Path, count: int, iterations: int) -> None:
             command = [
                 sys.executable,
                 folder / "own.py",
-                job.row,
+                job.row.removesuffix("-same-size"),
                 "--model",
                 job.model,
                 "--iterations",
                 str(iterations),
+                *(["--spare-bits", str(spare_bits(job, work))] if job.row in SAME_SIZE else []),
                 *arguments,
             ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
@@ -106,6 +113,25 @@ def run(job: Job, work: Path, count: int, iterations: int) -> None:
         error = [str(failure)]
     if error:
         save_file({}, out, {"peer": json.dumps({"error": error[0]})})
+
+
+def spare_bits(job: Job, work: Path) -> float:
+    """Bits a weight above the width, so that the denoiser takes the bytes of AT_SIZE_OF's and no more.
+
+    Raises RuntimeError where one of the rows that this is reckoned from has failed.
+    """
+    own, peer = (denoiser_bytes(replace(job, row=row), work) for row in ("ptq", AT_SIZE_OF))
+    source = resolve(job.model)
+    weights = sum(tensor.numel() for _, tensor in source.tensors(source.denoiser))
+    return max(SPARE_BITS + 8 * (peer - own) / weights, 0.0)
+
+
+def denoiser_bytes(job: Job, work: Path) -> int:
+    """Of a finished row."""
+    figures = json.loads(_read(job.file(work)).metadata["peer"]) if job.file(work).exists() else {}
+    if "denoiser_bytes" not in figures:
+        raise RuntimeError(f"needs the bytes of {job.bits} {job.row}, which are not there")
+    return int(figures["denoiser_bytes"])
 
 
 def request_of(model: str, count: int) -> dict[str, Any]:
@@ -196,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=[f"zoo:{name}" for name in PIPELINES])
     parser.add_argument("--bits", nargs="+", default=BITS, choices=BITS)
-    parser.add_argument("--rows", nargs="+", default=[*OWN_ROWS, *PEERS], choices=[*OWN_ROWS, *PEERS])
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--ablation", default="zoo:digits-unet", help="the model that is taken apart; empty for none")
     parser.add_argument("--digits", type=Path, help="MNIST as npz, for the distance to real pictures")
     parser.add_argument("--count", type=int, default=64, help="pairs of pictures")
