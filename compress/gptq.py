@@ -21,7 +21,7 @@ BLOCK = 512
 """Columns that make up for each other at most; more gain nothing, and their moments grow with the square."""
 DAMPING = 0.3
 """Share of the mean second moment that is added to each: other pictures are correlated less than those that were recorded."""
-ROWS = 512
+ROWS = 128
 """Rows of a layer's input that are looked at per call."""
 MOMENT_BYTES = 2**29
 """Second moments that are collected in one replay of the recorded calls."""
@@ -85,12 +85,13 @@ def _second_moments(
     """Sums of x x^T over rows of each layer's smoothed and rounded input, block by block: [blocks, width, width]."""
     modules = {name: denoiser.get_submodule(name) for name in layers}
     generator = torch.Generator().manual_seed(seed)
-    clock = StepClock(trajectories.timesteps)
+    timesteps = trajectories.timesteps
+    clock = StepClock(timesteps)
     moments: dict[str, Tensor] = {}
 
     def look(name: str, x: Tensor, step: int) -> None:
         own, layer = layers[name], modules[name]
-        clock.set(trajectories.timesteps[step])
+        clock.set(timesteps[step])
         rows = own.rounded(input_rows(layer, smoothed(layer, x, own.smoothing), ROWS, generator), clock)
         blocks = _in_blocks(rows)
         product = blocks.transpose(1, 2) @ blocks
