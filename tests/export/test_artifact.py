@@ -1,4 +1,4 @@
-"""Artifacts: written, verified, loaded, published."""
+"""Artifacts: written, verified, loaded."""
 
 from __future__ import annotations
 
@@ -19,17 +19,9 @@ from torch import Tensor
 from diffpress.calibration.conditions import conditions
 from diffpress.calibration.sampling import Sampling, denoiser_of, sample
 from diffpress.export.apply import apply_edits_
-from diffpress.export.artifact import (
-    check_output,
-    check_space,
-    is_artifact,
-    load,
-    load_pipeline,
-    publish,
-    verify,
-)
+from diffpress.export.artifact import is_artifact, load, load_pipeline, verify
 from diffpress.export.edits import edits_of
-from diffpress.export.errors import ArtifactError, ModelFileError, OutputError
+from diffpress.export.errors import ArtifactError, ModelFileError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import MANIFEST, list_files, read_manifest, write_manifest
 from diffpress.export.runtime import PackedLayer
@@ -284,80 +276,3 @@ def test_a_source_folder_is_no_artifact(tiny_pixels: Path) -> None:
     assert not is_artifact(tiny_pixels)
     with pytest.raises(ArtifactError, match=f"it has no {MANIFEST}"):
         load(tiny_pixels)
-
-
-@pytest.fixture
-def staged(tmp_path: Path) -> Path:
-    """A finished folder beside where it shall be."""
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "new").write_text("new")
-    return tmp_path / "work"
-
-
-def test_publish_makes_parents_and_leaves_nothing_behind(staged: Path, tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "er" / "out"
-    publish(staged, out)
-    assert (out / "new").read_text() == "new"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep"]
-
-
-@pytest.mark.parametrize("older", ["folder", "empty", "file", "link"])
-def test_publish_replaces_what_was_there(staged: Path, tmp_path: Path, older: str) -> None:
-    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "kept").write_text("kept")
-    if older == "file":
-        out.write_text("old")
-    elif older == "link":
-        out.symlink_to(elsewhere, target_is_directory=True)
-    else:
-        out.mkdir()
-    if older == "folder":
-        (out / "old").write_text("old")
-    publish(staged, out)
-    assert [path.name for path in out.iterdir()] == ["new"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
-    assert (elsewhere / "kept").exists()
-
-
-def test_publish_goes_on_after_it_was_killed_between_its_renames(staged: Path, tmp_path: Path) -> None:
-    (tmp_path / "work.replaced").mkdir()
-    (tmp_path / "work.replaced" / "older").write_text("older")
-    (tmp_path / "out").mkdir()
-    publish(staged, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "out"]
-
-
-def test_publish_that_fails_leaves_the_older_result(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
-    with pytest.raises(FileNotFoundError):
-        publish(tmp_path / "missing", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "out"]
-
-
-def test_check_output_accepts_what_may_be_replaced(tmp_path: Path, spoilt: Path) -> None:
-    check_output(tmp_path / "new", force=False)
-    (tmp_path / "empty").mkdir()
-    check_output(tmp_path / "empty", force=False)
-    check_output(spoilt, force=False)
-    (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "export.json").write_text("{}")
-    check_output(tmp_path / "export", force=False)
-
-
-def test_check_output_refuses_what_is_not_ours_unless_forced(tmp_path: Path) -> None:
-    file, folder = tmp_path / "file", tmp_path / "folder"
-    file.write_text("x")
-    folder.mkdir()
-    (folder / "thesis.tex").write_text("x")
-    for path, message in ((file, "is a file"), (folder, "was not written by diffpress")):
-        with pytest.raises(OutputError, match=message):
-            check_output(path, force=False)
-        check_output(path, force=True)
-
-
-def test_check_space_looks_at_the_nearest_folder_there_is(tmp_path: Path) -> None:
-    check_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(OutputError, match=rf"{tmp_path} has .* MB free, but 1,000,000,000,000 MB are needed"):
-        check_space(tmp_path / "not" / "yet", 10**18)
