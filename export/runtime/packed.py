@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.kernels import (
-    code_range,
     dequantize_groups,
     fp8_conv2d,
     fp8_linear,
@@ -74,7 +73,7 @@ class PackedLayer(nn.Module):
         scale = self.clock.select(self.activation_scale)
         if edit.float8:
             return operations.float8(x, *weight, scale, self.bias, *geometry)
-        zero = None if self.zero_point is None else _rounded(self.clock.select(self.zero_point))
+        zero = None if self.zero_point is None else self.clock.select_code(self.zero_point)
         return operations.integers(
             x, *weight, scale, zero, self.bias, *geometry, edit.weight_bits, edit.activation_bits
         )
@@ -127,11 +126,6 @@ class PackedEmbedding(PackedLayer):
 
 def _smoothed(x: Tensor, smoothing: Tensor | None) -> Tensor:
     return x if smoothing is None else (x * smoothing).to(x.dtype)
-
-
-def _rounded(zero_point: Tensor) -> Tensor:
-    """The zero point of an operation: a code that eight bits hold."""
-    return zero_point.round().clamp(*code_range(8)).to(torch.int32)
 
 
 def why_not_packable(layer: nn.Module) -> str | None:

@@ -108,3 +108,63 @@ def test_a_deep_copy_has_a_clock_of_its_own() -> None:
     twin = copy.deepcopy(denoiser)
     assert twin(x, 20).item() == 8
     assert denoiser.clock.select(TABLE).item() == 2
+
+
+def tables(count: int) -> list[Tensor]:
+    """Scales, or zero points far beyond what a code can be."""
+    generator = torch.Generator().manual_seed(0)
+    return [400 * torch.rand(len(STEPS), generator=generator) - 200 for _ in range(count)]
+
+
+@pytest.mark.parametrize("timestep", [981, 500, 700.3, 33.3], ids=str)
+def test_looking_up_many_tables_at_once_gives_the_same_bits(timestep: float) -> None:
+    clock, own = StepClock(STEPS), tables(5)
+    clock.set(20)
+    for table in own:
+        clock.select(table)
+        clock.select_code(table)
+    clock.set(timestep)
+    alone = StepClock(STEPS)
+    alone.set(timestep)
+    for table in own:
+        assert torch.equal(clock.select(table), alone.select(table))
+        assert torch.equal(clock.select_code(table), alone.select_code(table))
+
+
+def test_zero_points_are_codes_of_eight_bits() -> None:
+    clock = StepClock(STEPS)
+    codes = [clock.select_code(table) for table in (TABLE + 0.3, -1000 * TABLE, 1000 * TABLE)]
+    assert [code.tolist() for code in codes] == [[1], [-128], [127]]
+    assert {code.dtype for code in codes} == {torch.int32}
+
+
+def test_tables_that_were_asked_for_are_read_together_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, own, stacked = StepClock(STEPS), tables(4), []
+    stack = torch.stack
+    monkeypatch.setattr(torch, "stack", lambda rows: stacked.append(len(rows)) or stack(rows))
+    for table in own:
+        clock.select(table)
+    clock.set(500)
+    assert stacked == [4]
+    entries = [clock.select(table) for table in own]
+    assert all(entry.data_ptr() % 16 == 0 for entry in entries)
+    # One block of memory holds them all.
+    assert len({entry.untyped_storage().data_ptr() for entry in entries}) == 1
+
+
+def test_a_table_that_takes_the_place_of_another_is_read_itself() -> None:
+    clock = StepClock(STEPS)
+    clock.select(TABLE)
+    clock.set(500)
+    assert clock.select(TABLE.clone() + 1).item() == 3
+    clock.set(20)
+    assert clock.select(TABLE).item() == 8
+
+
+def test_what_is_written_into_a_table_holds_from_the_next_step_on() -> None:
+    clock, table = StepClock(STEPS), TABLE.clone()
+    clock.select(table)
+    clock.set(500)
+    table.mul_(2)
+    clock.set(500)
+    assert clock.select(table).item() == 4
