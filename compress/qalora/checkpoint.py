@@ -23,6 +23,17 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     """Iteration, loss and held_back of every judgement."""
 
+    def take(self, judged: float, loss: float) -> bool:
+        """Write a judgement down; whether it is the best so far."""
+        better = judged < self.best
+        self.best, self.since_best = (judged, 0) if better else (self.best, self.since_best + 1)
+        self.history.append({"iteration": self.iteration, "loss": loss, "held_back": judged})
+        return better
+
+    def metadata(self) -> dict[str, str]:
+        """What a file of tensors says of itself."""
+        return {"progress": json.dumps(asdict(self))}
+
 
 def save_checkpoint(
     path: Path,
@@ -38,7 +49,7 @@ def save_checkpoint(
         for key, value in optimizer.state[parameter].items():
             # The code books of 8-bit states are one for all, which the file format refuses.
             tensors[f"optimizer.{key}.{name}"] = value.clone() if key.startswith("qmap") else torch.as_tensor(value)
-    write_tensors(path, tensors, {"progress": json.dumps(asdict(progress))})
+    write_tensors(path, tensors, progress.metadata())
 
 
 def load_checkpoint(
@@ -48,15 +59,13 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
     """Put what `save_checkpoint` wrote back in place; the beginning where there is no readable file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            progress = Progress(**json.loads(file.metadata()["progress"]))
-            names = list(file.keys())
-    except (SafetensorError, OSError):
+    progress = read_progress(path)
+    if progress is None:
         return Progress()
     read_tensors(path, parameters, "now.")
     read_tensors(path, average, "average.")
     with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
         for stored_name in names:
             if stored_name.startswith("optimizer."):
                 _, key, name = stored_name.split(".", 2)
@@ -66,6 +75,15 @@ def load_checkpoint(
                     value.clone() if key == "step" else value.to(parameter.device, copy=True)
                 )
     return progress
+
+
+def read_progress(path: Path) -> Progress | None:
+    """Where learning was when the file was written; None where there is no readable file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return Progress(**json.loads(file.metadata()["progress"]))
+    except (SafetensorError, OSError):
+        return None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

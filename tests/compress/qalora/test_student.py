@@ -16,7 +16,7 @@ from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Qalora
 from diffpress.compress.overlay import Format, Quantization, attending, fake_quantized, overlaid
 from diffpress.compress.qalora.student import BatchClock, Student, units
-from diffpress.compress.qalora.train import rate_groups
+from diffpress.compress.qalora.descent import rate_groups
 from diffpress.export.runtime import OnIntegers, StepClock, computes_attention
 
 
@@ -250,7 +250,7 @@ def test_one_step_moves_each_layer_in_proportion_to_its_weight_scale(scale_aware
     start = starts(model)
     chosen = options(scale_aware=scale_aware, lora_rate=0.01)
     student = Student(model, start, [1.0, 0.0], chosen, 0)
-    optimizer = torch.optim.Adam(rate_groups(student, chosen))
+    optimizer = torch.optim.Adam(rate_groups(student.parameters(), chosen))
     x, image = torch.randn(5, 16), torch.randn(5, 4, 6, 6)
     with student.on():
         model(x, image, timestep=1.0).backward()
