@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Products = Literal["none", "scores", "all"]
 """Which products of attention are of integers: neither, Q K^T, or softmax V as well."""
+Order = Literal["whole", "blocks"]
+"""What learns at a time."""
 LARGE = 100_000_000
 """Parameters of a denoiser from which learning spends time to save memory."""
 
@@ -104,6 +106,11 @@ class Qalora(Rounding):
         default=None,
         description="compute activations and rounded weights again on the way back instead of keeping them; left out: for "
         f"denoisers of {LARGE // 1_000_000} million parameters and more",
+    )
+    order: Order | None = Field(
+        default=None,
+        description="what learns at a time: `whole`, every layer together, or `blocks`, one block of the denoiser after the "
+        "other, in less memory; left out: `whole` where the device has the memory for it, see `--estimate`",
     )
     optimizer: Literal["adam", "adam8bit"] = Field(
         default="adam", description="`adam`, or `adam8bit` of bitsandbytes, whose state takes a quarter of the memory"

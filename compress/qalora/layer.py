@@ -125,10 +125,10 @@ class QaloraLayer(nn.Module):
         if scales is None:
             return x
         assert self.format.activation_bits is not None
-        scale = _along_batch(clock.select(scales), x)
+        scale = along_batch(clock.select(scales), x)
         zero_point = None
         if zero_points is not None:
-            zero_point = straight_through_round(_along_batch(clock.select(zero_points), x))
+            zero_point = straight_through_round(along_batch(clock.select(zero_points), x))
         return fake_quantize(x, scale, zero_point, self.format.activation_bits)
 
     @torch.no_grad()
@@ -159,7 +159,7 @@ def _shift(weight: Tensor, start: Quantization) -> Tensor | None:
     return shift if bool(shift.any()) else None
 
 
-def _along_batch(values: Tensor, x: Tensor) -> Tensor:
+def along_batch(values: Tensor, x: Tensor) -> Tensor:
     """One value for all, or one an entry of the batch, against `x`.
 
     Where a model folds something into its batch (frames, windows), the entries of one picture lie beside each other.

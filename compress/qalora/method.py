@@ -13,6 +13,7 @@ from diffpress.calibration.trajectory import Trajectories
 from ..attention import learnable
 from ..finish import Quantized
 from ..options import Qalora
+from .blocks import learn_blocks
 from .importance import step_importance
 from .layer import QaloraLayer
 from .lessons import Lessons, OwnRuns, pictures_a_round
@@ -50,8 +51,12 @@ def learn_layers_(
         importance = step_importance(runs.pipeline.scheduler, steps)
         pictures = pictures_a_round(judge_every(options.iterations), options.batch, steps)
         lessons = Lessons(trajectories, runs, importance.chances, seed, pictures)
-        guidance = find_guidance(trajectories)
-        found.history = learn(student, lessons, importance, guidance, options, runs.folder, report).history
+        if options.order == "blocks":
+            progress = learn_blocks(student, lessons, importance, options, runs.folder, report)
+        else:
+            guidance = find_guidance(trajectories)
+            progress = learn(student, lessons, importance, guidance, options, runs.folder, report)
+        found.history = progress.history
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)

@@ -109,6 +109,7 @@ def school(
             "weights": chosen.pop("weights", 3),
             "activations": chosen.pop("activations", 4),
             "keep": list(keep),
+            "gptq": chosen.pop("gptq", True),
         }
         own = recorded(source)
         first = quantized(source, **rounding)

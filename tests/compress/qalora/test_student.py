@@ -15,8 +15,8 @@ from diffpress.compress.attention import AttentionChoice, learnable
 from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Qalora
 from diffpress.compress.overlay import Format, Quantization, attending, fake_quantized, overlaid
-from diffpress.compress.qalora.student import BatchClock, Student, units
 from diffpress.compress.qalora.descent import rate_groups
+from diffpress.compress.qalora.student import BatchClock, Student, units
 from diffpress.export.runtime import OnIntegers, StepClock, computes_attention
 
 
