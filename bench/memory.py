@@ -23,6 +23,7 @@ from diffpress.calibration.sampling import answer
 from diffpress.compress.layers import find_layers
 from diffpress.compress.options import Qalora
 from diffpress.compress.overlay import Format, Quantization
+from diffpress.compress.qalora.blocks import learn_blocks
 from diffpress.compress.qalora.importance import StepImportance
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import learn
@@ -58,14 +59,15 @@ class RandomLessons:
 
     def __init__(self, teacher: nn.Module, count: int) -> None:
         self.examples = [self._example(teacher, torch.Generator().manual_seed(seed)) for seed in range(count)]
+        self.recorded = self
         self.begun: Times | None = None
         self.steps: list[Times] = []
         """What each step took: from when its batch is asked for until it is judged."""
 
-    def batch(self, number: int, _size: int) -> Batch:
+    def batch(self, number: int | list[int], _size: int = 1) -> Batch:
         if torch.is_grad_enabled():
             self.begun = Times.now()
-        return self.examples[number % len(self.examples)]
+        return self.examples[number % len(self.examples) if isinstance(number, int) else 0]
 
     def judge(self, _student: Student) -> float:
         if self.begun is not None:
@@ -111,9 +113,16 @@ def measure(options: Qalora, threads: int) -> dict[str, Any]:
     reset_peak()
     student = Student(denoiser, simple_start(denoiser, options), TIMESTEPS, options, 0)
     losses: list[float] = []
+
+    def report(_done: int, _all: int, loss: float) -> None:
+        losses.append(loss)
+
     with TemporaryDirectory() as folder:
         even = StepImportance(torch.full((len(TIMESTEPS),), 1 / len(TIMESTEPS)), torch.ones(len(TIMESTEPS)))
-        learn(student, lessons, even, None, options, Path(folder), lambda _done, _all, loss: losses.append(loss))  # type: ignore[arg-type]
+        if options.order == "blocks":
+            learn_blocks(student, lessons, even, options, Path(folder), report)  # type: ignore[arg-type]
+        else:
+            learn(student, lessons, even, None, options, Path(folder), report)  # type: ignore[arg-type]
     learning = peak_rss_bytes()
     return {
         "denoiser_parameters": sum(parameter.numel() for parameter in denoiser.parameters()),
@@ -133,6 +142,7 @@ def measure(options: Qalora, threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--order", choices=["whole", "blocks"], default="whole")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the method, as JSON")
     parser.add_argument("--json", action="store_true")
@@ -141,8 +151,9 @@ def main() -> None:
         # The C library reads these when a process begins.
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
     own = {key: json.loads(value) for key, value in (option.split("=", 1) for option in arguments.option)}
-    common = {"method": "qalora", "weights": 4, "activations": 4, "batch": 1, "iterations": arguments.iterations}
-    options = Qalora.model_validate(common | {"own_trajectory": 0} | own)
+    common = {"method": "qalora", "weights": 4, "activations": 4, "batch": 1, "own_trajectory": 0}
+    chosen = {"iterations": arguments.iterations, "order": arguments.order}
+    options = Qalora.model_validate(common | chosen | own)
     figures = measure(options, arguments.threads)
     if arguments.json:
         print(json.dumps({"machine": machine(), "options": options.model_dump(), **figures}, indent=1))

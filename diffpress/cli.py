@@ -73,14 +73,14 @@ def compress(
 
     resolved = load_recipe(recipe, overrides or (), seed)
     source = resolve(model)
+    _check_device(device)
     if only_estimate:
         from .estimate import estimate
 
-        _print_estimate(estimate(source, resolved), as_json)
+        _print_estimate(estimate(source, resolved, device), as_json)
         return
     from .flow import compress as run_flow
 
-    _check_device(device)
     with stages() as notify:
         artifact = run_flow(source, resolved, out, device=device, fresh=fresh, force=force, notify=notify)
     metrics = artifact.manifest.metrics
@@ -258,6 +258,9 @@ def _print_estimate(values: dict[str, Any], as_json: bool) -> None:
         return
     rows = [(f"{stage}, seconds", f"{seconds:,.0f}") for stage, seconds in values["seconds"].items()]
     rows += [(name, f"{values[name] / 1e6:,.0f} MB") for name in ("disk_bytes", "memory_bytes")]
+    for order, needed in values.get("learning_bytes", {}).items():
+        taken = ", taken" if order == values["order"] else ""
+        rows.append((f"learning memory, order {order}{taken}", f"{needed / 1e6:,.0f} MB"))
     print_table("estimate, from one timed step", ("", ""), rows, numbers=True)
 
 

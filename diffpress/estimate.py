@@ -17,6 +17,7 @@ from diffpress.compress.qalora.train import JUDGEMENTS, judge_every
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
 
+from .order import choose_order, learning_bytes
 from .recipe import Recipe
 
 REPLAYS = 4
@@ -59,9 +60,9 @@ def own_conditions(pipeline: Any, recipe: Recipe) -> list[Condition]:
     return conditions(pipeline, recipe.record.prompts, recorded + OWN_RUNS, recipe.seed + 2**32)[recorded:]
 
 
-def estimate(source: PipelineFolder, recipe: Recipe) -> dict[str, Any]:
+def estimate(source: PipelineFolder, recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
     """Seconds, disk and memory of a `compress`, from one timed step of each kind; nothing is written."""
-    pipeline = open_pipeline(source)
+    pipeline = open_pipeline(source).to(device)
     sampling = Sampling(2, recipe.sampling.guidance_scale)
     wanted = recorded_conditions(pipeline, recipe)[: recipe.record.batch]
     recorded = recorded_bytes(pipeline, recipe)
@@ -70,6 +71,7 @@ def estimate(source: PipelineFolder, recipe: Recipe) -> dict[str, Any]:
     seconds_a_step = (time.perf_counter() - start) / 2
     steps = _steps(pipeline, recipe)
     seconds_a_run = seconds_a_step * steps
+    weights = weight_bytes(pipeline)
     return {
         "steps": steps,
         "seconds": {
@@ -79,8 +81,15 @@ def estimate(source: PipelineFolder, recipe: Recipe) -> dict[str, Any]:
             "measure": seconds_a_step * steps * ceil(PICTURES / recipe.record.batch),
         },
         "disk_bytes": recorded + needed_bytes(source),
-        "memory_bytes": peak_memory_bytes(pipeline, wanted[0], sampling) * len(wanted) + weight_bytes(pipeline),
+        "memory_bytes": (peak_memory_bytes(pipeline, wanted[0], sampling) - weights) * len(wanted) + weights,
+        **_learning_memory(pipeline, recipe),
     }
+
+
+def _learning_memory(pipeline: Any, recipe: Recipe) -> dict[str, Any]:
+    """What each order of learning takes, and the one that is taken, where the recipe asks for learning."""
+    order = choose_order(pipeline, recipe)
+    return {} if order is None else {"learning_bytes": learning_bytes(pipeline, recipe), "order": order}
 
 
 def _learning_seconds(recipe: Recipe, seconds_a_step: float, steps: int) -> dict[str, float]:

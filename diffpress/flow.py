@@ -35,6 +35,7 @@ from .estimate import needed_bytes, own_conditions, recorded_bytes, recorded_con
 from .exporting import export_to_onnx
 from .gates import check_gates
 from .models import resolve
+from .order import choose_order, with_order
 from .pairs import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import write_report
@@ -132,7 +133,9 @@ def _make(
 ) -> Artifact:
     teacher = load_pipeline(source).to(device)
     check_space(out, needed_bytes(source) + recorded_bytes(teacher, recipe))
+    order = choose_order(teacher, recipe)
     with work_folder(out, request, fresh) as work:
+        recipe = with_order(recipe, work.settled_order(order))
         trajectories = _record(teacher, recipe, work, notify)
         quantized = _quantize(teacher, source, trajectories, recipe, work, notify)
         manifest = _stage(source, recipe, request, trajectories, quantized, work)
@@ -193,13 +196,9 @@ def _sampling(recipe: Recipe) -> Sampling:
 
 
 def _record(teacher: Any, recipe: Recipe, work: Work, notify: Notify) -> Trajectories:
+    wanted, sampling = recorded_conditions(teacher, recipe), _sampling(recipe)
     return record(
-        teacher,
-        recorded_conditions(teacher, recipe),
-        _sampling(recipe),
-        work.recorded,
-        recipe.record.batch,
-        lambda done, total: notify("record", done, total),
+        teacher, wanted, sampling, work.recorded, recipe.record.batch, lambda done, total: notify("record", done, total)
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffpress.compress.options import Order
 from diffpress.export.errors import OutputError
 
 
@@ -33,6 +34,13 @@ class Work:
     @property
     def staged(self) -> Path:
         return self.folder / "staged"
+
+    def settled_order(self, chosen: Order | None) -> Order | None:
+        """The order that learning began in, else the one `chosen` now: what memory is free may have changed in between."""
+        path = self.folder / "order"
+        if not path.is_file():
+            path.write_text(json.dumps(chosen))
+        return json.loads(path.read_text())
 
     @property
     def exported(self) -> Path:
