@@ -155,7 +155,9 @@ def _shift(weight: Tensor, start: Quantization) -> Tensor | None:
     Shifted by a whole code a weight keeps its place between two of them, so that learning moves it as easily as others.
     """
     nearest = weight.div(spread(start.weight_scale, weight.shape, start.format.group_size)).round_()
-    shift = (start.codes - nearest.clamp(*code_range(start.format.weight_bits))).clamp_(-1, 1).flatten(1).to(torch.int8)
+    # In place, since a weight may be large.
+    away = nearest.clamp_(*code_range(start.format.weight_bits)).sub_(start.codes)
+    shift = away.neg_().clamp_(-1, 1).flatten(1).to(torch.int8)
     return shift if bool(shift.any()) else None
 
 
