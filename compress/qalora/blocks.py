@@ -86,8 +86,7 @@ class _Blocks:
     def _in_call_order(self) -> list[str]:
         first = self.lessons.recorded.batch([0])
         names = [name for name in find_blocks(self.student.denoiser) if self._parameters(name)]
-        with self.student.off():
-            return call_order(self.student.denoiser, names, first.inputs, first.output.dtype)
+        return call_order(self.student.denoiser, names, first.inputs, first.output.dtype)
 
     def _parameters(self, name: str) -> dict[str, nn.Parameter]:
         return {key: own for key, own in self.student.parameters().items() if key.startswith(f"{name}.")}

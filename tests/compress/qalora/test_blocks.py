@@ -108,7 +108,6 @@ def test_each_block_gets_nearer_to_the_teachers(school: School, source: str, mon
 
     monkeypatch.setattr(_Blocks, "_learn", watched)
     learn_blocks(student, lessons, EVEN, options, runs.folder)
-
     assert len(errors) == len(find_blocks(student.denoiser))
     assert all(after < before for before, after in errors.values())
 
@@ -156,6 +155,30 @@ def test_the_second_block_is_fed_by_the_student_and_follows_the_teacher(school: 
     graded = {name for name, value in student.parameters().items() if value.grad is not None and value.grad.any()}
     assert graded
     assert all(name.startswith(SECOND) for name in graded)
+
+
+@pytest.mark.parametrize(("block", "called"), [(FIRST, [2, 0, 0]), (SECOND, [2, 2, 0])])
+def test_nothing_behind_the_block_is_called(school: School, block: str, called: list[int]) -> None:
+    """By the teacher or by the student, which both call what stands before it."""
+    student, lessons, runs, options = classroom(school)
+    counts = dict.fromkeys((FIRST, SECOND, "proj_out_1."), 0)
+
+    def count(name: str) -> None:
+        counts[name] += 1
+
+    # Their first layers tell of what was computed in them.
+    layers = {FIRST: f"{FIRST}attn1.to_q", SECOND: f"{SECOND}attn1.to_q", "proj_out_1.": "proj_out_1"}
+    handles = [
+        student.denoiser.get_submodule(layer).register_forward_hook(lambda *_, name=name: count(name))  # type: ignore[misc]
+        for name, layer in layers.items()
+    ]
+    try:
+        with student.on():
+            _Blocks(student, lessons, EVEN, options, runs.folder)._loss(block[:-1], lessons.batch(0, 4))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert list(counts.values()) == called
 
 
 def test_what_is_kept_is_never_worse_by_what_is_held_back(school: School) -> None:
