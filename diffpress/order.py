@@ -17,6 +17,8 @@ from diffpress.export.errors import RecipeError
 
 from .recipe import Recipe
 
+DENOISERS = {"denoiser", "transformer", "unet"}
+"""What a recipe calls the component that learns."""
 SPARE = 0.9
 """Share of the free memory that learning may count on."""
 
@@ -27,7 +29,7 @@ def choose_order(pipeline: Any, recipe: Recipe) -> Order | None:
     None where nothing is learned. Raises RecipeError where the recipe asks for blocks and the denoiser has none.
     """
     options = recipe.quantize
-    if not isinstance(options, Qalora):
+    if not isinstance(options, Qalora) or DENOISERS.isdisjoint(options.components):
         return None
     denoiser = denoiser_of(pipeline)
     if options.order == "blocks" and not find_blocks(denoiser):

@@ -47,8 +47,10 @@ def test_left_out_it_is_whole_where_that_fits(
 
 
 def test_where_nothing_is_learned_there_is_no_order(tiny_class: Path) -> None:
+    pipeline = load_pipeline(PipelineFolder(tiny_class, "tiny"))
+    assert choose_order(pipeline, recipe_of(activations="none", components=["text_encoders"])) is None
     recipe = parse_recipe({**QUICK, "quantize": {"method": "ptq"}})
-    assert choose_order(load_pipeline(PipelineFolder(tiny_class, "tiny")), recipe) is None
+    assert choose_order(pipeline, recipe) is None
     assert with_order(recipe, None) is recipe
 
 
