@@ -43,6 +43,8 @@ TRAJECTORIES = 256
 """Runs that learning records; ptq and the rest look at as many as a peer."""
 SPARE_BITS = 0.5
 """What sensitive layers may take on average where weights have few bits, as in the presets, unless a row says otherwise."""
+FLOAT_INPUTS = 0.05
+"""Share of the multiplications that are of inputs in float where all have eight bits, as in the preset."""
 WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W2A8": (2, 8), "w4": (4, "none")}
 LEARNED: dict[str, dict[str, Any]] = {
     "qalora": {},
@@ -81,6 +83,8 @@ def quantized(
     common: dict[str, Any] = {"weights": weights, "activations": activations}
     if weights < SAFE_BITS and activations != "none":
         common["effective_bits"] = weights + spare_bits
+    if (weights, activations) == (SAFE_BITS, SAFE_BITS):
+        common["float_inputs"] = FLOAT_INPUTS
     learned = row in LEARNED
     method = {"method": "qalora", "iterations": iterations, **LEARNED[row]} if learned else {"method": "ptq"}
     recipe = parse_recipe(

@@ -42,6 +42,8 @@ class LayerInput:
     """[R, C] a sample; R <= KEPT_ROWS."""
     conditioning: bool
     """The layer is fed one row an image (a time or class embedding), or the same at every step (the prompt)."""
+    macs: int = 0
+    """Multiplications of all calls that were looked at."""
 
     @property
     def largest(self) -> Tensor:
@@ -91,6 +93,7 @@ def observe_inputs(
         entry.low = torch.minimum(entry.low, rows.amin(0).cpu())
         entry.high = torch.maximum(entry.high, rows.amax(0).cpu())
         entry.second_moment += rows.square().sum(0).cpu()
+        entry.macs += _positions(layers[name], x) * layer_matrix(layers[name]).numel()
         counts[name] += len(rows)
         samples[name].append(_some(rows, kept, generator).cpu())
 
@@ -105,6 +108,15 @@ def observe_inputs(
 def _nothing_seen(channels: int, conditioning: bool) -> LayerInput:
     low, high, second_moment = torch.zeros(3, channels)
     return LayerInput(low, high, second_moment, torch.empty(0, channels), conditioning)
+
+
+def _positions(layer: nn.Module, x: Tensor) -> int:
+    """How often the weight of a Linear or Conv2d is multiplied with what it reads of `x`."""
+    if not isinstance(layer, nn.Conv2d):
+        return x[..., 0].numel()
+    assert not isinstance(layer.padding, str)
+    height, width = output_size(x.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    return len(x) * height * width
 
 
 def _some(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -222,8 +234,7 @@ def input_rows(layer: nn.Module, x: Tensor, count: int, generator: torch.Generat
     if not isinstance(layer, nn.Conv2d):
         return _some(x.flatten(0, -2), count, generator)
     assert not isinstance(layer.padding, str)
-    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    height, width = output_size(x.shape[2:], *geometry)
+    height, width = output_size(x.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     places = torch.randint(len(x) * height * width, (count,), generator=generator).to(x.device)
     picture, place = places // (height * width), places % (height * width)
     top, left = place // width * layer.stride[0], place % width * layer.stride[1]

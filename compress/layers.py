@@ -114,3 +114,13 @@ def worth_more_bits(gains: Mapping[str, float], layers: Mapping[str, Quantizatio
             chosen.append(name)
             left -= cost
     return chosen
+
+
+def worth_float_inputs(errors: Mapping[str, float], macs: Mapping[str, int], limit: float) -> list[str]:
+    """Those of the layers of `errors` whose inputs stay in float, by error a multiplication; at most `limit` of these."""
+    chosen = []
+    for name in sorted(errors, key=lambda name: errors[name] / macs[name], reverse=True):
+        if macs[name] <= limit:
+            chosen.append(name)
+            limit -= macs[name]
+    return chosen

@@ -39,6 +39,13 @@ class Rounding(BaseModel):
         description="bits a weight may take on average, of those that `weights` is meant for: what is left over goes to the "
         "layers that measure as most sensitive",
     )
+    float_inputs: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="share of the multiplications, of those in layers, that may be of inputs in float: in the layers that "
+        "measure as most sensitive",
+    )
     smoothing: bool = Field(
         default=True, description="even out the channels of a layer's input where that measures better"
     )
@@ -78,6 +85,10 @@ class Rounding(BaseModel):
             raise ValueError(
                 f"effective_bits {self.effective_bits:g} leaves nothing to spend: weights take {self.weights}. Give more, "
                 "or null"
+            )
+        if self.float_inputs and self.activations == "none":
+            raise ValueError(
+                f"float_inputs {self.float_inputs:g} spares nothing: with activations none every input stays in float"
             )
         others = [name for name in self.components if name != "denoiser"]
         if self.activations != "none" and others:

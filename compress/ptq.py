@@ -14,7 +14,15 @@ from diffpress.export.errors import UnsupportedModelError
 from .attention import choose_attention
 from .finish import Quantized, drop_what_does_not_shrink_
 from .gptq import make_up_for_errors
-from .layers import SAFE_BITS, choose_formats, find_layers, safe_format, weights_only, worth_more_bits
+from .layers import (
+    SAFE_BITS,
+    choose_formats,
+    find_layers,
+    safe_format,
+    weights_only,
+    worth_float_inputs,
+    worth_more_bits,
+)
 from .options import Rounding
 from .overlay import Format, Quantization
 from .search import measure_sensitivity, round_weight, search
@@ -55,6 +63,9 @@ def quantize_denoiser(
     found.sensitivity = measure_sensitivity(denoiser, found.layers, trajectories)
     if options.effective_bits is not None:
         _spend_bits_(found, denoiser, trajectories, options.effective_bits, rounded)
+    if options.float_inputs:
+        macs = {name: entry.macs for name, entry in seen.items()}
+        _spare_inputs_(found, denoiser, trajectories, macs, options.float_inputs, rounded)
     found.layers |= _without_inputs(
         {name: candidates[name] for name in candidates if name not in layers}, options, found
     )
@@ -111,3 +122,22 @@ def _spend_bits_(
     for name in worth_more_bits(gains, low, effective_bits):
         found.layers[name], found.sensitivity[name] = safer[name], errors[name]
         found.reasons[name] = f"sensitive, {SAFE_BITS} bits"
+
+
+def _spare_inputs_(
+    found: Quantized,
+    denoiser: nn.Module,
+    trajectories: Trajectories,
+    macs: Mapping[str, int],
+    share: float,
+    rounded: Callable[[Mapping[str, Format]], dict[str, Quantization]],
+) -> None:
+    """Leave the inputs of the layers in float that err most for what they multiply, up to that share of all `macs`."""
+    integers = {name: own.format for name, own in found.layers.items() if own.format.activation_bits is not None}
+    chosen = worth_float_inputs({name: found.sensitivity[name] for name in integers}, macs, share * sum(macs.values()))
+    spared = rounded({name: weights_only(denoiser.get_submodule(name), integers[name].weight_bits) for name in chosen})
+    errors = measure_sensitivity(denoiser, spared, trajectories)
+    for name in chosen:
+        if errors[name] < found.sensitivity[name]:
+            found.layers[name], found.sensitivity[name] = spared[name], errors[name]
+            found.reasons[name] = f"{found.reasons.get(name, 'sensitive')}, inputs in float"

@@ -46,7 +46,7 @@ def search(
         if formats[name].activation_bits is not None
     }
     scales = _single_scales(inputs, steps)
-    if options.per_step and options.format == "integer":
+    if inputs and options.per_step and options.format == "integer":
         scales |= _step_scales(denoiser, layers, inputs, formats, trajectories, seed, progress)
     found = {}
     for name, layer in layers.items():

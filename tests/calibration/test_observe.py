@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffpress.calibration.conditions import conditions
 from diffpress.calibration.observe import (
@@ -26,7 +27,7 @@ from diffpress.calibration.observe import (
     rounded_to,
     rounding_errors,
 )
-from diffpress.calibration.sampling import Sampling, denoiser_of
+from diffpress.calibration.sampling import Sampling, denoiser_of, replay
 from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
@@ -111,6 +112,21 @@ def test_conditioning_layers_are_fed_one_row_an_image_or_the_same_at_every_step(
     denoiser, runs = observed(source)
     for name, own in observe_inputs(denoiser, layers_of(denoiser), runs, seed=0).items():
         assert own.conditioning == any(word in name for word in expected), name
+
+
+@pytest.mark.parametrize("source", ["tiny_class", "tiny_pixels"])
+def test_multiplications_are_those_that_torch_counts(
+    source: str, observed: Callable[[str], tuple[nn.Module, Trajectories]]
+) -> None:
+    denoiser, runs = observed(source)
+    seen = observe_inputs(denoiser, layers_of(denoiser), runs, seed=0)
+    # Products within attention are no layer's.
+    layers = [torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.convolution]
+    with FlopCounterMode(display=False) as counter:
+        for call in runs.calls(runs.shards):
+            replay(denoiser, call)
+    counted = counter.get_flop_counts()["Global"]
+    assert 2 * sum(entry.macs for entry in seen.values()) == sum(counted.get(operation, 0) for operation in layers)
 
 
 def test_layers_that_are_never_called_are_missing(observed: Callable[[str], tuple[nn.Module, Trajectories]]) -> None:

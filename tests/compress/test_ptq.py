@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffpress.calibration.observe import observe_inputs
 from diffpress.compress.finish import Quantized, edits_and_tensors
 from diffpress.compress.layers import KINDS
 from diffpress.compress.options import Ptq
@@ -121,6 +122,33 @@ def test_effective_bits_go_to_the_most_sensitive_layers(quantized: Callable[...,
     assert all(gain(name) > 0 for name in sensitive)
     per_weight = {name: plain.sensitivity[name] / plain.layers[name].codes.numel() for name in low}
     assert max(per_weight, key=lambda name: per_weight[name]) in sensitive
+
+
+@pytest.mark.parametrize("weights", [8, 4])
+def test_inputs_stay_in_float_where_they_err_most_for_what_they_multiply(
+    weights: int, recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+) -> None:
+    own, share = recorded("tiny_class"), 0.2
+    plain = quantized("tiny_class", weights=weights, activations=4)
+    found = quantized("tiny_class", weights=weights, activations=4, float_inputs=share)
+    layers = {name: own.denoiser.get_submodule(name) for name in plain.sensitivity}
+    macs = {name: entry.macs for name, entry in observe_inputs(own.denoiser, layers, own.trajectories, 0).items()}
+    integers = [name for name, layer in plain.layers.items() if layer.format.activation_bits is not None]
+    spared = [name for name in integers if found.layers[name].format.activation_bits is None]
+    assert spared
+    assert sum(macs[name] for name in spared) <= share * sum(macs.values())
+    assert all(found.layers[name].format.weight_bits == weights for name in spared)
+    assert all(found.sensitivity[name] < plain.sensitivity[name] for name in spared)
+    assert all(found.reasons[name] == "sensitive, inputs in float" for name in spared)
+    that_fit = [name for name in integers if macs[name] <= share * sum(macs.values())]
+    assert max(that_fit, key=lambda name: plain.sensitivity[name] / macs[name]) in spared
+    assert all(equal(found.layers[name], plain.layers[name]) for name in integers if name not in spared)
+
+
+def test_no_inputs_stay_in_float_where_no_layer_is_small_enough(quantized: Callable[..., Quantized]) -> None:
+    plain, found = (quantized("tiny_class", **W4A4, float_inputs=share) for share in (0, 1e-6))
+    assert all(equal(layer, plain.layers[name]) for name, layer in found.layers.items())
+    assert found.reasons == plain.reasons
 
 
 def test_effective_bits_can_be_had_in_full(quantized: Callable[..., Quantized]) -> None:

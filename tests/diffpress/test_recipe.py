@@ -52,6 +52,11 @@ def test_overrides_reach_nested_keys_and_win_over_the_file():
             {"quantize": {"method": "ptq", "weights": 4, "effective_bits": 3}},
             ["leaves nothing to spend", "weights take 4"],
         ),
+        (
+            {"quantize": {"method": "ptq", "activations": "none", "float_inputs": 0.1}},
+            ["float_inputs 0.1 spares nothing", "activations none"],
+        ),
+        ({"quantize": {"method": "ptq", "float_inputs": 5}}, ["quantize.float_inputs = 5", "less than or equal to 1"]),
         ({"quantize": {"method": "ptq", "components": ["vae"]}}, ["only weights of vae", "activations must be none"]),
         (
             {"quantize": {"method": "ptq", "attention": "values"}},
