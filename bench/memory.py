@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from machine import machine
+from own import FullWeightLayer
 from torch import nn
 
 from diffpress.calibration.examples import Batch
@@ -25,6 +27,7 @@ from diffpress.compress.options import Qalora
 from diffpress.compress.overlay import Format, Quantization
 from diffpress.compress.qalora.blocks import learn_blocks
 from diffpress.compress.qalora.importance import StepImportance
+from diffpress.compress.qalora.layer import QaloraLayer
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import learn
 from diffpress.kernels import code_range, quantize
@@ -33,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from rss import peak_rss_bytes, reset_peak, rss_bytes
 
 LATENT, TEXT = (1, 4, 64, 64), (1, 77, 768)
+CHANNELS = (320, 640, 1280, 1280)
 TIMESTEPS = [float(step) for step in range(961, 0, -40)]
 ACTIVATION_REACH = 4.0
 """What the largest code of an input stands for; most of a normalised input lies below, and costs are the same at any."""
@@ -100,18 +104,22 @@ def _simple(layer: nn.Module, options: Qalora) -> Quantization:
     return Quantization(Format(options.weights, options.activation_bits), codes, scale, activation_scale)
 
 
-def measure(options: Qalora, threads: int) -> dict[str, Any]:
+def measure(
+    options: Qalora, threads: int, channels: Sequence[int] = CHANNELS, layer_type: type[QaloraLayer] = QaloraLayer
+) -> dict[str, Any]:
     """Run, then learn, in this process; what rounding the start takes is counted apart."""
     torch.set_num_threads(threads)
     libraries = rss_bytes()
     torch.manual_seed(0)
-    denoiser = UNet2DConditionModel(cross_attention_dim=TEXT[-1]).eval().requires_grad_(False)
+    denoiser = (
+        UNet2DConditionModel(block_out_channels=channels, cross_attention_dim=TEXT[-1]).eval().requires_grad_(False)
+    )
     reset_peak()
     begun = Times.now()
     lessons = RandomLessons(denoiser, options.iterations)
     running, took = peak_rss_bytes(), Times.now().since(begun)
     reset_peak()
-    student = Student(denoiser, simple_start(denoiser, options), TIMESTEPS, options, 0)
+    student = Student(denoiser, simple_start(denoiser, options), TIMESTEPS, options, 0, layer_type)
     starting = peak_rss_bytes()
     reset_peak()
     losses: list[float] = []
@@ -146,6 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--order", choices=["whole", "blocks"], default="whole")
+    parser.add_argument("--full-weights", action="store_true", help="learn whole weights instead of low-rank changes")
+    parser.add_argument("--channels", type=int, nargs=4, default=CHANNELS, help="of the UNet's four resolutions")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the method, as JSON")
     parser.add_argument("--json", action="store_true")
@@ -157,7 +167,8 @@ def main() -> None:
     common = {"method": "qalora", "weights": 4, "activations": 4, "batch": 1, "own_trajectory": 0}
     chosen = {"iterations": arguments.iterations, "order": arguments.order}
     options = Qalora.model_validate(common | chosen | own)
-    figures = measure(options, arguments.threads)
+    layer_type = FullWeightLayer if arguments.full_weights else QaloraLayer
+    figures = measure(options, arguments.threads, arguments.channels, layer_type)
     if arguments.json:
         print(json.dumps({"machine": machine(), "options": options.model_dump(), **figures}, indent=1))
         return
