@@ -24,7 +24,7 @@ import triton
 from machine import machine
 
 import diffpress.kernels
-from diffpress.kernels.ahead import TARGETS, Form, compile_for
+from diffpress.kernels.aot import TARGETS, Form, compile_for
 
 KERNELS = sorted(path.parent.name for path in Path(diffpress.kernels.__file__).parent.glob("*/triton_kernel.py"))
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from diffpress.calibration.cost import latencies_ms, median_ratio
 from diffpress.calibration.sampling import Call, Sampling, denoiser_of, sample, watch
 from diffpress.compress.attention import AttentionChoice
-from diffpress.compress.finish import Quantized, edits_and_tensors
 from diffpress.compress.options import Products, Qalora
+from diffpress.compress.result import QuantizationResult, edits_and_tensors
 from diffpress.export.apply import apply_edits_
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.runtime import computes_attention
@@ -50,7 +50,7 @@ def packed_(denoiser: nn.Module, attention: Products = "none") -> nn.Module:
     options = Qalora.model_validate({"method": "qalora", "weights": 8, "activations": 8})
     modules = [name for name, module in denoiser.named_modules() if computes_attention(module)]
     chosen = {name: AttentionChoice(products=attention) for name in modules}
-    found = Quantized("unet", simple_start(denoiser, options), attention=chosen)
+    found = QuantizationResult("unet", simple_start(denoiser, options), attention=chosen)
     edits, tensors = edits_and_tensors(found)
     stored = denoiser.state_dict()
     apply_edits_(denoiser, edits, TIMESTEPS)
@@ -72,7 +72,7 @@ def large(repeats: int) -> list[dict[str, Any]]:
 
 
 def small(model: str, repeats: int) -> list[dict[str, Any]]:
-    """Ours on a model of the zoo, fed as its pipeline feeds it for one picture."""
+    """Ours on a model of the zoo, fed as its pipeline feeds it for one image."""
     pipeline = load_pipeline(resolve(model))
     plain = denoiser_of(pipeline)
     inputs = first_inputs(pipeline)

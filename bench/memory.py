@@ -24,7 +24,7 @@ from diffpress.calibration.observe import layer_matrix
 from diffpress.calibration.sampling import answer
 from diffpress.compress.layers import find_layers
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import Format, Quantization
+from diffpress.compress.overlay import Format, QuantizedLayer
 from diffpress.compress.qalora.blocks import learn_blocks
 from diffpress.compress.qalora.importance import StepImportance
 from diffpress.compress.qalora.layer import QaloraLayer
@@ -59,21 +59,21 @@ class Times(NamedTuple):
 
 
 class RandomLessons:
-    """In the place of `Lessons`: random inputs with the teacher's answers, and a judge who is always better pleased."""
+    """In the place of `TrainingData`: random inputs with the teacher's answers, and a evaluate who is always better pleased."""
 
     def __init__(self, teacher: nn.Module, count: int) -> None:
         self.examples = [self._example(teacher, torch.Generator().manual_seed(seed)) for seed in range(count)]
         self.recorded = self
         self.begun: Times | None = None
         self.steps: list[Times] = []
-        """What each step took: from when its batch is asked for until it is judged."""
+        """What each step took: from when its batch is asked for until it is evaluated."""
 
     def batch(self, number: int | list[int], _size: int = 1) -> Batch:
         if torch.is_grad_enabled():
             self.begun = Times.now()
         return self.examples[number % len(self.examples) if isinstance(number, int) else 0]
 
-    def judge(self, _student: Student) -> float:
+    def evaluate(self, _student: Student) -> float:
         if self.begun is not None:
             self.steps.append(Times.now().since(self.begun))
         return 1 / (1 + len(self.steps))
@@ -89,19 +89,19 @@ class RandomLessons:
         return Batch(inputs, answer(teacher, inputs, torch.float32), torch.tensor([step]))
 
 
-def simple_start(denoiser: nn.Module, options: Qalora) -> dict[str, Quantization]:
+def simple_start(denoiser: nn.Module, options: Qalora) -> dict[str, QuantizedLayer]:
     """Every layer rounded between its largest weights, its input by one scale for all."""
     layers, _ = find_layers(denoiser, options)
     return {name: _simple(layer, options) for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
 
 
 @torch.no_grad()
-def _simple(layer: nn.Module, options: Qalora) -> Quantization:
+def _simple(layer: nn.Module, options: Qalora) -> QuantizedLayer:
     weight = layer_matrix(layer)
     scale = weight.abs().amax((1, 2)).clamp(min=1e-8) / code_range(options.weights)[1]
     codes = quantize(weight, scale[:, None, None], options.weights).view(layer.weight.shape)
     activation_scale = torch.full((len(TIMESTEPS),), ACTIVATION_REACH / code_range(options.activation_bits or 8)[1])
-    return Quantization(Format(options.weights, options.activation_bits), codes, scale, activation_scale)
+    return QuantizedLayer(Format(options.weights, options.activation_bits), codes, scale, activation_scale)
 
 
 def measure(
@@ -116,7 +116,7 @@ def measure(
     )
     reset_peak()
     begun = Times.now()
-    lessons = RandomLessons(denoiser, options.iterations)
+    training_data = RandomLessons(denoiser, options.iterations)
     running, took = peak_rss_bytes(), Times.now().since(begun)
     reset_peak()
     student = Student(denoiser, simple_start(denoiser, options), TIMESTEPS, options, 0, layer_type)
@@ -130,9 +130,9 @@ def measure(
     with TemporaryDirectory() as folder:
         even = StepImportance(torch.full((len(TIMESTEPS),), 1 / len(TIMESTEPS)), torch.ones(len(TIMESTEPS)))
         if options.order == "blocks":
-            learn_blocks(student, lessons, even, options, Path(folder), report)  # type: ignore[arg-type]
+            learn_blocks(student, training_data, even, options, Path(folder), report)  # type: ignore[arg-type]
         else:
-            learn(student, lessons, even, None, options, Path(folder), report)  # type: ignore[arg-type]
+            learn(student, training_data, even, None, options, Path(folder), report)  # type: ignore[arg-type]
     learning = peak_rss_bytes()
     return {
         "denoiser_parameters": sum(parameter.numel() for parameter in denoiser.parameters()),
@@ -144,8 +144,8 @@ def measure(
         "ratio": learning / running,
         "running_seconds": took.clock / options.iterations,
         "running_cpu_seconds": took.processor / options.iterations,
-        "step_seconds": median(step.clock for step in lessons.steps),
-        "step_cpu_seconds": median(step.processor for step in lessons.steps),
+        "step_seconds": median(step.clock for step in training_data.steps),
+        "step_cpu_seconds": median(step.processor for step in training_data.steps),
         "losses": losses,
     }
 
@@ -164,7 +164,7 @@ def main() -> None:
         # The C library reads these when a process begins.
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
     own = {key: json.loads(value) for key, value in (option.split("=", 1) for option in arguments.option)}
-    common = {"method": "qalora", "weights": 4, "activations": 4, "batch": 1, "own_trajectory": 0}
+    common = {"method": "qalora", "weights": 4, "activations": 4, "batch": 1, "rollout_share": 0}
     chosen = {"iterations": arguments.iterations, "order": arguments.order}
     options = Qalora.model_validate(common | chosen | own)
     layer_type = FullWeightLayer if arguments.full_weights else QaloraLayer

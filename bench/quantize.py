@@ -63,7 +63,7 @@ class Job:
     row: str
 
     def file(self, work: Path) -> Path:
-        """Where its pictures and figures are kept."""
+        """Where its images and figures are kept."""
         return work / "rows" / f"{self.model.removeprefix('zoo:')}-{self.bits}-{self.row}.safetensors"
 
 
@@ -149,7 +149,7 @@ def request_of(model: str, count: int) -> dict[str, Any]:
 
 
 def table(model_jobs: list[Job], work: Path, digits: Path | None) -> list[dict[str, Any]]:
-    """All rows of one model beside its teacher's, over the pictures that every one of them drew."""
+    """All rows of one model beside its teacher's, over the images that every one of them drew."""
     found = {job: _read(job.file(work)) for job in model_jobs}
     count = min(len(each.images) for each in found.values() if each.images is not None)
     truth = found[model_jobs[0]]
@@ -189,7 +189,7 @@ def _read(file: Path) -> Found:
 
 @torch.no_grad()
 def judged_digits(images: Tensor, model: str, digits: Path | None) -> dict[str, float]:
-    """Accuracy of the classifier on pictures that cycle through the classes, and Frechet distance to real ones."""
+    """Accuracy of the classifier on images that cycle through the classes, and Frechet distance to real ones."""
     classifier = load_classifier()
     row = {}
     if model == "zoo:digits":
@@ -203,9 +203,9 @@ def judged_digits(images: Tensor, model: str, digits: Path | None) -> dict[str, 
 @cache
 def real_features(digits: Path) -> tuple[Tensor, Tensor]:
     """The classifier's features of two halves of the real test set."""
-    pictures = load_digits(digits, "test").images
+    images = load_digits(digits, "test").images
     with torch.no_grad():
-        features = load_classifier().features(pictures)
+        features = load_classifier().features(images)
     return features[0::2], features[1::2]
 
 
@@ -224,8 +224,8 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=BITS, choices=BITS)
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--ablation", default="zoo:digits-unet", help="the model that is taken apart; empty for none")
-    parser.add_argument("--digits", type=Path, help="MNIST as npz, for the distance to real pictures")
-    parser.add_argument("--count", type=int, default=64, help="pairs of pictures")
+    parser.add_argument("--digits", type=Path, help="MNIST as npz, for the distance to real images")
+    parser.add_argument("--count", type=int, default=64, help="pairs of images")
     parser.add_argument("--iterations", type=int, default=1200, help="of everything that learns")
     parser.add_argument("--work", type=Path, required=True, help="where finished rows are kept")
     parser.add_argument("--json", action="store_true")

@@ -65,21 +65,21 @@ def rows_of(model: str, chosen: list[str], work: Path) -> list[Row]:
 def measure(rows: list[Row], count: int, repeats: int) -> list[dict[str, Any]]:
     """Quality against the first row, and cost of all; a row that does not run says why."""
     wanted = paired_conditions(rows[0].pipeline, count, SEED)
-    pictures: dict[str, torch.Tensor] = {}
+    images: dict[str, torch.Tensor] = {}
     failures: list[dict[str, Any]] = []
     for row in rows:
         try:
-            pictures[row.name] = draw(row, wanted)
+            images[row.name] = draw(row, wanted)
         except (RuntimeError, TypeError) as error:
             failures.append({"row": row.name, "error": str(error)})
-    running = [row for row in rows if row.name in pictures]
+    running = [row for row in rows if row.name in images]
     times = latencies_ms([lambda row=row: draw(row, wanted[:1]) for row in running], repeats)
-    truth = pictures[rows[0].name]
+    truth = images[rows[0].name]
     return failures + [
         {
             "row": row.name,
-            "psnr_db": float(psnr_db(pictures[row.name], truth).mean()),
-            "ssim": ssim(pictures[row.name], truth),
+            "psnr_db": float(psnr_db(images[row.name], truth).mean()),
+            "ssim": ssim(images[row.name], truth),
             "denoiser_bytes": row.size_bytes,
             "folder_bytes": row.folder_bytes,
             "latency_ratio": median_ratio(own, times[0]),
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=[f"zoo:{name}" for name in PIPELINES])
     parser.add_argument("--presets", nargs="+", default=list(presets()), choices=list(presets()))
-    parser.add_argument("--count", type=int, default=32, help="pairs of pictures")
+    parser.add_argument("--count", type=int, default=32, help="pairs of images")
     parser.add_argument("--repeats", type=int, default=7, help="timings of each row, in alternation")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

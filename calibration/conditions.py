@@ -18,7 +18,7 @@ Purpose = Literal["record", "compare"]
 
 @dataclass(frozen=True)
 class Condition:
-    """One picture to make: `text` is a prompt, or the number of a class, or empty where the pipeline takes neither."""
+    """One image to make: `text` is a prompt, or the number of a class, or empty where the pipeline takes neither."""
 
     text: str
     seed: int

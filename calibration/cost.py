@@ -1,4 +1,4 @@
-"""What a picture costs: multiplications, time and memory."""
+"""What an image costs: multiplications, time and memory."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def median_ratio(candidate: list[float], reference: list[float]) -> float:
 
 
 def peak_memory_bytes(pipeline: Any, condition: Condition, sampling: Sampling) -> int:
-    """Most bytes of tensors alive at once while one picture is made over two steps, the weights included."""
+    """Most bytes of tensors alive at once while one image is made over two steps, the weights included."""
     short = Sampling(2, sampling.guidance_scale)
     if device_of(denoiser_of(pipeline)).type == "cuda":
         torch.cuda.reset_peak_memory_stats()

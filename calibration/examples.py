@@ -1,4 +1,4 @@
-"""Single pictures' calls out of recorded runs, put together into batches of any order and any mix of steps."""
+"""Single images' calls out of recorded runs, put together into batches of any order and any mix of steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .trajectory import Trajectories
 
 
 class Batch(NamedTuple):
-    """Calls of B pictures as one call: guidance's parts after each other, as the pipeline itself lays them out."""
+    """Calls of B images as one call: guidance's parts after each other, as the pipeline itself lays them out."""
 
     inputs: dict[str, Tensor]
     output: Tensor
@@ -26,37 +26,37 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one picture's share of one call lies."""
+    """Where one image's share of one call lies."""
 
     shard: Path
     call: int
     step: int
-    picture: int
-    pictures: int
+    image: int
+    images: int
 
 
 class Examples:
-    """Everything recorded in some shards, one picture of one call at a time; read through the memory map when asked for."""
+    """Everything recorded in some shards, one image of one call at a time; read through the memory map when asked for."""
 
     def __init__(self, trajectories: Trajectories, shards: Sequence[Path]) -> None:
         self._trajectories = trajectories
         self._places = [
-            _Place(shard, call, step, picture, pictures)
+            _Place(shard, call, step, image, images)
             for shard in shards
-            for pictures in [trajectories.pictures(shard)]
+            for images in [trajectories.images(shard)]
             for call, step in enumerate(trajectories.steps(shard))
-            for picture in range(pictures)
+            for image in range(images)
         ]
         self.steps = torch.tensor([place.step for place in self._places])
         """[N] of each example."""
         self.runs: list[list[int]] = list(_grouped(self._places).values())
-        """The examples of each picture, in the order of its calls."""
+        """The examples of each image, in the order of its calls."""
 
     def __len__(self) -> int:
         return len(self._places)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """These examples as one call; the time step gets one entry a picture and part.
+        """These examples as one call; the time step gets one entry an image and part.
 
         Inputs without a batch axis, such as positions, are those of the first example.
         """
@@ -69,24 +69,24 @@ class Examples:
         return Batch(inputs, _joined([call.output for call in calls]), torch.tensor([call.step for call in calls]))
 
     def _share(self, place: _Place) -> Call:
-        """One picture's rows of one call."""
+        """One image's rows of one call."""
         call = self._trajectories.call(place.shard, place.call)
         rows = call.output.shape[0]
-        own = slice(place.picture, rows, place.pictures)
+        own = slice(place.image, rows, place.images)
         inputs = {
             name: value[own] if value.ndim and value.shape[0] == rows else value for name, value in call.inputs.items()
         }
-        inputs["timestep"] = call.inputs["timestep"].flatten()[:1].expand(rows // place.pictures)
+        inputs["timestep"] = call.inputs["timestep"].flatten()[:1].expand(rows // place.images)
         return Call(inputs, call.output[own], call.step)
 
 
 def _grouped(places: Sequence[_Place]) -> dict[tuple[Path, int], list[int]]:
     runs: dict[tuple[Path, int], list[int]] = {}
     for index, place in enumerate(places):
-        runs.setdefault((place.shard, place.picture), []).append(index)
+        runs.setdefault((place.shard, place.image), []).append(index)
     return runs
 
 
 def _joined(shares: Sequence[Tensor]) -> Tensor:
-    """Shares [parts, ...] of B pictures as [parts * B, ...], the pictures of one part beside each other."""
+    """Shares [parts, ...] of B images as [parts * B, ...], the images of one part beside each other."""
     return torch.stack(list(shares), dim=1).flatten(0, 1)

@@ -58,6 +58,6 @@ def find_guidance(trajectories: Trajectories) -> Guidance | None:
 
 
 def _once(guided: Tensor) -> Tensor:
-    """Each picture once: a pipeline such as DiT's hands its scheduler the same for both halves of the batch."""
+    """Each image once: a pipeline such as DiT's hands its scheduler the same for both halves of the batch."""
     first, *rest = guided.chunk(2)
     return first if rest and torch.equal(first, rest[0]) else guided

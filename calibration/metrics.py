@@ -1,4 +1,4 @@
-"""How far a candidate's pictures are from the reference's, pair by pair."""
+"""How far a candidate's images are from the reference's, pair by pair."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 SMALLEST_ERROR = 1e-10
-"""Mean squared error taken for equal pictures: 100 dB."""
+"""Mean squared error taken for equal images: 100 dB."""
 
 
 def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
-    """PSNR [N] in dB of pictures [N, C, H, W] in 0..1."""
+    """PSNR [N] in dB of images [N, C, H, W] in 0..1."""
     error = (images - reference).square().mean((1, 2, 3)).clamp(min=SMALLEST_ERROR)
     return -10 * torch.log10(error)
 
 
 def ssim(images: Tensor, reference: Tensor) -> float:
-    """Mean structural similarity of pictures [N, C, H, W] in 0..1 (Wang et al. 2004)."""
+    """Mean structural similarity of images [N, C, H, W] in 0..1 (Wang et al. 2004)."""
     value = structural_similarity_index_measure(images, reference, data_range=1.0)
     assert isinstance(value, Tensor)
     return float(value)

@@ -51,7 +51,7 @@ class LayerInput:
         return torch.maximum(-self.low, self.high)
 
 
-class Grid(NamedTuple):
+class RangeCandidates(NamedTuple):
     """K candidates for how a layer's input is rounded."""
 
     scale: Tensor
@@ -131,7 +131,7 @@ def rounding_errors(
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
     trajectories: Trajectories,
-    grids: Mapping[str, Grid],
+    grids: Mapping[str, RangeCandidates],
     smoothings: Mapping[str, Tensor],
     bits: Mapping[str, int],
     seed: int,
@@ -141,7 +141,7 @@ def rounding_errors(
 
     Inputs are multiplied by the layer's smoothing [C] before they are rounded. Errors of different channels are taken as
     independent, so that a channel counts by the square of its weights. The first axis parts the recorded shards into two
-    halves, one to choose on and one to judge by.
+    halves, one to choose on and one to evaluate by.
     """
     steps = len(trajectories.timesteps)
     errors = {name: torch.zeros(2, steps, len(grid.scale)) for name, grid in grids.items()}
@@ -151,7 +151,7 @@ def rounding_errors(
 
     def look(name: str, x: Tensor, step: int) -> None:
         rows = _some(as_rows(layers[name], x), ROWS, generator) * smoothings[name].to(x.device)
-        errors[name][half, step] += grid_errors(rows, weights[name], grids[name], bits[name]).cpu()
+        errors[name][half, step] += range_errors(rows, weights[name], grids[name], bits[name]).cpu()
 
     chosen = {name: layers[name] for name in grids}
     for half in (0, 1):
@@ -166,15 +166,15 @@ def channel_weights(layer: nn.Module, smoothing: Tensor) -> Tensor:
     return squares / smoothing.square().to(squares.device)
 
 
-def grid_errors(rows: Tensor, weights: Tensor, grid: Grid, bits: int) -> Tensor:
+def range_errors(rows: Tensor, weights: Tensor, grid: RangeCandidates, bits: int) -> Tensor:
     """Mean squared error [K] at the output from rounding `rows` [R, C], channels weighted by `weights` [C]."""
     scale = grid.scale.to(rows.device)[:, None, None]
     zero_point = None if grid.zero_point is None else grid.zero_point.to(rows.device)[:, None, None]
-    error = rounded_to(rows[None], scale, bits, zero_point) - rows
+    error = quantize_dequantize(rows[None], scale, bits, zero_point) - rows
     return error.square().mean(1) @ weights
 
 
-def rounded_to(values: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
+def quantize_dequantize(values: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
     """`values` after quantizing and dequantizing."""
     low, high = code_range(bits)
     codes = torch.div(values, scale).round_()
@@ -236,11 +236,11 @@ def input_rows(layer: nn.Module, x: Tensor, count: int, generator: torch.Generat
     assert not isinstance(layer.padding, str)
     height, width = output_size(x.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     places = torch.randint(len(x) * height * width, (count,), generator=generator).to(x.device)
-    picture, place = places // (height * width), places % (height * width)
+    image, place = places // (height * width), places % (height * width)
     top, left = place // width * layer.stride[0], place % width * layer.stride[1]
     padded = F.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
     taps = [
-        padded[picture, :, top + row * layer.dilation[0], left + column * layer.dilation[1]]
+        padded[image, :, top + row * layer.dilation[0], left + column * layer.dilation[1]]
         for row in range(layer.kernel_size[0])
         for column in range(layer.kernel_size[1])
     ]

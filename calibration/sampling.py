@@ -26,7 +26,7 @@ class Sampling:
 
 
 class Sample(NamedTuple):
-    """Pictures [N, C, H, W] in 0..1 and the latents they were decoded from (the pictures in -1..1 where there are none)."""
+    """Images [N, C, H, W] in 0..1 and the latents they were decoded from (the images in -1..1 where there are none)."""
 
     images: Tensor
     latents: Tensor
@@ -57,7 +57,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def sample(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Sample:
-    """Make one picture a condition in one call of the pipeline; each starts from its own seed's noise."""
+    """Make one image a condition in one call of the pipeline; each starts from its own seed's noise."""
     arguments: dict[str, Any] = {
         "generator": [torch.Generator().manual_seed(condition.seed) for condition in wanted],
         "output_type": "np",
@@ -79,7 +79,7 @@ def sample(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Sa
 
 
 def sample_in_batches(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling, batch: int) -> Sample:
-    """The same for any number of conditions, `batch` pictures in memory at a time."""
+    """The same for any number of conditions, `batch` images in memory at a time."""
     parts = [sample(pipeline, wanted[start : start + batch], sampling) for start in range(0, len(wanted), batch)]
     return Sample(torch.cat([part.images for part in parts]), torch.cat([part.latents for part in parts]))
 

@@ -40,8 +40,8 @@ class Trajectories:
         with safe_open(shard, framework="pt") as file:
             return list(_record_of(file)["steps"])
 
-    def pictures(self, shard: Path) -> int:
-        """How many pictures were sampled in one shard."""
+    def images(self, shard: Path) -> int:
+        """How many images were sampled in one shard."""
         with safe_open(shard, framework="pt") as file:
             return len(json.loads(_record_of(file)["request"])[1])
 

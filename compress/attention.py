@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from diffpress.calibration.sampling import Call
 from diffpress.calibration.trajectory import Trajectories
-from diffpress.export.runtime import OnIntegers, StepClock, computes_attention, why_not_on_integers
+from diffpress.export.runtime import Int8Attention, StepClock, computes_attention, why_not_int8
 from diffpress.kernels import int8_attention
 
 from .options import Products, Rounding
-from .overlay import attending, overlaid
-from .search import judged_calls, output_error
+from .overlay import overlaid, overriding_attention
+from .search import evaluation_calls, output_error
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def choose_attention(
     wanted = options.attention
     if wanted == "none":
         return {}
-    clock, calls = StepClock(trajectories.timesteps), judged_calls(trajectories)
+    clock, calls = StepClock(trajectories.timesteps), evaluation_calls(trajectories)
     limit = sum(layers.values()) / max(1, len(layers))
 
     def error(name: str, products: Products) -> float:
-        with overlaid(denoiser, attending(denoiser, {name: OnIntegers(products == "all")}), clock):
+        with overlaid(denoiser, overriding_attention(denoiser, {name: Int8Attention(products == "all")}), clock):
             return output_error(denoiser, calls)
 
     def chosen(name: str, seen: AttentionChoice) -> AttentionChoice:
@@ -78,22 +78,22 @@ def _observe(denoiser: nn.Module, calls: Sequence[Call], clock: StepClock) -> di
     def watch(name: str) -> Any:
         def attend(query: Tensor, *arguments: Any, **options: Any) -> Tensor:
             seen[name] = AttentionChoice((query.shape[1], query.shape[-1]))
-            reason = why_not_on_integers(query, *arguments, **options)
+            reason = why_not_int8(query, *arguments, **options)
             if reason is not None:
                 refused.setdefault(name, reason)
             return F.scaled_dot_product_attention(query, *arguments, **options)
 
         return attend
 
-    with overlaid(denoiser, attending(denoiser, {name: watch(name) for name in names}), clock):
+    with overlaid(denoiser, overriding_attention(denoiser, {name: watch(name) for name in names}), clock):
         output_error(denoiser, calls)
     return {name: replace(own, reason=refused.get(name, own.reason)) for name, own in seen.items()}
 
 
-def learnable(choices: Mapping[str, AttentionChoice]) -> dict[str, OnIntegers]:
+def learnable(choices: Mapping[str, AttentionChoice]) -> dict[str, Int8Attention]:
     """What answers, with gradients, for the attentions that are computed on integers."""
     return {
-        name: OnIntegers(choice.products == "all", straight_through_attention)
+        name: Int8Attention(choice.products == "all", straight_through_attention)
         for name, choice in choices.items()
         if choice.products != "none"
     }

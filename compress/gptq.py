@@ -15,12 +15,12 @@ from diffpress.calibration.trajectory import Progress, Trajectories
 from diffpress.export.runtime import StepClock
 from diffpress.kernels import code_range
 
-from .overlay import Quantization, smoothed, spread
+from .overlay import QuantizedLayer, broadcast_scale, smoothed
 
 BLOCK = 512
 """Columns that make up for each other at most; more gain nothing, and their moments grow with the square."""
 DAMPING = 0.3
-"""Share of the mean second moment that is added to each: other pictures are correlated less than those that were recorded."""
+"""Share of the mean second moment that is added to each: other images are correlated less than those that were recorded."""
 ROWS = 128
 """Rows of a layer's input that are looked at per call."""
 MOMENT_BYTES = 2**29
@@ -28,13 +28,13 @@ MOMENT_BYTES = 2**29
 
 
 @torch.no_grad()
-def make_up_for_errors(
+def gptq_layers(
     denoiser: nn.Module,
-    layers: Mapping[str, Quantization],
+    layers: Mapping[str, QuantizedLayer],
     trajectories: Trajectories,
     seed: int,
     progress: Progress | None = None,
-) -> dict[str, Quantization]:
+) -> dict[str, QuantizedLayer]:
     """The same layers with other codes where weights are integers; scales stay.
 
     Frantar et al. 2022, arXiv 2210.17323, within blocks of columns and with strong damping. No code moves by more than one
@@ -47,15 +47,15 @@ def make_up_for_errors(
             weight = layer_matrix(denoiser.get_submodule(name))
             if own.smoothing is not None:
                 weight = weight / own.smoothing[None, :, None]
-            scale = spread(own.weight_scale, own.codes.shape, own.format.group_size).flatten(1)
+            scale = broadcast_scale(own.weight_scale, own.codes.shape, own.format.group_size).flatten(1)
             codes = round_columns(weight.flatten(1), scale, moments.pop(name), own.format.weight_bits)
             found[name] = replace(own, codes=codes.view(own.codes.shape))
     return found
 
 
-def _parts(layers: Mapping[str, Quantization]) -> Iterator[dict[str, Quantization]]:
+def _parts(layers: Mapping[str, QuantizedLayer]) -> Iterator[dict[str, QuantizedLayer]]:
     """The layers in groups whose moments fit into MOMENT_BYTES, one at least."""
-    part: dict[str, Quantization] = {}
+    part: dict[str, QuantizedLayer] = {}
     taken = 0
     for name, own in layers.items():
         blocks, width = _blocks(own.codes[0].numel())
@@ -77,7 +77,7 @@ def _blocks(columns: int) -> tuple[int, int]:
 
 def _second_moments(
     denoiser: nn.Module,
-    layers: Mapping[str, Quantization],
+    layers: Mapping[str, QuantizedLayer],
     trajectories: Trajectories,
     seed: int,
     progress: Progress | None,

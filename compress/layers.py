@@ -15,11 +15,11 @@ from diffpress.export.errors import RecipeError, UnsupportedModelError
 from diffpress.export.runtime import computes_attention, why_not_packable
 
 from .options import Rounding
-from .overlay import Format, Quantization
+from .overlay import Format, QuantizedLayer
 
 KINDS = (nn.Linear, nn.Conv2d, nn.Embedding)
 """Modules whose weights can be stored in fewer bits."""
-SAFE_BITS = 8
+HIGH_BITS = 8
 """Bits of a weight whose error would reach everything."""
 EDGE_GROUP = 32
 """Columns of the first and last layer that share a scale; the layers are small, and few scales would be what hurts most."""
@@ -83,8 +83,8 @@ def choose_formats(
     for name, layer in layers.items():
         why = "conditioning layer" if seen[name].conditioning else edges.get(name)
         if why is not None:
-            formats[name] = weights_only(layer, SAFE_BITS, EDGE_GROUP if name in edges else None)
-            reasons[name] = f"{why}: weights in {SAFE_BITS} bits, inputs in float"
+            formats[name] = weights_only(layer, HIGH_BITS, EDGE_GROUP if name in edges else None)
+            reasons[name] = f"{why}: weights in {HIGH_BITS} bits, inputs in float"
         elif options.activation_bits is None:
             formats[name] = weights_only(layer, options.weights, options.group_size)
         else:
@@ -98,25 +98,27 @@ def weights_only(layer: nn.Module, bits: int, group_size: int | None = None) -> 
     return Format(bits, None, min(group_size or columns, columns))
 
 
-def safe_format(format: Format) -> Format:
+def high_format(format: Format) -> Format:
     """The same with 8 bits for weights and, where they are rounded, inputs."""
-    return replace(format, weight_bits=SAFE_BITS, activation_bits=None if format.activation_bits is None else SAFE_BITS)
+    return replace(format, weight_bits=HIGH_BITS, activation_bits=None if format.activation_bits is None else HIGH_BITS)
 
 
-def worth_more_bits(gains: Mapping[str, float], layers: Mapping[str, Quantization], effective_bits: float) -> list[str]:
+def select_high_precision(
+    gains: Mapping[str, float], layers: Mapping[str, QuantizedLayer], effective_bits: float
+) -> list[str]:
     """Those of `layers` that get the safe number of bits, by gain a bit, so that all average at most `effective_bits`."""
     sizes = {name: layer.codes.numel() for name, layer in layers.items()}
     left = sum(size * (effective_bits - layers[name].format.weight_bits) for name, size in sizes.items())
     chosen = []
     for name in sorted(gains, key=lambda name: gains[name] / sizes[name], reverse=True):
-        cost = sizes[name] * (SAFE_BITS - layers[name].format.weight_bits)
+        cost = sizes[name] * (HIGH_BITS - layers[name].format.weight_bits)
         if gains[name] > 0 and cost <= left:
             chosen.append(name)
             left -= cost
     return chosen
 
 
-def worth_float_inputs(errors: Mapping[str, float], macs: Mapping[str, int], limit: float) -> list[str]:
+def select_float_activations(errors: Mapping[str, float], macs: Mapping[str, int], limit: float) -> list[str]:
     """Those of the layers of `errors` whose inputs stay in float, by error a multiplication; at most `limit` of these."""
     chosen = []
     for name in sorted(errors, key=lambda name: errors[name] / macs[name], reverse=True):

@@ -39,7 +39,7 @@ class Rounding(BaseModel):
         description="bits a weight may take on average, of those that `weights` is meant for: what is left over goes to the "
         "layers that measure as most sensitive",
     )
-    float_inputs: float = Field(
+    float_activations: float = Field(
         default=0,
         ge=0,
         le=1,
@@ -86,9 +86,9 @@ class Rounding(BaseModel):
                 f"effective_bits {self.effective_bits:g} leaves nothing to spend: weights take {self.weights}. Give more, "
                 "or null"
             )
-        if self.float_inputs and self.activations == "none":
+        if self.float_activations and self.activations == "none":
             raise ValueError(
-                f"float_inputs {self.float_inputs:g} spares nothing: with activations none every input stays in float"
+                f"float_activations {self.float_activations:g} spares nothing: with activations none every input stays in float"
             )
         others = [name for name in self.components if name != "denoiser"]
         if self.activations != "none" and others:
@@ -111,7 +111,7 @@ class Qalora(Rounding):
     format: Literal["integer"] = Field(default="integer", description="`qalora` learns integers")
     rank: int = Field(default=32, ge=1, description="rank of what is learned about a weight")
     iterations: int = Field(default=1200, ge=1, description="optimizer steps")
-    batch: int = Field(default=16, ge=1, description="calls an optimizer step sees, up to four steps of each picture")
+    batch: int = Field(default=16, ge=1, description="calls an optimizer step sees, up to four steps of each image")
     accumulate: int = Field(default=1, ge=1, description="parts a batch is computed in; memory shrinks with it")
     checkpointing: bool | None = Field(
         default=None,
@@ -132,7 +132,7 @@ class Qalora(Rounding):
         description="learning rate of the low-rank changes, in units of a layer's mean weight scale",
     )
     scale_rate: float = Field(default=2e-3, gt=0, description="learning rate of step sizes, relative to themselves")
-    own_trajectory: float = Field(
+    rollout_share: float = Field(
         default=0.9,
         ge=0,
         lt=1,
@@ -141,9 +141,11 @@ class Qalora(Rounding):
     scale_aware: bool = Field(
         default=True, description="one learning rate a layer, in proportion to its weight scale, instead of one for all"
     )
-    held_back: int = Field(default=8, ge=1, description="pictures that learning is judged by, and not learned from")
+    validation_images: int = Field(
+        default=8, ge=1, description="images that learning is evaluated by, and not learned from"
+    )
     patience: int = Field(
-        default=8, ge=1, description="judgements without improvement after which learning stops early"
+        default=8, ge=1, description="evaluations without improvement after which learning stops early"
     )
 
 

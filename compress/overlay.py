@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpress.export.runtime import Attended, Attention, StepClock, attach_clock_
+from diffpress.export.runtime import Attention, AttentionOverride, StepClock, attach_clock_
 from diffpress.kernels import dequantize, spread_groups, to_fp8
 
 from .rounding import fake_quantize
@@ -30,7 +30,7 @@ class Format:
 
 
 @dataclass(frozen=True)
-class Quantization:
+class QuantizedLayer:
     """How one layer is rounded; O output channels, C input channels, S steps, G groups of columns."""
 
     format: Format
@@ -49,7 +49,7 @@ class Quantization:
 
     def weight(self) -> Tensor:
         """The float32 weight that the codes stand for."""
-        return dequantize(self.codes, spread(self.weight_scale, self.codes.shape, self.format.group_size))
+        return dequantize(self.codes, broadcast_scale(self.weight_scale, self.codes.shape, self.format.group_size))
 
     def rounded(self, x: Tensor, clock: StepClock) -> Tensor:
         """What the codes of the (smoothed) input stand for, in float32."""
@@ -64,10 +64,10 @@ class Quantization:
 
 
 @contextmanager
-def fake_quantized(denoiser: nn.Module, layers: Mapping[str, Quantization], clock: StepClock) -> Iterator[None]:
+def fake_quantized(denoiser: nn.Module, layers: Mapping[str, QuantizedLayer], clock: StepClock) -> Iterator[None]:
     """Round the weights and inputs of the named layers in float while the context lasts; afterwards nothing has changed."""
 
-    def call(layer: nn.Module, own: Quantization) -> Callable[[Tensor], Tensor]:
+    def call(layer: nn.Module, own: QuantizedLayer) -> Callable[[Tensor], Tensor]:
         weight = own.weight().to(layer.weight)  # type: ignore[arg-type]
         bias = own.bias if own.bias is not None else getattr(layer, "bias", None)
         return lambda x: run_layer(layer, own.rounded(smoothed(layer, x, own.smoothing), clock).to(x), weight, bias)
@@ -92,12 +92,12 @@ def overlaid(denoiser: nn.Module, calls: Mapping[str, Callable[..., Any]], clock
             del module.__dict__["forward"]
 
 
-def attending(denoiser: nn.Module, attention: Mapping[str, Attention]) -> dict[str, Callable[..., Any]]:
+def overriding_attention(denoiser: nn.Module, attention: Mapping[str, Attention]) -> dict[str, Callable[..., Any]]:
     """Calls to overlay: the named modules as they are, but with their attention answered by `attention`."""
-    return {name: Attended(denoiser.get_submodule(name).forward, answer) for name, answer in attention.items()}
+    return {name: AttentionOverride(denoiser.get_submodule(name).forward, answer) for name, answer in attention.items()}
 
 
-def spread(weight_scale: Tensor, shape: torch.Size, group_size: int | None) -> Tensor:
+def broadcast_scale(weight_scale: Tensor, shape: torch.Size, group_size: int | None) -> Tensor:
     """The scales [O] or [O, G] of a weight's rows or groups of columns, so that they broadcast against that weight."""
     if group_size is None:
         return weight_scale.view(-1, *[1] * (len(shape) - 1))

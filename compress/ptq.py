@@ -12,19 +12,19 @@ from diffpress.calibration.trajectory import Progress, Trajectories
 from diffpress.export.errors import UnsupportedModelError
 
 from .attention import choose_attention
-from .finish import Quantized, drop_what_does_not_shrink_
-from .gptq import make_up_for_errors
+from .gptq import gptq_layers
 from .layers import (
-    SAFE_BITS,
+    HIGH_BITS,
     choose_formats,
     find_layers,
-    safe_format,
+    high_format,
+    select_float_activations,
+    select_high_precision,
     weights_only,
-    worth_float_inputs,
-    worth_more_bits,
 )
 from .options import Rounding
-from .overlay import Format, Quantization
+from .overlay import Format, QuantizedLayer
+from .result import QuantizationResult, drop_what_does_not_shrink_
 from .search import measure_sensitivity, round_weight, search
 
 ASK_FOR_A_DTYPE = ".wo"
@@ -39,13 +39,13 @@ def quantize_denoiser(
     options: Rounding,
     seed: int,
     progress: Progress | None = None,
-) -> Quantized:
+) -> QuantizationResult:
     """Find integers for every Linear, Conv2d and Embedding of `denoiser`, which itself stays as it is.
 
     `stored` are its weights as the source stores them. Raises RecipeError where a pattern fits no layer, and
     UnsupportedModelError where no layer can be quantized.
     """
-    found = Quantized(component)
+    found = QuantizationResult(component)
     candidates, found.reasons = find_layers(denoiser, options)
     layers = {name: layer for name, layer in candidates.items() if not isinstance(layer, nn.Embedding)}
     seen = observe_inputs(denoiser, layers, trajectories, seed, progress) if layers else {}
@@ -54,18 +54,18 @@ def quantize_denoiser(
     formats, why = choose_formats(layers, seen, options)
     found.reasons |= why
 
-    def rounded(formats: Mapping[str, Format]) -> dict[str, Quantization]:
+    def rounded(formats: Mapping[str, Format]) -> dict[str, QuantizedLayer]:
         chosen = {name: layers[name] for name in formats}
         quantized = search(denoiser, chosen, seen, formats, trajectories, options, seed, progress)
-        return make_up_for_errors(denoiser, quantized, trajectories, seed, progress) if options.gptq else quantized
+        return gptq_layers(denoiser, quantized, trajectories, seed, progress) if options.gptq else quantized
 
     found.layers = rounded(formats)
     found.sensitivity = measure_sensitivity(denoiser, found.layers, trajectories)
     if options.effective_bits is not None:
-        _spend_bits_(found, denoiser, trajectories, options.effective_bits, rounded)
-    if options.float_inputs:
+        _allocate_bits_(found, denoiser, trajectories, options.effective_bits, rounded)
+    if options.float_activations:
         macs = {name: entry.macs for name, entry in seen.items()}
-        _spare_inputs_(found, denoiser, trajectories, macs, options.float_inputs, rounded)
+        _keep_activations_in_float_(found, denoiser, trajectories, macs, options.float_activations, rounded)
     found.layers |= _without_inputs(
         {name: candidates[name] for name in candidates if name not in layers}, options, found
     )
@@ -76,26 +76,30 @@ def quantize_denoiser(
     return found
 
 
-def quantize_weights(component: str, model: nn.Module, stored: Mapping[str, Tensor], options: Rounding) -> Quantized:
+def quantize_weights(
+    component: str, model: nn.Module, stored: Mapping[str, Tensor], options: Rounding
+) -> QuantizationResult:
     """Find integers for the weights of a model that nothing was observed of, such as a text encoder; inputs stay in float.
 
     Raises RecipeError where a pattern fits no layer, and UnsupportedModelError where there is no layer to quantize.
     """
-    found = Quantized(component)
+    found = QuantizationResult(component)
     layers, found.reasons = find_layers(model, options)
     found.layers = _without_inputs(layers, options, found)
     drop_what_does_not_shrink_(found, stored)
     return found
 
 
-def _without_inputs(layers: Mapping[str, nn.Module], options: Rounding, found: Quantized) -> dict[str, Quantization]:
+def _without_inputs(
+    layers: Mapping[str, nn.Module], options: Rounding, found: QuantizationResult
+) -> dict[str, QuantizedLayer]:
     """Weights only, every input channel counting alike; layers with a reason already are left out."""
     quantized = {}
     for name, layer in layers.items():
         if name in found.reasons:
             continue
         if isinstance(layer, nn.Embedding) or name.endswith(ASK_FOR_A_DTYPE):
-            format = weights_only(layer, SAFE_BITS)
+            format = weights_only(layer, HIGH_BITS)
             found.reasons[name] = (
                 "embedding, 8 bits" if isinstance(layer, nn.Embedding) else "its model asks for 8 bits"
             )
@@ -103,38 +107,40 @@ def _without_inputs(layers: Mapping[str, nn.Module], options: Rounding, found: Q
             format = weights_only(layer, options.weights, options.group_size)
         weight = layer_matrix(layer)
         channels = torch.ones(weight.shape[1], device=weight.device)
-        quantized[name] = Quantization(format, *round_weight(layer, format, channels, channels))
+        quantized[name] = QuantizedLayer(format, *round_weight(layer, format, channels, channels))
     return quantized
 
 
-def _spend_bits_(
-    found: Quantized,
+def _allocate_bits_(
+    found: QuantizationResult,
     denoiser: nn.Module,
     trajectories: Trajectories,
     effective_bits: float,
-    rounded: Callable[[Mapping[str, Format]], dict[str, Quantization]],
+    rounded: Callable[[Mapping[str, Format]], dict[str, QuantizedLayer]],
 ) -> None:
     """Give the layers that gain most for a bit the safe number of bits, until the average is `effective_bits`."""
-    low = {name: layer for name, layer in found.layers.items() if layer.format.weight_bits < SAFE_BITS}
-    safer = rounded({name: safe_format(layer.format) for name, layer in low.items()})
+    low = {name: layer for name, layer in found.layers.items() if layer.format.weight_bits < HIGH_BITS}
+    safer = rounded({name: high_format(layer.format) for name, layer in low.items()})
     errors = measure_sensitivity(denoiser, safer, trajectories)
     gains = {name: found.sensitivity[name] - errors[name] for name in low}
-    for name in worth_more_bits(gains, low, effective_bits):
+    for name in select_high_precision(gains, low, effective_bits):
         found.layers[name], found.sensitivity[name] = safer[name], errors[name]
-        found.reasons[name] = f"sensitive, {SAFE_BITS} bits"
+        found.reasons[name] = f"sensitive, {HIGH_BITS} bits"
 
 
-def _spare_inputs_(
-    found: Quantized,
+def _keep_activations_in_float_(
+    found: QuantizationResult,
     denoiser: nn.Module,
     trajectories: Trajectories,
     macs: Mapping[str, int],
     share: float,
-    rounded: Callable[[Mapping[str, Format]], dict[str, Quantization]],
+    rounded: Callable[[Mapping[str, Format]], dict[str, QuantizedLayer]],
 ) -> None:
     """Leave the inputs of the layers in float that err most for what they multiply, up to that share of all `macs`."""
     integers = {name: own.format for name, own in found.layers.items() if own.format.activation_bits is not None}
-    chosen = worth_float_inputs({name: found.sensitivity[name] for name in integers}, macs, share * sum(macs.values()))
+    chosen = select_float_activations(
+        {name: found.sensitivity[name] for name in integers}, macs, share * sum(macs.values())
+    )
     spared = rounded({name: weights_only(denoiser.get_submodule(name), integers[name].weight_bits) for name in chosen})
     errors = measure_sensitivity(denoiser, spared, trajectories)
     for name in chosen:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpress.calibration.observe import rounded_to
+from diffpress.calibration.observe import quantize_dequantize
 from diffpress.kernels import code_range
 
 
@@ -34,7 +34,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
         ctx.save_for_backward(values, scale, zero_point)
         ctx.bits = bits
-        return rounded_to(values, scale, bits, zero_point)
+        return quantize_dequantize(values, scale, bits, zero_point)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffpress.calibration.observe import Grid, LayerInput, grid_errors, rounded_to
+from diffpress.calibration.observe import LayerInput, RangeCandidates, quantize_dequantize, range_errors
 from diffpress.kernels import code_range
 
 SHRINKS = 40
@@ -15,10 +15,10 @@ SMALLEST_SHRINK = {8: 0.8, 4: 0.5, 3: 0.4, 2: 0.3}
 CANDIDATES = 32
 """Candidate ranges of an input, spaced evenly in their logarithm."""
 MARGIN = 1.5
-"""The largest candidate over the range that was seen: other pictures go beyond it."""
+"""The largest candidate over the range that was seen: other images go beyond it."""
 REACH = {8: 1.5, 6: 8.0, 4: 32.0}
 """The largest candidate over the smallest, by bits: finer codes than those of eight bits gain little, and clip what other
-pictures need."""
+images need."""
 SMOOTHINGS = (0.25, 0.5, 0.75)
 """Shares of a channel's range that are moved from the input into the weights (alpha of SmoothQuant)."""
 
@@ -35,7 +35,7 @@ def search_weight_scale(weight: Tensor, importance: Tensor, bits: int) -> Tensor
     for shrink in torch.linspace(1.0, SMALLEST_SHRINK[bits], SHRINKS):
         for sign in (1, -1):
             scale = sign * largest * shrink / code_range(bits)[1]
-            error = rounded_to(weight, scale[:, None, None], bits) - weight
+            error = quantize_dequantize(weight, scale[:, None, None], bits) - weight
             loss = (error.square().sum(2) * importance).sum(1)
             best, best_loss = torch.where(loss < best_loss, scale, best), torch.minimum(loss, best_loss)
     return best
@@ -57,7 +57,7 @@ def search_smoothing(weight: Tensor, seen: LayerInput, bits: tuple[int, int], as
 
     Channels with large inputs are made smaller at the cost of larger weights (Xiao et al. 2023, arXiv 2211.10438, eq. 4);
     how much is what loses least at the layer's output, over both roundings. How large the inputs of a channel are is told
-    by their mean square, not by their largest, which other pictures exceed in one channel or another.
+    by their mean square, not by their largest, which other images exceed in one channel or another.
     """
     inputs = seen.second_moment.sqrt().clamp(min=1e-5)
     weights = weight.abs().amax((0, 2)).clamp(min=1e-5)
@@ -75,26 +75,26 @@ def _rounding_loss(
     """Expected squared error at the output once both the weights and the inputs are rounded."""
     smoothed = weight / smoothing[None, :, None]
     scale = search_weight_scale(smoothed, seen.second_moment * smoothing.square(), bits[0])
-    error = rounded_to(smoothed, scale[:, None, None], bits[0]) - smoothed
+    error = quantize_dequantize(smoothed, scale[:, None, None], bits[0]) - smoothed
     lost = float((error.square().sum((0, 2)) * seen.second_moment * smoothing.square()).sum())
     heavy = smoothed.square().sum((0, 2))
     return lost + min(
-        float(grid_errors(seen.rows * smoothing, heavy, grid, bits[1]).min())
-        for grid in grids_of(seen, smoothing, bits[1], asymmetric)
+        float(range_errors(seen.rows * smoothing, heavy, grid, bits[1]).min())
+        for grid in range_candidates(seen, smoothing, bits[1], asymmetric)
     )
 
 
-def grids_of(seen: LayerInput, smoothing: Tensor, bits: int, asymmetric: bool) -> list[Grid]:
+def range_candidates(seen: LayerInput, smoothing: Tensor, bits: int, asymmetric: bool) -> list[RangeCandidates]:
     """Candidates for rounding a smoothed input, from more than its range downwards: symmetric ones, and on demand others."""
     low, high = (seen.low * smoothing).min(), (seen.high * smoothing).max()
     shrinks = MARGIN * torch.logspace(0, -1, CANDIDATES, base=REACH[bits])
     first, last = code_range(bits)
-    symmetric = Grid(torch.maximum(-low, high).clamp(min=1e-8) * shrinks / last, None)
+    symmetric = RangeCandidates(torch.maximum(-low, high).clamp(min=1e-8) * shrinks / last, None)
     if not asymmetric:
         return [symmetric]
     scale = (high - low).clamp(min=1e-8) * shrinks / (last - first)
     zero_point = (first - low * shrinks / scale).round().clamp(first, last)
-    return [symmetric, Grid(scale, zero_point)]
+    return [symmetric, RangeCandidates(scale, zero_point)]
 
 
 def choose_steps(errors: Tensor) -> tuple[Tensor, bool]:
@@ -103,11 +103,11 @@ def choose_steps(errors: Tensor) -> tuple[Tensor, bool]:
     Steps are chosen on the first half, smoothed with their neighbours; where that does not beat a single candidate on the
     second half, all steps get the single one.
     """
-    chosen, judged = errors
+    chosen, evaluated = errors
     steps = torch.arange(chosen.shape[0])
     single = chosen.sum(0).argmin().expand(len(steps))
     each = _smooth(chosen).argmin(1)
-    differs = bool(judged[steps, each].sum() < judged[steps, single].sum())
+    differs = bool(evaluated[steps, each].sum() < evaluated[steps, single].sum())
     return (each if differs else single).clone(), differs
 
 

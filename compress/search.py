@@ -8,15 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffpress.calibration.observe import Grid, LayerInput, channel_weights, grid_errors, layer_matrix, rounding_errors
+from diffpress.calibration.observe import (
+    LayerInput,
+    RangeCandidates,
+    channel_weights,
+    layer_matrix,
+    range_errors,
+    rounding_errors,
+)
 from diffpress.calibration.sampling import Call, replay
 from diffpress.calibration.trajectory import Progress, Trajectories
 from diffpress.export.runtime import StepClock
 from diffpress.kernels import FP8_MAX, quantize, to_fp8
 
 from .options import Rounding
-from .overlay import Format, Quantization, fake_quantized, spread
-from .scales import choose_steps, grids_of, search_group_scales, search_smoothing, search_weight_scale
+from .overlay import Format, QuantizedLayer, broadcast_scale, fake_quantized
+from .scales import choose_steps, range_candidates, search_group_scales, search_smoothing, search_weight_scale
 
 
 class _Input(NamedTuple):
@@ -24,7 +31,7 @@ class _Input(NamedTuple):
 
     smoothing: Tensor
     """[C]"""
-    grid: Grid
+    grid: RangeCandidates
     """Candidates, symmetric or not; only the first counts where steps get no scales of their own."""
 
 
@@ -37,7 +44,7 @@ def search(
     options: Rounding,
     seed: int,
     progress: Progress | None = None,
-) -> dict[str, Quantization]:
+) -> dict[str, QuantizedLayer]:
     """Integers (or float8 numbers) and scales of every layer in its format; `denoiser` itself stays as it is."""
     steps = len(trajectories.timesteps)
     inputs = {
@@ -56,7 +63,7 @@ def search(
         codes, weight_scale = round_weight(layer, formats[name], importance, smoothing)
         activation_scale, zero_point = scales.get(name, (None, None))
         changed = None if bool((smoothing == 1).all()) else smoothing
-        found[name] = Quantization(formats[name], codes, weight_scale, activation_scale, zero_point, changed)
+        found[name] = QuantizedLayer(formats[name], codes, weight_scale, activation_scale, zero_point, changed)
     return found
 
 
@@ -65,17 +72,19 @@ def _search_input(layer: nn.Module, seen: LayerInput, format: Format, options: R
     assert format.activation_bits is not None
     ones = torch.ones_like(seen.largest)
     if format.float8:
-        return _Input(ones, Grid(seen.largest.max().clamp(min=1e-8)[None] / FP8_MAX, None))
+        return _Input(ones, RangeCandidates(seen.largest.max().clamp(min=1e-8)[None] / FP8_MAX, None))
     weight = layer_matrix(layer).cpu()
     bits = (format.weight_bits, format.activation_bits)
     smoothing = search_smoothing(weight, seen, bits, options.asymmetric) if options.smoothing else ones
     weights, rows = channel_weights(layer, smoothing).cpu(), seen.rows * smoothing
-    families = grids_of(seen, smoothing, bits[1], options.asymmetric)
-    errors = [grid_errors(rows, weights, family, bits[1]) for family in families]
+    families = range_candidates(seen, smoothing, bits[1], options.asymmetric)
+    errors = [range_errors(rows, weights, family, bits[1]) for family in families]
     best = min(range(len(families)), key=lambda index: float(errors[index].min()))
     order = errors[best].argsort()
     family = families[best]
-    return _Input(smoothing, Grid(family.scale[order], None if family.zero_point is None else family.zero_point[order]))
+    return _Input(
+        smoothing, RangeCandidates(family.scale[order], None if family.zero_point is None else family.zero_point[order])
+    )
 
 
 def _single_scales(inputs: Mapping[str, _Input], steps: int) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -100,7 +109,7 @@ def _step_scales(
     return {name: _taken(grids[name], choose_steps(errors[name])[0]) for name in inputs}
 
 
-def _taken(grid: Grid, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+def _taken(grid: RangeCandidates, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
     return grid.scale[chosen], None if grid.zero_point is None else grid.zero_point[chosen]
 
 
@@ -118,15 +127,15 @@ def round_weight(layer: nn.Module, format: Format, importance: Tensor, smoothing
         scale = search_weight_scale(weight, importance, format.weight_bits)
     else:
         scale = search_group_scales(weight, importance, format.weight_bits, format.group_size)
-    return quantize(weight.view(shape), spread(scale, shape, format.group_size), format.weight_bits), scale
+    return quantize(weight.view(shape), broadcast_scale(scale, shape, format.group_size), format.weight_bits), scale
 
 
 @torch.no_grad()
 def measure_sensitivity(
-    denoiser: nn.Module, layers: Mapping[str, Quantization], trajectories: Trajectories
+    denoiser: nn.Module, layers: Mapping[str, QuantizedLayer], trajectories: Trajectories
 ) -> dict[str, float]:
-    """Relative squared error of the denoiser's output with one layer rounded at a time, over `judged_calls`."""
-    calls = judged_calls(trajectories)
+    """Relative squared error of the denoiser's output with one layer rounded at a time, over `evaluation_calls`."""
+    calls = evaluation_calls(trajectories)
     clock = StepClock(trajectories.timesteps)
     errors = {}
     for name, quantization in layers.items():
@@ -135,7 +144,7 @@ def measure_sensitivity(
     return errors
 
 
-def judged_calls(trajectories: Trajectories) -> list[Call]:
+def evaluation_calls(trajectories: Trajectories) -> list[Call]:
     """Three steps of one shard: the first, the one in the middle and the last."""
     calls = list(trajectories.calls(trajectories.shards[:1]))
     return [calls[0], calls[len(calls) // 2], calls[-1]]

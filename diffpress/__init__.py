@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import version as _version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from diffpress import compress
 from diffpress.export.load import register_quantizers
 
 if TYPE_CHECKING:
     from diffpress.export.artifact import load
 
     from .compiling import compile
-    from .flow import press
     from .recipe import Recipe
 
-__all__ = ["Recipe", "__version__", "compile", "load", "press"]
+__all__ = ["Recipe", "__version__", "compile", "compress", "load"]
 __version__ = _version("diffpress")
 
 register_quantizers()
@@ -24,7 +25,6 @@ _HOMES = {
     "Recipe": "diffpress.recipe",
     "compile": "diffpress.compiling",
     "load": "diffpress.export.artifact",
-    "press": "diffpress.flow",
 }
 
 
@@ -33,3 +33,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'diffpress' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+class _Compress(ModuleType):
+    """The folder `compress` has the name of what this package does: as a function it is `flow.compress_by_name`."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return import_module("diffpress.flow").compress_by_name(*arguments, **options)
+
+
+compress.__class__ = _Compress

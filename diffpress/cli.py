@@ -39,7 +39,7 @@ class Target(str, Enum):  # noqa: UP042  # typer shows the value of a str Enum
 
 
 class Engine(str, Enum):  # noqa: UP042
-    """What runs a picture."""
+    """What runs an image."""
 
     TORCH = "torch"
     ONNX = "onnx"
@@ -127,7 +127,7 @@ def run(
     seed: Seed = 0,
     engine: Annotated[Engine | None, typer.Option(help="left out: what MODEL is made for")] = None,
 ) -> None:
-    """Make one picture."""
+    """Make one image."""
     from .running import run_onnx, run_torch, wanted_engine
 
     if out.suffix.lower() != ".png":
@@ -136,20 +136,20 @@ def run(
     if prompt is not None and label is not None:
         raise UserError("give --prompt or --label, not both.")
     chosen = wanted_engine(model, engine.value if engine else None)
-    picture = (run_onnx if chosen == "onnx" else run_torch)(model, text, seed, steps, guidance)
+    image = (run_onnx if chosen == "onnx" else run_torch)(model, text, seed, steps, guidance)
     out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out)
-    OUTPUT.print(f"{out}: {picture.width}x{picture.height}, seed {seed}, {chosen}")
+    image.save(out)
+    OUTPUT.print(f"{out}: {image.width}x{image.height}, seed {seed}, {chosen}")
 
 
 @app.command()
 def compare(
     reference: Annotated[str, typer.Argument(help="the original")],
     candidate: Annotated[str, typer.Argument(help="what is compared with it")],
-    count: Annotated[int, typer.Option(min=1, help="pairs of pictures")] = 16,
+    count: Annotated[int, typer.Option(min=1, help="pairs of images")] = 16,
     steps: Steps = None,
     seed: Seed = 0,
-    report: Annotated[Path | None, typer.Option(help="also write the pictures and figures to this HTML file")] = None,
+    report: Annotated[Path | None, typer.Option(help="also write the images and figures to this HTML file")] = None,
     as_json: Json = False,
 ) -> None:
     """Sample two pipelines with the same prompts and noise, and measure how they differ and what they cost."""

@@ -36,7 +36,7 @@ def compare(
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], Pairs]:
-    """Metrics that depend on seeds alone, what a picture costs, and the pairs behind them."""
+    """Metrics that depend on seeds alone, what an image costs, and the pairs behind them."""
     check_comparable(reference, candidate)
     first, second = open_pipeline(reference), open_pipeline(candidate)
     wanted = paired_conditions(first, count, seed)

@@ -119,8 +119,8 @@ def _codes(device: str) -> None:
     signs[::2] = -1
     norm = norm_modulate_quantize(signs.repeat(1, 32, 1), activation_scale=scale)[0]
     zeros = torch.zeros(SIZE, device=device)
-    pictures = signs.view(1, SIZE, 1, 1).repeat(1, 1, 8, 8)
-    group = group_norm_silu_quantize(pictures, zeros + 1, zeros, scale, groups=4, activation="none")
+    images = signs.view(1, SIZE, 1, 1).repeat(1, 1, 8, 8)
+    group = group_norm_silu_quantize(images, zeros + 1, zeros, scale, groups=4, activation="none")
     for codes in (quantize_rows(_tokens(device), scale)[0], norm.abs(), group.abs()):
         _expect(codes)
 

@@ -12,8 +12,8 @@ from diffpress.calibration.cost import peak_memory_bytes, weight_bytes
 from diffpress.calibration.observe import SHARDS
 from diffpress.calibration.sampling import Call, Sampling, sample, watch
 from diffpress.compress.options import Qalora
-from diffpress.compress.qalora.lessons import pictures_a_round
-from diffpress.compress.qalora.train import JUDGEMENTS, judge_every
+from diffpress.compress.qalora.train import EVALUATIONS, evaluate_every
+from diffpress.compress.qalora.training_data import images_per_round
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
 
@@ -22,11 +22,11 @@ from .recipe import Recipe
 
 REPLAYS = 4
 """Passes of quantization over what was recorded, the search counted for its extra work."""
-PICTURES = 48
-"""Pictures that measuring makes, those for the timings included."""
+IMAGES = 48
+"""Images that measuring makes, those for the timings included."""
 LEARNING = 5
 """What learning from a call takes, over what the call itself takes: forwards, backwards, and the rounding in both."""
-OWN_RUNS = 512
+ROLLOUT_CONDITIONS = 512
 """Different conditions that a student may sample while it learns."""
 REPORT_BYTES = 8_000_000
 
@@ -54,10 +54,10 @@ def recorded_conditions(pipeline: Any, recipe: Recipe) -> list[Condition]:
     return conditions(pipeline, recipe.record.prompts, recipe.record.trajectories, recipe.seed + 2**31)
 
 
-def own_conditions(pipeline: Any, recipe: Recipe) -> list[Condition]:
+def rollout_conditions(pipeline: Any, recipe: Recipe) -> list[Condition]:
     """What a student samples while it learns: texts from where recording stopped on, with seeds of their own."""
     recorded = recipe.record.trajectories
-    return conditions(pipeline, recipe.record.prompts, recorded + OWN_RUNS, recipe.seed + 2**32)[recorded:]
+    return conditions(pipeline, recipe.record.prompts, recorded + ROLLOUT_CONDITIONS, recipe.seed + 2**32)[recorded:]
 
 
 def estimate(source: PipelineFolder, recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
@@ -78,7 +78,7 @@ def estimate(source: PipelineFolder, recipe: Recipe, device: str = "cpu") -> dic
             "record": seconds_a_run * ceil(recipe.record.trajectories / recipe.record.batch),
             "quantize": seconds_a_run * REPLAYS * min(SHARDS, ceil(recipe.record.trajectories / recipe.record.batch)),
             **_learning_seconds(recipe, seconds_a_step, steps),
-            "measure": seconds_a_step * steps * ceil(PICTURES / recipe.record.batch),
+            "measure": seconds_a_step * steps * ceil(IMAGES / recipe.record.batch),
         },
         "disk_bytes": recorded + needed_bytes(source),
         "memory_bytes": (peak_memory_bytes(pipeline, wanted[0], sampling) - weights) * len(wanted) + weights,
@@ -98,8 +98,8 @@ def _learning_seconds(recipe: Recipe, seconds_a_step: float, steps: int) -> dict
     if not isinstance(options, Qalora):
         return {}
     seconds_a_picture = seconds_a_step / recipe.record.batch
-    pictures = pictures_a_round(judge_every(options.iterations), options.batch, steps)
-    rounds = JUDGEMENTS * options.own_trajectory * 2 * pictures + (JUDGEMENTS + 2) * options.held_back
+    images = images_per_round(evaluate_every(options.iterations), options.batch, steps)
+    rounds = EVALUATIONS * options.rollout_share * 2 * images + (EVALUATIONS + 2) * options.validation_images
     learned = options.iterations * options.batch * LEARNING
     return {"learn": seconds_a_picture * (learned + rounds * steps)}
 

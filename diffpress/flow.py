@@ -12,10 +12,10 @@ from typing import Any
 
 from diffpress.calibration.sampling import Sampling, denoiser_of
 from diffpress.calibration.trajectory import Trajectories, record
-from diffpress.compress.finish import Quantized, edits_and_tensors, plan_rows
 from diffpress.compress.options import Qalora
 from diffpress.compress.ptq import quantize_denoiser, quantize_weights
-from diffpress.compress.qalora import OwnRuns, learn_layers_
+from diffpress.compress.qalora import StudentRollouts, learn_layers_
+from diffpress.compress.result import QuantizationResult, edits_and_tensors, plan_rows
 from diffpress.export.artifact import (
     check_output,
     check_space,
@@ -31,7 +31,7 @@ from diffpress.export.errors import ArtifactError, ModelFileError, UnsupportedMo
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, Manifest, list_files, read_manifest, write_manifest
 
-from .estimate import needed_bytes, own_conditions, recorded_bytes, recorded_conditions
+from .estimate import needed_bytes, recorded_bytes, recorded_conditions, rollout_conditions
 from .exporting import export_to_onnx
 from .gates import check_gates
 from .models import resolve
@@ -66,7 +66,7 @@ class Artifact:
         return load(self.path)
 
 
-def press(
+def compress_by_name(
     model: str | Path,
     recipe: Recipe | str | Path | dict[str, Any],
     out: str | Path | None = None,
@@ -77,14 +77,14 @@ def press(
 ) -> Artifact:
     """`compress` with everything by name: a model as on the command line; a recipe object, preset, file or its data.
 
-    Where `out` is left out, the artifact is put into the folder `MODEL-pressed` here.
+    Where `out` is left out, the artifact is put into the folder `MODEL-compressed` here.
     Raises UserError where the input is wrong.
     """
     if isinstance(recipe, dict):
         recipe = parse_recipe(recipe)
     elif not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    folder = Path(out) if out is not None else Path(f"{Path(str(model).replace(':', '-')).name}-pressed")
+    folder = Path(out) if out is not None else Path(f"{Path(str(model).replace(':', '-')).name}-compressed")
     return compress(resolve(str(model)), recipe, folder, device=device, fresh=fresh, force=force)
 
 
@@ -204,7 +204,7 @@ def _record(teacher: Any, recipe: Recipe, work: Work, notify: Notify) -> Traject
 
 def _quantize(
     teacher: Any, source: PipelineFolder, trajectories: Trajectories, recipe: Recipe, work: Work, notify: Notify
-) -> list[Quantized]:
+) -> list[QuantizationResult]:
     """The denoiser by its recorded inputs, other components by their weights alone."""
     assert recipe.quantize is not None
     results = []
@@ -229,7 +229,7 @@ def _quantize(
 
 
 def _learn_(
-    found: Quantized,
+    found: QuantizationResult,
     teacher: Any,
     trajectories: Trajectories,
     recipe: Recipe,
@@ -237,7 +237,7 @@ def _learn_(
     work: Work,
     notify: Notify,
 ) -> None:
-    runs = own_runs(teacher, recipe, options, work.learned)
+    runs = student_rollouts(teacher, recipe, options, work.learned)
 
     def report(done: int, total: int, loss: float) -> None:
         notify(f"learn, loss {loss:.2e}", done, total)
@@ -245,11 +245,11 @@ def _learn_(
     learn_layers_(found, denoiser_of(teacher), trajectories, runs, options, recipe.seed, report)
 
 
-def own_runs(pipeline: Any, recipe: Recipe, options: Qalora, folder: Path) -> OwnRuns:
-    """What a student samples while it learns, and what it is judged by: the first of its own conditions."""
-    own = own_conditions(pipeline, recipe)
-    held_back, wanted = own[: options.held_back], own[options.held_back :]
-    return OwnRuns(pipeline, wanted, held_back, _sampling(recipe), folder, recipe.record.batch)
+def student_rollouts(pipeline: Any, recipe: Recipe, options: Qalora, folder: Path) -> StudentRollouts:
+    """What a student samples while it learns, and what it is evaluated by: the first of its own conditions."""
+    own = rollout_conditions(pipeline, recipe)
+    validation_images, wanted = own[: options.validation_images], own[options.validation_images :]
+    return StudentRollouts(pipeline, wanted, validation_images, _sampling(recipe), folder, recipe.record.batch)
 
 
 def _stage(
@@ -257,7 +257,7 @@ def _stage(
     recipe: Recipe,
     request: str,
     trajectories: Trajectories,
-    quantized: list[Quantized],
+    quantized: list[QuantizationResult],
     work: Work,
 ) -> Manifest:
     """Write the pipeline files of the artifact, and its manifest without what is measured on them."""

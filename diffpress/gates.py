@@ -18,6 +18,6 @@ def check_gates(gates: GatesSection, metrics: dict[str, Any], cost: dict[str, An
     # The ratio itself differs from run to run and must not get into the artifact.
     if gates.latency is not None and cost["latency_ms"]["ratio"] > gates.latency:
         missed.append(
-            f"a picture takes longer than the {gates.latency:g} of the original's time that the gate latency allows"
+            f"an image takes longer than the {gates.latency:g} of the original's time that the gate latency allows"
         )
     return missed

@@ -18,7 +18,9 @@ def verify_folder(path: Path) -> str:
         from diffpress.export.onnx.verify import verify_export
 
         verify_export(path)
-        return f"{path} is sound: {len(read_export(path).files)} files match their digests, the self test gives its picture"
+        return (
+            f"{path} is sound: {len(read_export(path).files)} files match their digests, the self test gives its image"
+        )
     _require_artifact(path)
     manifest = verify(path)
     return f"{path} is sound: {len(manifest.files)} files match their digests, {len(manifest.edits)} edits apply"

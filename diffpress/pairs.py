@@ -97,7 +97,7 @@ def _watched(pipeline: Any, group: list[Condition], sampling: Sampling) -> tuple
 
 
 def measure_cost(reference: Any, candidate: Any, wanted: Condition, sampling: Sampling) -> dict[str, Any]:
-    """Multiplications, time in alternation and memory of one picture from each."""
+    """Multiplications, time in alternation and memory of one image from each."""
     both = {"reference": reference, "candidate": candidate}
     times = latencies_ms([lambda p=p: sample(p, [wanted], sampling) for p in both.values()], REPEATS)
     medians = [sorted(own)[len(own) // 2] for own in times]

@@ -65,6 +65,14 @@ class Recipe(Section):
     export: list[Literal["onnx"]] = Field(default=[], description="formats to export the result to")
 
 
+RENAMED = {
+    "quantize.own_trajectory": "quantize.rollout_share",
+    "quantize.held_out": "quantize.validation_images",
+    "quantize.float_inputs": "quantize.float_activations",
+}
+"""Keys that were called otherwise."""
+
+
 def presets() -> list[str]:
     """Names of the built-in recipes."""
     return sorted(Path(entry.name).stem for entry in _presets_folder().iterdir() if entry.name.endswith(".yaml"))
@@ -145,6 +153,8 @@ def _explain(error: Any) -> str:
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")
         return f"{path} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+    if path in RENAMED:
+        return f"{path} is called {RENAMED[path]} now"
     allowed = _keys(error["loc"][:-1])
     close = get_close_matches(str(error["loc"][-1]), allowed, 1, 0.5)
     hint = f", did you mean {close[0]!r}?" if close else ","

@@ -1,4 +1,4 @@
-"""One picture from whatever can make one."""
+"""One image from whatever can make one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run_onnx(model: str, text: str, seed: int, steps: int | None, guidance: floa
 
 
 def to_picture(pixels: np.ndarray) -> Image:
-    """Pixels [H, W, C] in 0..1 as an 8-bit picture, grey where C is 1."""
+    """Pixels [H, W, C] in 0..1 as an 8-bit image, grey where C is 1."""
     from PIL import Image
 
     rounded = (pixels * 255).round().clip(0, 255).astype(np.uint8)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .edits import Attend, Edit, Pack
+from .edits import Edit, Pack, QuantizeAttention
 from .errors import ArtifactError
-from .runtime import StepClock, attach_clock_, attend_on_integers_, pack_layer
+from .runtime import StepClock, attach_clock_, pack_layer, quantize_attention_
 
 
 class Shared(nn.Module):
@@ -38,8 +38,8 @@ def apply_edits_(model: nn.Module, edits: Sequence[Edit], timesteps: Sequence[fl
     clock = _clock(timesteps) if needs_clock(edits) else None
     for edit in edits:
         try:
-            if isinstance(edit, Attend):
-                attend_on_integers_(model.get_submodule(edit.module), edit)
+            if isinstance(edit, QuantizeAttention):
+                quantize_attention_(model.get_submodule(edit.module), edit)
             else:
                 _pack_(model, edit, clock if _has_tables(edit) else None)
         except (AttributeError, ValueError) as error:

@@ -54,12 +54,12 @@ class Pack(BaseModel):
         return f"W{self.weight_bits}{activations}"
 
 
-class Attend(BaseModel):
+class QuantizeAttention(BaseModel):
     """The attention of one module is computed on integers (see `kernels.int8_attention`); it stores no tensors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["attend"] = "attend"
+    kind: Literal["quantize_attention"] = "quantize_attention"
     component: str
     """Folder of the pipeline component, such as `unet`."""
     module: str
@@ -73,7 +73,7 @@ class Attend(BaseModel):
         return "attention int8" if self.integer_values else "attention Q·K int8"
 
 
-Edit = Annotated[Pack | Attend, Field(discriminator="kind")]
+Edit = Annotated[Pack | QuantizeAttention, Field(discriminator="kind")]
 """Every kind of edit."""
 
 

@@ -17,7 +17,7 @@ MANIFEST = "diffpress.json"
 REPORT = "report.html"
 """Holds timings, so it differs from run to run and is not under the digests."""
 SCHEMA = 2
-"""2 has Attend edits, and what became of attention in the plan; all of 1 is as it was."""
+"""2 has QuantizeAttention edits, and what became of attention in the plan; all of 1 is as it was."""
 
 
 class File(BaseModel):
@@ -63,7 +63,7 @@ class Manifest(BaseModel):
     edits: list[Edit]
     plan: list[PlanRow]
     learning: list[dict[str, float]] = []
-    """How learning went: `iteration`, `loss` and `held_back` at every judgement; empty where nothing was learned."""
+    """How learning went: `iteration`, `loss` and `evaluation` at every evaluation; empty where nothing was learned."""
     metrics: dict[str, Any]
     files: dict[str, File]
 

@@ -37,14 +37,14 @@ def conv2d_depth(
 
 def check_geometry(
     name: str,
-    pictures: Tensor,
+    images: Tensor,
     size: Sequence[int],
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> list[int]:
-    """Height and width after a convolution of `pictures`, which have `size`; `name` is what the error calls them."""
+    """Height and width after a convolution of `images`, which have `size`; `name` is what the error calls them."""
     geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
     for argument, pair in geometry.items():
         least = 0 if argument == "padding" else 1
@@ -53,7 +53,7 @@ def check_geometry(
     after = output_size(size, **geometry)
     if min(after) < 1:
         raise ValueError(
-            f"kernel_size {list(kernel_size)} reaches beyond {name} {list(pictures.shape)} padded by {list(padding)}"
+            f"kernel_size {list(kernel_size)} reaches beyond {name} {list(images.shape)} padded by {list(padding)}"
         )
     return after
 

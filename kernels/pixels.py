@@ -1,4 +1,4 @@
-"""How pictures lie in memory, and how kernels cut them."""
+"""How images lie in memory, and how kernels cut them."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def empty_output(
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """How a convolution of codes leaves its pictures: as it computes them on a CPU, as norms of GPUs read them on those."""
+    """How a convolution of codes leaves its images: as it computes them on a CPU, as norms of GPUs read them on those."""
     return torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
 
 

@@ -44,7 +44,7 @@ def compiled_anew(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A StableDiffusionPipeline making 16x16 pictures."""
+    """A StableDiffusionPipeline making 16x16 images."""
     folder = tmp_path_factory.mktemp("tiny-text")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(CAPTIONS, folder / "vocabulary")
@@ -81,7 +81,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_class(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DiTPipeline making one-channel 16x16 pictures of ten classes."""
+    """A DiTPipeline making one-channel 16x16 images of ten classes."""
     torch.manual_seed(1)
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,
@@ -105,7 +105,7 @@ def tiny_class(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DDIMPipeline making one-channel 8x8 pictures without being asked for anything."""
+    """A DDIMPipeline making one-channel 8x8 images without being asked for anything."""
     torch.manual_seed(2)
     unet = UNet2DModel(
         sample_size=8,

@@ -67,7 +67,7 @@ def _targets(module: str, node: ast.ImportFrom) -> set[str]:
         ("export", 1, "from ..kernels import quantize"),
         ("diffpress", 1, "from .export.load import register_quantizers"),
         ("diffpress", 1, "from . import kernels"),
-        ("diffpress", 1, "from diffpress.flow import press"),
+        ("diffpress", 1, "from diffpress.flow import compress_by_name"),
         ("calibration", 1, "from export.errors import UserError"),
         ("calibration", 1, "import diffpress.kernels"),
         ("compress", 1, "from .overlay import *"),

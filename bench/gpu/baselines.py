@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from inputs import Arguments, Source, picture
+from inputs import Arguments, Source, image
 from roofline import work_of
 from shapes import Attention, Conv, Linear, Spec
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ def _conv(spec: Spec, source: Source) -> Baselines:
         weight = source.normal(shape.outputs, shape.channels, shape.kernel, shape.kernel)
         weight = weight.to(memory_format=torch.channels_last)
         window = {"stride": shape.stride, "padding": shape.kernel // 2}
-        x, bias = picture(shape, source), source.normal(shape.outputs)
+        x, bias = image(shape, source), source.normal(shape.outputs)
         return partial(_activated_conv, x, weight, bias, spec.form.activation, **window)
 
     return {"cuDNN channels last": layer, "torch compiled": lambda: _compiled(layer())}

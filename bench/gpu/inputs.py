@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from shapes import Attention, Conv, Form, Linear, Pictures, Spec, Tokens
+from shapes import Attention, Conv, Form, Images, Linear, Spec, Tokens
 from torch import Tensor
 
 from diffpress.kernels import code_range, pack_blocks, pack_codes, pack_semi_structured, to_fp8
@@ -147,7 +147,7 @@ def geometry(shape: Conv) -> Arguments:
     return {name: [value] * 2 for name, value in pairs.items()}
 
 
-def picture(shape: Conv | Pictures, source: Source) -> Tensor:
+def image(shape: Conv | Images, source: Source) -> Tensor:
     """Noise [B, C, H, W] with the channels last, as fast convolutions have it."""
     x = source.normal(shape.batch, shape.height, shape.width, shape.channels)
     return x.permute(0, 3, 1, 2)
@@ -156,7 +156,7 @@ def picture(shape: Conv | Pictures, source: Source) -> Tensor:
 def _quantized_conv2d(shape: Conv, form: Form, source: Source) -> Arguments:
     quantized = _quantized(source, form, shape.as_linear().depth, shape.outputs)
     bits = {"weight_bits": form.bits, "activation_bits": 8}
-    return {"x": picture(shape, source), **quantized, **geometry(shape), **bits}
+    return {"x": image(shape, source), **quantized, **geometry(shape), **bits}
 
 
 def _integer_conv2d(shape: Conv, form: Form, source: Source) -> Arguments:
@@ -174,13 +174,13 @@ def _integer_conv2d(shape: Conv, form: Form, source: Source) -> Arguments:
 def _weight_only_conv2d(shape: Conv, form: Form, source: Source) -> Arguments:
     weight = _weight(source, form, shape.as_linear().depth, shape.outputs)
     bits = {"weight_bits": form.bits, "group_size": form.group}
-    return {"x": picture(shape, source), **weight, "bias": source.normal(shape.outputs), **geometry(shape), **bits}
+    return {"x": image(shape, source), **weight, "bias": source.normal(shape.outputs), **geometry(shape), **bits}
 
 
 def _fp8_conv2d(shape: Conv, _form: Form, source: Source) -> Arguments:
     scale, bias = source.one(0.02), source.normal(shape.outputs)
     weight = _fp8(source, shape.as_linear().depth, shape.outputs)
-    return {"x": picture(shape, source), **weight, "activation_scale": scale, "bias": bias, **geometry(shape)}
+    return {"x": image(shape, source), **weight, "activation_scale": scale, "bias": bias, **geometry(shape)}
 
 
 def _int8_attention(shape: Attention, form: Form, source: Source) -> Arguments:
@@ -201,8 +201,8 @@ def _norm_modulate_quantize(shape: Tokens, _form: Form, source: Source) -> Argum
     return {**given, "activation_scale": None, "zero_point": None, "norm": "layer", "eps": 1e-6, "bits": 8}
 
 
-def _group_norm_silu_quantize(shape: Pictures, form: Form, source: Source) -> Arguments:
-    x, weight, bias = picture(shape, source) + 1, source.normal(shape.channels), source.normal(shape.channels)
+def _group_norm_silu_quantize(shape: Images, form: Form, source: Source) -> Arguments:
+    x, weight, bias = image(shape, source) + 1, source.normal(shape.channels), source.normal(shape.channels)
     target = {"activation_scale": source.one(ACTIVATION_SCALE), "zero_point": source.one(-80, torch.int32)}
     rest = {"smoothing": None, "groups": shape.groups, "eps": 1e-5, "activation": form.words, "bits": 8}
     return {"x": x, "weight": weight, "bias": bias, **target, **rest}

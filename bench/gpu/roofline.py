@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from shapes import MODELS, Attention, Conv, Form, Linear, Pictures, Spec, Tokens, specs
+from shapes import MODELS, Attention, Conv, Form, Images, Linear, Spec, Tokens, specs
 
 
 class Peak(NamedTuple):
@@ -85,9 +85,9 @@ def _attention(shape: Attention, form: Form) -> Work:
     return Work(2 * numbers, {"int8": 2 * product} if form.integer_values else {"int8": product, "half": product})
 
 
-def _codes(op: str, shape: Tokens | Pictures) -> Work:
+def _codes(op: str, shape: Tokens | Images) -> Work:
     """Two bytes in and one out; a scale a row where there are rows, scale and shift where the norm is modulated."""
-    if isinstance(shape, Pictures):
+    if isinstance(shape, Images):
         return Work(3 * shape.batch * shape.channels * shape.height * shape.width, {})
     rows = shape.batch * shape.tokens
     modulation = 4 * shape.batch * shape.channels if op == "norm_modulate_quantize" else 0
@@ -120,7 +120,7 @@ HEAD = [
     "that the vendor's data sheet gives.",
     "",
     "A linear layer's shape is rows x depth x columns; a convolution's batch, height, width, channels, outputs, kernel,",
-    "stride; an attention's batch, heads, queries, keys, columns; of tokens batch, tokens, channels; of pictures batch,",
+    "stride; an attention's batch, heads, queries, keys, columns; of tokens batch, tokens, channels; of images batch,",
     "channels, height, width, groups. Nothing stands where a GPU has no tensor cores for the format.",
     "",
     "| | form | model | shape | MB | 10⁹ operations | " + " | ".join(f"{name}, µs" for name in PAGE) + " |",

@@ -16,7 +16,7 @@ class Linear(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """A picture [batch, channels, height, width] under a square kernel, padded so that stride 1 keeps the size of odd ones."""
+    """An image [batch, channels, height, width] under a square kernel, padded so that stride 1 keeps the size of odd ones."""
 
     batch: int
     height: int
@@ -51,7 +51,7 @@ class Tokens(NamedTuple):
     channels: int
 
 
-class Pictures(NamedTuple):
+class Images(NamedTuple):
     """[batch, channels, height, width], normalised in `groups` of channels."""
 
     batch: int
@@ -61,7 +61,7 @@ class Pictures(NamedTuple):
     groups: int = 32
 
 
-Shape = Linear | Conv | Attention | Tokens | Pictures
+Shape = Linear | Conv | Attention | Tokens | Images
 
 
 class Form(NamedTuple):
@@ -118,7 +118,7 @@ LINEARS: Mapping[str, Sequence[Linear]] = {
     "SD1.5": (Linear(8192, 320, 2560), Linear(8192, 320, 320), Linear(16384, 320, 320)),
     RAGGED: (Linear(63, 100, 1000), Linear(1000, 1000, 62), Linear(1, 1000, 100)),
 }
-"""Two pictures, as guidance asks for, but one in FLUX. One row and two are what modulates a block."""
+"""Two images, as guidance asks for, but one in FLUX. One row and two are what modulates a block."""
 CONVS: Mapping[str, Sequence[Conv]] = {
     "SDXL": (Conv(2, 128, 128, 320, 320), Conv(2, 32, 32, 1280, 1280), Conv(2, 64, 64, 640, 640, stride=2)),
     "SD1.5": (Conv(2, 64, 64, 320, 320), Conv(2, 64, 64, 960, 320, kernel=1), Conv(2, 32, 32, 640, 640)),
@@ -144,13 +144,13 @@ TOKENS: Mapping[str, Sequence[Tokens]] = {
     "SD1.5": (Tokens(2, 4096, 320),),
     RAGGED: (Tokens(2, 63, 1000), Tokens(1, 7, 63)),
 }
-PICTURES: Mapping[str, Sequence[Pictures]] = {
-    "SDXL": (Pictures(2, 320, 128, 128), Pictures(2, 1280, 32, 32)),
-    "SD1.5": (Pictures(2, 320, 64, 64),),
-    "PixArt": (Pictures(1, 512, 256, 256),),
-    "SD3": (Pictures(1, 512, 128, 128),),
-    "FLUX": (Pictures(1, 256, 512, 512),),
-    RAGGED: (Pictures(1, 63, 17, 23, 9),),
+IMAGES: Mapping[str, Sequence[Images]] = {
+    "SDXL": (Images(2, 320, 128, 128), Images(2, 1280, 32, 32)),
+    "SD1.5": (Images(2, 320, 64, 64),),
+    "PixArt": (Images(1, 512, 256, 256),),
+    "SD3": (Images(1, 512, 128, 128),),
+    "FLUX": (Images(1, 256, 512, 512),),
+    RAGGED: (Images(1, 63, 17, 23, 9),),
 }
 HALF_A_WEIGHT = Form("W4 g64", 4, cores="half", group=64)
 OPERATIONS: Mapping[str, tuple[Mapping[str, Sequence[Shape]], Sequence[Form]]] = {
@@ -179,7 +179,7 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Sequence[Shape]], Sequence[Form]]] =
     "int8_attention": (ATTENTIONS, (Form("int8"), Form("int8 values", integer_values=True))),
     "quantize_rows": (TOKENS, (Form("scale a row"),)),
     "norm_modulate_quantize": (TOKENS, (Form("layer, scale a row"),)),
-    "group_norm_silu_quantize": (PICTURES, (Form("silu"),)),
+    "group_norm_silu_quantize": (IMAGES, (Form("silu"),)),
 }
 """The shapes and forms of every operation."""
 

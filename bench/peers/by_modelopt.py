@@ -15,7 +15,7 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.quantization.calib import HistogramCalibrator
-from task import FLOAT_BYTES, Quantized, Record
+from task import FLOAT_BYTES, QuantizationResult, Record
 from torch import Tensor, nn
 
 BLOCK = 32
@@ -56,7 +56,7 @@ class PercentileCalibrator(HistogramCalibrator):
         return super().compute_amax("percentile", percentile=self._percentile)
 
 
-def quantize(denoiser: nn.Module, bits: str, record: Record, work: Path) -> Quantized:
+def quantize(denoiser: nn.Module, bits: str, record: Record, work: Path) -> QuantizationResult:
     """Quantize the layers in place, and run them on the recorded inputs to find the ranges."""
     calls = record()
 
@@ -68,7 +68,7 @@ def quantize(denoiser: nn.Module, bits: str, record: Record, work: Path) -> Quan
     mtq.quantize(denoiser, configuration(*BITS[bits]), forward)
     layers = list(quantized_layers(denoiser))
     size = sum(weight.numel() for weight in denoiser.parameters()) * FLOAT_BYTES
-    return Quantized(
+    return QuantizationResult(
         denoiser, size - sum(map(saved_bytes, layers)), sum(layer.weight.numel() for layer in layers), simulated=True
     )
 

@@ -22,7 +22,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from task import Quantized, Record
+from task import QuantizationResult, Record
 from torch import nn
 
 BLOCK = 32
@@ -41,7 +41,7 @@ class Reader(CalibrationDataReader):
         return next(self._calls, None)
 
 
-def quantize(denoiser: nn.Module, bits: str, record: Record, work: Path) -> Quantized:
+def quantize(denoiser: nn.Module, bits: str, record: Record, work: Path) -> QuantizationResult:
     """Export, quantize and open the denoiser."""
     calls = record()
     source, prepared, result = (work / f"{name}.onnx" for name in ("float", "prepared", "quantized"))
@@ -55,7 +55,7 @@ def quantize(denoiser: nn.Module, bits: str, record: Record, work: Path) -> Quan
     session = open_session(result)
     stand_in = StandIn(denoiser, lambda inputs: session.run(None, inputs)[0])
     model = ir.load(result)
-    return Quantized(stand_in, weight_bytes(model), quantized_numbers(model), simulated=False)
+    return QuantizationResult(stand_in, weight_bytes(model), quantized_numbers(model), simulated=False)
 
 
 def write_static(source: Path, result: Path, weights: QuantType, calls: Iterable[Arrays]) -> None:

@@ -4,7 +4,7 @@ W8A8 is `nncf.quantize` for transformers (asymmetric activations, SmoothQuant, f
 bits, as NNCF advises for processors with VNNI. The slow bias correction took ten times as long and did no better.
 w4 is `nncf.compress_weights`: 4 bits for matrix products, symmetric in groups of 32 or what divides, and NNCF's own choice of
 8 bits for convolutions, embeddings and the last layer. Asymmetric groups and AWQ did no better, scale estimation destroyed
-the pictures. W4A8 is the same model with OpenVINO's dynamic quantization of what enters matrix products.
+the images. W4A8 is the same model with OpenVINO's dynamic quantization of what enters matrix products.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from graph import Arrays, StandIn, arrays, export
 from numpy.typing import NDArray
-from task import Quantized, Record
+from task import QuantizationResult, Record
 from torch import nn
 
 # Both report their use to their makers where they find this package.
@@ -32,7 +32,7 @@ ZERO_POINT = "zero_point"
 """In the names that NNCF gives to what is no weight."""
 
 
-def quantize(denoiser: nn.Module, bits: str, record: Record, work: Path) -> Quantized:
+def quantize(denoiser: nn.Module, bits: str, record: Record, work: Path) -> QuantizationResult:
     """Export, quantize, store and compile the denoiser."""
     calls = record()
     source, result = work / "float.onnx", work / "quantized.xml"
@@ -41,7 +41,9 @@ def quantize(denoiser: nn.Module, bits: str, record: Record, work: Path) -> Quan
     model = quantize_statically(model, list(map(arrays, calls))) if bits == "W8A8" else compress_weights(model)
     openvino.save_model(model, result)
     stand_in = StandIn(denoiser, runner(result, dynamic_group=GROUP if bits == "W4A8" else 0))
-    return Quantized(stand_in, result.with_suffix(".bin").stat().st_size, quantized_numbers(model), simulated=False)
+    return QuantizationResult(
+        stand_in, result.with_suffix(".bin").stat().st_size, quantized_numbers(model), simulated=False
+    )
 
 
 def quantize_statically(model: openvino.Model, calls: list[Arrays]) -> openvino.Model:

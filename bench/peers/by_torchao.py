@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from task import FLOAT_BYTES, Quantized, Record
+from task import FLOAT_BYTES, QuantizationResult, Record
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import (
@@ -63,7 +63,7 @@ SCHEMES = {
 }
 
 
-def quantize(denoiser: nn.Module, bits: str, record: Record, work: Path) -> Quantized:
+def quantize(denoiser: nn.Module, bits: str, record: Record, work: Path) -> QuantizationResult:
     """Quantize the layers in place."""
     scheme = SCHEMES[bits]
     for group in scheme.groups:
@@ -71,7 +71,7 @@ def quantize(denoiser: nn.Module, bits: str, record: Record, work: Path) -> Quan
     weights = list(denoiser.parameters())
     numbers = sum(weight.numel() for weight in weights if is_quantized(weight))
     size = sum(stored_bytes(weight, scheme.bits) for weight in weights)
-    return Quantized(denoiser, size, numbers, simulated=scheme.bits < 8, compiled=True)
+    return QuantizationResult(denoiser, size, numbers, simulated=scheme.bits < 8, compiled=True)
 
 
 def fits(layer: nn.Module, scheme: Scheme, group: int) -> bool:

@@ -1,6 +1,6 @@
 """One quantizer on one model: `python bench/peers/run.py PEER --model FOLDER --bits W4A8 --request JSON --out SAFETENSORS`.
 
-Started with the interpreter that `environment.python_for` gives. Leaves the pictures, their latents and, as metadata `peer`,
+Started with the interpreter that `environment.python_for` gives. Leaves the images, their latents and, as metadata `peer`,
 what they cost. Exits non-zero with the reason as the last line of standard error.
 """
 
@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from environment import PEERS
 from rss import peak_rss_bytes, reset_peak, rss_bytes
 from safetensors.torch import save_file
-from task import Quantized, Request, draw, read_request, record_inputs
+from task import QuantizationResult, Request, draw, read_request, record_inputs
 from torch import nn
 
 from diffpress.calibration.cost import latencies_ms, parameter_count
@@ -39,7 +39,9 @@ def load(folder: Path) -> Any:
     return pipeline
 
 
-def quantize_(pipeline: Any, peer: str, bits: str, request: Request, work: Path) -> tuple[Quantized, dict[str, Any]]:
+def quantize_(
+    pipeline: Any, peer: str, bits: str, request: Request, work: Path
+) -> tuple[QuantizationResult, dict[str, Any]]:
     """Give the pipeline the peer's denoiser; returns that, and what it took and gave."""
     module, denoiser = import_module(f"by_{peer}"), denoiser_of(pipeline)
     numbers = parameter_count(denoiser)
@@ -66,7 +68,7 @@ def replace_denoiser_(pipeline: Any, denoiser: nn.Module) -> None:
 
 
 def compare_times(pipeline: Any, plain: Any, request: Request) -> dict[str, float]:
-    """Milliseconds of one picture from each, taken in alternation."""
+    """Milliseconds of one image from each, taken in alternation."""
     both = (pipeline, plain)
     times = latencies_ms([lambda p=p: sample(p, request.compare[:1], request.sampling) for p in both], REPEATS)
     return {"latency_ms": statistics.median(times[0]), "float_latency_ms": statistics.median(times[1])}
@@ -77,13 +79,13 @@ def run(peer: str, model: Path, bits: str, request: Request, out: Path) -> None:
     pipeline = load(model)
     with TemporaryDirectory() as work:
         found, row = quantize_(pipeline, peer, bits, request, Path(work))
-        pictures = draw(pipeline, request.compare, request)
+        images = draw(pipeline, request.compare, request)
         if found.compiled:
             found.denoiser.compile()
         row |= compare_times(pipeline, load(model), request)
     versions = ", ".join(f"{name} {version(name)}" for name in PEERS[peer].packages())
     metadata = {"peer": json.dumps({"peer": peer, "version": versions, "bits": bits, **row})}
-    save_file({"images": pictures.images.contiguous(), "latents": pictures.latents.contiguous()}, out, metadata)
+    save_file({"images": images.images.contiguous(), "latents": images.latents.contiguous()}, out, metadata)
 
 
 def main() -> None:

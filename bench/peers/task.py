@@ -22,7 +22,7 @@ FLOAT_BYTES = 2
 
 @dataclass(frozen=True)
 class Request:
-    """How to sample, and which pictures to record and to draw."""
+    """How to sample, and which images to record and to draw."""
 
     sampling: Sampling
     record: list[Condition]
@@ -53,7 +53,7 @@ def read_request(path: Path) -> Request:
 
 
 def draw(pipeline: Any, wanted: Sequence[Condition], request: Request) -> Sample:
-    """Pictures of all conditions, a batch at a time."""
+    """Images of all conditions, a batch at a time."""
     return sample_in_batches(pipeline, wanted, request.sampling, request.batch)
 
 

@@ -15,12 +15,12 @@ from diffpress.calibration.partway import arguments_of, call_order, output_of
 
 from ..options import Qalora
 from .checkpoint import Progress, read_progress, read_tensors, write_tensors
-from .descent import Descent
 from .importance import StepImportance
 from .layer import along_batch
-from .lessons import Lessons
 from .student import Student
 from .train import Report
+from .trainer import Trainer
+from .training_data import TrainingData
 
 STEPS = 4
 """Steps of a block that take the time of one of the whole: on average half of two calls, and nothing on the way back."""
@@ -44,7 +44,7 @@ def _blocks(module: nn.Module, name: str, member: bool) -> Iterator[str]:
 
 def learn_blocks(
     student: Student,
-    lessons: Lessons,
+    training_data: TrainingData,
     importance: StepImportance,
     options: Qalora,
     folder: Path,
@@ -54,17 +54,17 @@ def learn_blocks(
 
     Li et al. 2021, arXiv 2102.05426, without its Hessian: the squared error of what a block answers, on recorded calls, with
     steps weighted as the scheduler weights them. Gradients, the optimizer and activations are of one block at a time. A
-    block that makes whole runs from held-back noise worse is put back. Blocks in `folder` that were learned already are read
+    block that makes whole runs from held-out noise worse is put back. Blocks in `folder` that were learned already are read
     from there. Raises LearningError naming the layer where the loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return _Blocks(student, lessons, importance, options, folder).run(report)
+    return _Blocks(student, training_data, importance, options, folder).run(report)
 
 
 @dataclass
 class _Blocks:
     student: Student
-    lessons: Lessons
+    training_data: TrainingData
     importance: StepImportance
     options: Qalora
     folder: Path
@@ -84,7 +84,7 @@ class _Blocks:
         return progress
 
     def _in_call_order(self) -> list[str]:
-        first = self.lessons.recorded.batch([0])
+        first = self.training_data.recorded.batch([0])
         names = [name for name in find_blocks(self.student.denoiser) if self._parameters(name)]
         return call_order(self.student.denoiser, names, first.inputs, first.output.dtype)
 
@@ -95,17 +95,19 @@ class _Blocks:
         """Learn one block, and write down what is kept of it."""
         parameters = self._parameters(name)
         start = {key: value.detach().clone() for key, value in parameters.items()}
-        descent = Descent(self.student, parameters, self.lessons, self.options, lambda batch: self._loss(name, batch))
+        trainer = Trainer(
+            self.student, parameters, self.training_data, self.options, lambda batch: self._loss(name, batch)
+        )
         first = progress.iteration
         if not progress.history:
-            progress.take(self.lessons.judge(self.student), descent.first_loss(0))
+            progress.take(self.training_data.evaluate(self.student), trainer.first_loss(0))
         for step in range(steps):
-            loss = descent.step(step, steps, first)
+            loss = trainer.step(step, steps, first)
             progress.iteration += 1
             if report is not None:
                 report(progress.iteration, total, loss)
-        with descent.averaged():
-            better = progress.take(self.lessons.judge(self.student), loss)
+        with trainer.averaged():
+            better = progress.take(self.training_data.evaluate(self.student), loss)
             write_tensors(file, parameters if better else start, progress.metadata())
 
     def _loss(self, name: str, batch: Batch) -> Tensor:

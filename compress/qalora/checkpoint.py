@@ -21,13 +21,13 @@ class Progress:
     best: float = float("inf")
     since_best: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-    """Iteration, loss and held_back of every judgement."""
+    """Iteration, loss and error of the validation images at every evaluation."""
 
-    def take(self, judged: float, loss: float) -> bool:
-        """Write a judgement down; whether it is the best so far."""
-        better = judged < self.best
-        self.best, self.since_best = (judged, 0) if better else (self.best, self.since_best + 1)
-        self.history.append({"iteration": self.iteration, "loss": loss, "held_back": judged})
+    def take(self, evaluated: float, loss: float) -> bool:
+        """Write a evaluation down; whether it is the best so far."""
+        better = evaluated < self.best
+        self.best, self.since_best = (evaluated, 0) if better else (self.best, self.since_best + 1)
+        self.history.append({"iteration": self.iteration, "loss": loss, "evaluation": evaluated})
         return better
 
     def metadata(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How much an error at each step weighs in the picture."""
+"""How much an error at each step weighs in the image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVEN_SHARE = 0.5
 class StepImportance(NamedTuple):
     """What the scheduler tells of S steps."""
 
-    chances: Tensor
+    sampling_probabilities: Tensor
     """[S] how often each step should be learned from, summing to one."""
     weights: Tensor
     """[S] what the error of a step that was drawn so weighs in the last sample, with its sign; of mean square one."""
@@ -44,6 +44,6 @@ def step_importance(scheduler: Any, steps: int) -> StepImportance:
         return StepImportance(even, torch.ones(steps))
     if len(weights) != steps:
         return StepImportance(even, torch.ones(steps))
-    chances = EVEN_SHARE * even + (1 - EVEN_SHARE) * weights.abs() / weights.abs().sum()
-    shares = weights / chances
-    return StepImportance(chances, shares / (chances * shares.square()).sum().sqrt())
+    sampling_probabilities = EVEN_SHARE * even + (1 - EVEN_SHARE) * weights.abs() / weights.abs().sum()
+    shares = weights / sampling_probabilities
+    return StepImportance(sampling_probabilities, shares / (sampling_probabilities * shares.square()).sum().sqrt())

@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from diffpress.export.runtime import StepClock
 from diffpress.kernels import code_range, pack_codes, quantize, unpack_codes
 
-from ..overlay import Quantization, run_layer, smoothed, spread
+from ..overlay import QuantizedLayer, broadcast_scale, run_layer, smoothed
 from ..rounding import fake_quantize, straight_through_round
 
 PART = 2**22
 """Entries of a weight that are worked on at a time where memory is short."""
-SHIFT_BITS = 2
+CODE_OFFSET_BITS = 2
 """Of how far the code that a weight starts at lies from the nearest: -1, 0 or 1."""
 ALL = slice(None)
 """Every row of a weight, which is every output."""
@@ -30,21 +30,21 @@ class QaloraLayer(nn.Module):
     """
 
     weight_sign: Tensor
-    unit: Tensor
+    lora_scale: Tensor
     smoothing: Tensor | None
-    shift: Tensor | None
-    shift_scale: Tensor | None
+    code_offset: Tensor | None
+    code_offset_scale: Tensor | None
 
     def __init__(
         self,
         layer: nn.Module,
-        start: Quantization,
+        start: QuantizedLayer,
         rank: int,
-        unit: float,
+        lora_scale: float,
         per_step: bool,
         generator: torch.Generator,
     ) -> None:
-        """Starts at `start`: B is zero, and is counted in `unit`; without `per_step` all steps share the first's scale."""
+        """Starts at `start`: B is zero, in units of `lora_scale`; without `per_step` steps share one scale."""
         super().__init__()
         self.format = start.format
         rows, columns = start.codes.flatten(1).shape
@@ -54,11 +54,11 @@ class QaloraLayer(nn.Module):
         self.b = nn.Parameter(torch.zeros(rows, rank, device=device))
         self.log_weight_scale = nn.Parameter(start.weight_scale.abs().log())
         self.register_buffer("weight_sign", start.weight_scale.sign())
-        self.register_buffer("unit", torch.as_tensor(unit, device=device))
+        self.register_buffer("lora_scale", torch.as_tensor(lora_scale, device=device))
         self.register_buffer("smoothing", start.smoothing)
-        shift = _shift(self._smoothed_weight(layer), start)
-        self.register_buffer("shift", None if shift is None else pack_codes(shift, SHIFT_BITS))
-        self.register_buffer("shift_scale", None if shift is None else start.weight_scale)
+        shift = _code_offset(self._smoothed_weight(layer), start)
+        self.register_buffer("code_offset", None if shift is None else pack_codes(shift, CODE_OFFSET_BITS))
+        self.register_buffer("code_offset_scale", None if shift is None else start.weight_scale)
         scale, zero_point = start.activation_scale, start.zero_point
         self.steps = 0 if scale is None else len(scale)
         entries = slice(None) if per_step else slice(1)
@@ -67,18 +67,21 @@ class QaloraLayer(nn.Module):
         bias = getattr(layer, "bias", None)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
 
-    def change(self, rows: slice = ALL) -> Tensor:
+    def lora_delta(self, rows: slice = ALL) -> Tensor:
         """BA [O, K], or some rows of it."""
-        return self.b[rows] * self.unit @ self.a
+        return self.b[rows] * self.lora_scale @ self.a
 
     def merged(self, layer: nn.Module, rows: slice = ALL) -> Tensor:
         """W0 + BA, smoothed, in float32, or some rows of it; W0 is a whole code further where the start rounds it there."""
         weight = self._smoothed_weight(layer, rows)
-        change = self.change(rows).view_as(weight)
-        if self.shift is None or self.shift_scale is None:
+        change = self.lora_delta(rows).view_as(weight)
+        if self.code_offset is None or self.code_offset_scale is None:
             return weight + change
-        codes = unpack_codes(self.shift[rows], change.flatten(1).shape[1], SHIFT_BITS).view_as(weight)
-        return weight.addcmul(codes, spread(self.shift_scale[rows], weight.shape, self.format.group_size)) + change
+        codes = unpack_codes(self.code_offset[rows], change.flatten(1).shape[1], CODE_OFFSET_BITS).view_as(weight)
+        return (
+            weight.addcmul(codes, broadcast_scale(self.code_offset_scale[rows], weight.shape, self.format.group_size))
+            + change
+        )
 
     def _smoothed_weight(self, layer: nn.Module, rows: slice = ALL) -> Tensor:
         weight = layer.weight.detach()[rows].float()  # type: ignore[union-attr, operator]
@@ -93,7 +96,7 @@ class QaloraLayer(nn.Module):
     def forward(self, layer: nn.Module, x: Tensor, clock: StepClock, rows: slice = ALL) -> Tensor:
         """What the quantized `layer` will answer to `x`, in float and with gradients; `rows`: some of its outputs only."""
         merged = self.merged(layer, rows)
-        scale = spread(self.weight_scale()[rows], merged.shape, self.format.group_size)
+        scale = broadcast_scale(self.weight_scale()[rows], merged.shape, self.format.group_size)
         weight = fake_quantize(merged, scale, None, self.format.weight_bits)
         rounded = self._round_input(smoothed(layer, x.float(), self.smoothing), clock)
         bias = None if self.bias is None else self.bias[rows]
@@ -132,13 +135,15 @@ class QaloraLayer(nn.Module):
         return fake_quantize(x, scale, zero_point, self.format.activation_bits)
 
     @torch.no_grad()
-    def finish(self, layer: nn.Module) -> Quantization:
+    def finish(self, layer: nn.Module) -> QuantizedLayer:
         """The integers that were trained."""
         merged = self.merged(layer)
         weight_scale = self.weight_scale()
-        codes = quantize(merged, spread(weight_scale, merged.shape, self.format.group_size), self.format.weight_bits)
+        codes = quantize(
+            merged, broadcast_scale(weight_scale, merged.shape, self.format.group_size), self.format.weight_bits
+        )
         scale, zero_point = self.activation_tables()
-        return Quantization(
+        return QuantizedLayer(
             self.format,
             codes,
             weight_scale,
@@ -149,12 +154,12 @@ class QaloraLayer(nn.Module):
         )
 
 
-def _shift(weight: Tensor, start: Quantization) -> Tensor | None:
+def _code_offset(weight: Tensor, start: QuantizedLayer) -> Tensor | None:
     """How many codes [O, K] the start lies from the nearest, by one at most; None where it does nowhere.
 
     Shifted by a whole code a weight keeps its place between two of them, so that learning moves it as easily as others.
     """
-    nearest = weight.div(spread(start.weight_scale, weight.shape, start.format.group_size)).round_()
+    nearest = weight.div(broadcast_scale(start.weight_scale, weight.shape, start.format.group_size)).round_()
     # In place, since a weight may be large.
     away = nearest.clamp_(*code_range(start.format.weight_bits)).sub_(start.codes)
     shift = away.neg_().clamp_(-1, 1).flatten(1).to(torch.int8)
@@ -164,6 +169,6 @@ def _shift(weight: Tensor, start: Quantization) -> Tensor | None:
 def along_batch(values: Tensor, x: Tensor) -> Tensor:
     """One value for all, or one an entry of the batch, against `x`.
 
-    Where a model folds something into its batch (frames, windows), the entries of one picture lie beside each other.
+    Where a model folds something into its batch (frames, windows), the entries of one image lie beside each other.
     """
     return values.repeat_interleave(x.shape[0] // len(values)).view(-1, *[1] * (x.ndim - 1))

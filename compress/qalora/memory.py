@@ -14,7 +14,7 @@ from diffpress.calibration.sampling import Call, replay
 from ..layers import find_layers
 from ..options import LARGE, Order, Qalora
 from .blocks import find_blocks, tensors
-from .layer import PART, SHIFT_BITS
+from .layer import CODE_OFFSET_BITS, PART
 
 FLOAT = 4
 """Bytes of a number that is learned or learned with."""
@@ -36,7 +36,7 @@ class Needs(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """Numbers of one layer or block for a batch of one picture."""
+    """Numbers of one layer or block for a batch of one image."""
 
     weight: int
     learned: int
@@ -44,25 +44,27 @@ class _Seen(NamedTuple):
 
 
 def learning_needs(denoiser: nn.Module, call: Call, options: Qalora) -> dict[Order, Needs]:
-    """What each order of learning takes, for a `call` of one picture; `blocks` is missing where the denoiser has none."""
+    """What each order of learning takes, for a `call` of one image; `blocks` is missing where the denoiser has none."""
     found, _ = find_layers(denoiser, options)
     layers = {name: layer for name, layer in found.items() if not isinstance(layer, nn.Embedding)}
     blocks = find_blocks(denoiser)
     inputs = _input_sizes(denoiser, [*layers, *blocks], call)
-    pictures = ceil(options.batch / options.accumulate)
+    images = ceil(options.batch / options.accumulate)
     seen = {
-        name: _Seen(layer_matrix(layer).numel(), _learned(layer, options.rank), pictures * inputs.get(name, 0))
+        name: _Seen(layer_matrix(layer).numel(), _learned(layer, options.rank), images * inputs.get(name, 0))
         for name, layer in layers.items()
     }
     parts = [part for name in blocks if (part := [own for key, own in seen.items() if key.startswith(f"{name}.")])]
     large = sum(parameter.numel() for parameter in denoiser.parameters()) >= LARGE
     sparing = large if options.checkpointing is None else options.checkpointing
     trained = 2 * FLOAT + MOMENTS[options.optimizer]
-    always = sum(FLOAT * own.learned + (own.weight * SHIFT_BITS // 8 if options.gptq else 0) for own in seen.values())
+    always = sum(
+        FLOAT * own.learned + (own.weight * CODE_OFFSET_BITS // 8 if options.gptq else 0) for own in seen.values()
+    )
     whole = _graph(seen.values(), sparing)
     if sparing and parts and getattr(denoiser, "_supports_gradient_checkpointing", False):
         outside = [own for key, own in seen.items() if not any(key.startswith(f"{name}.") for name in blocks)]
-        kept = FLOAT * pictures * sum(inputs.get(name, 0) for name in blocks)
+        kept = FLOAT * images * sum(inputs.get(name, 0) for name in blocks)
         whole = _graph(outside, sparing) + kept + max(_graph(part, sparing) for part in parts)
     needs: dict[Order, Needs] = {"whole": Needs(always + trained * sum(own.learned for own in seen.values()), whole)}
     if parts:

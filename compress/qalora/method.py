@@ -11,21 +11,21 @@ from diffpress.calibration.guidance import find_guidance
 from diffpress.calibration.trajectory import Trajectories
 
 from ..attention import learnable
-from ..finish import Quantized
 from ..options import Qalora
+from ..result import QuantizationResult
 from .blocks import learn_blocks
 from .importance import step_importance
 from .layer import QaloraLayer
-from .lessons import Lessons, OwnRuns, pictures_a_round
 from .student import Student
-from .train import Report, judge_every, learn
+from .train import Report, evaluate_every, learn
+from .training_data import StudentRollouts, TrainingData, images_per_round
 
 
 def learn_layers_(
-    found: Quantized,
+    found: QuantizationResult,
     denoiser: nn.Module,
     trajectories: Trajectories,
-    runs: OwnRuns,
+    runs: StudentRollouts,
     options: Qalora,
     seed: int,
     report: Report | None = None,
@@ -49,13 +49,13 @@ def learn_layers_(
     try:
         steps = len(trajectories.timesteps)
         importance = step_importance(runs.pipeline.scheduler, steps)
-        pictures = pictures_a_round(judge_every(options.iterations), options.batch, steps)
-        lessons = Lessons(trajectories, runs, importance.chances, seed, pictures)
+        images = images_per_round(evaluate_every(options.iterations), options.batch, steps)
+        training_data = TrainingData(trajectories, runs, importance.sampling_probabilities, seed, images)
         if options.order == "blocks":
-            progress = learn_blocks(student, lessons, importance, options, runs.folder, report)
+            progress = learn_blocks(student, training_data, importance, options, runs.folder, report)
         else:
             guidance = find_guidance(trajectories)
-            progress = learn(student, lessons, importance, guidance, options, runs.folder, report)
+            progress = learn(student, training_data, importance, guidance, options, runs.folder, report)
         found.history = progress.history
     finally:
         for parameter in frozen:

@@ -13,7 +13,7 @@ from diffpress.calibration.sampling import device_of
 from diffpress.export.runtime import Attention, StepClock
 
 from ..options import LARGE, Qalora
-from ..overlay import Quantization, attending, overlaid
+from ..overlay import QuantizedLayer, overlaid, overriding_attention
 from .layer import QaloraLayer
 
 
@@ -39,7 +39,7 @@ class Student:
     def __init__(
         self,
         denoiser: nn.Module,
-        start: Mapping[str, Quantization],
+        start: Mapping[str, QuantizedLayer],
         timesteps: list[float],
         options: Qalora,
         seed: int,
@@ -54,7 +54,7 @@ class Student:
         self.clock = BatchClock(timesteps)
         self.layers = {
             name: layer_type(denoiser.get_submodule(name), own, options.rank, unit, options.per_step, generator)
-            for (name, own), unit in zip(start.items(), units(start, options.scale_aware), strict=True)
+            for (name, own), unit in zip(start.items(), lora_scales(start, options.scale_aware), strict=True)
         }
         self.attention = attention or {}
 
@@ -71,7 +71,7 @@ class Student:
         """The denoiser answers as the quantized one will; gradients have to be taken while it is on."""
         calls = {name: self._call(name) for name in self.layers}
         with (
-            overlaid(self.denoiser, calls | attending(self.denoiser, self.attention), self.clock),
+            overlaid(self.denoiser, calls | overriding_attention(self.denoiser, self.attention), self.clock),
             self._checkpointed(),
         ):
             yield
@@ -112,12 +112,12 @@ class Student:
         """Where the denoiser is."""
         return device_of(self.denoiser)
 
-    def finish(self) -> dict[str, Quantization]:
+    def finish(self) -> dict[str, QuantizedLayer]:
         """The integers that were trained."""
         return {name: layer.finish(self.denoiser.get_submodule(name)) for name, layer in self.layers.items()}
 
 
-def units(start: Mapping[str, Quantization], scale_aware: bool) -> list[float]:
+def lora_scales(start: Mapping[str, QuantizedLayer], scale_aware: bool) -> list[float]:
     """What the low-rank change of each layer is counted in: its mean weight scale, or that of all layers.
 
     One learning rate then moves every layer by the same share of a code. That is what He et al. 2024, arXiv 2310.03270,

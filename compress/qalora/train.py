@@ -1,4 +1,4 @@
-"""All layers together: learn from recorded calls, then from the student's own, judged by whole runs from noise held back."""
+"""All layers together: learn from recorded calls, then from the student's own, evaluated by whole runs from noise held out."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from diffpress.calibration.sampling import answer
 
 from ..options import Qalora
 from .checkpoint import Progress, load_checkpoint, read_tensors, save_checkpoint, write_tensors
-from .descent import Descent
 from .importance import StepImportance
-from .lessons import Lessons, steps_together
 from .student import Student
+from .trainer import Trainer
+from .training_data import TrainingData, steps_per_image
 
-JUDGEMENTS = 12
+EVALUATIONS = 12
 """How often, over the whole of it; each leaves a checkpoint."""
 RAW = 0.1
 """Weight of the squared error of every single output, beside that of what they add up to."""
@@ -31,58 +31,58 @@ Report = Callable[[int, int, float], None]
 
 def learn(
     student: Student,
-    lessons: Lessons,
+    training_data: TrainingData,
     importance: StepImportance,
     guidance: Guidance | None,
     options: Qalora,
     folder: Path,
     report: Report | None = None,
 ) -> Progress:
-    """Learn for `options.iterations`, or until what is held back stops getting better; the best ends up in `student`.
+    """Learn for `options.iterations`, or until what is held out stops getting better; the best ends up in `student`.
 
     He et al. 2024, arXiv 2310.03270, eq. 7, with the inputs of the teacher's runs and then of the student's own, and the
     errors of several steps added up before they are squared. Goes on from the checkpoint in `folder`. Raises LearningError
     naming the layer where the loss is not finite; the last checkpoint stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return _Learning(student, lessons, importance, guidance, options, folder).run(report)
+    return _Learning(student, training_data, importance, guidance, options, folder).run(report)
 
 
 @dataclass
 class _Learning:
     student: Student
-    lessons: Lessons
+    training_data: TrainingData
     importance: StepImportance
     guidance: Guidance | None
     options: Qalora
     folder: Path
 
     def __post_init__(self) -> None:
-        self.descent = Descent(self.student, self.student.parameters(), self.lessons, self.options, self._loss)
+        self.trainer = Trainer(self.student, self.student.parameters(), self.training_data, self.options, self._loss)
         self.file, self.best = self.folder / "learned.safetensors", self.folder / "best.safetensors"
 
     def run(self, report: Report | None) -> Progress:
-        options, descent = self.options, self.descent
-        state = descent.parameters, descent.average, descent.optimizer
+        options, trainer = self.options, self.trainer
+        state = trainer.parameters, trainer.average, trainer.optimizer
         progress = Progress()
         if self.best.exists():
             progress = load_checkpoint(self.file, *state)
         if progress.iteration == 0:
             # Where nothing gets better, what was started from is kept.
-            self._judge(progress, descent.first_loss(0))
-        every = judge_every(options.iterations)
-        own_from = round(options.iterations * (1 - options.own_trajectory))
+            self._evaluate(progress, trainer.first_loss(0))
+        every = evaluate_every(options.iterations)
+        own_from = round(options.iterations * (1 - options.rollout_share))
         while progress.iteration < options.iterations and progress.since_best < options.patience:
-            if options.own_trajectory and progress.iteration >= own_from:
-                self.lessons.follow(self.student, (progress.iteration - own_from) // every)
-            loss = descent.step(progress.iteration, options.iterations)
+            if options.rollout_share and progress.iteration >= own_from:
+                self.training_data.follow(self.student, (progress.iteration - own_from) // every)
+            loss = trainer.step(progress.iteration, options.iterations)
             progress.iteration += 1
             if progress.iteration % every == 0 or progress.iteration == options.iterations:
-                self._judge(progress, loss)
+                self._evaluate(progress, loss)
                 save_checkpoint(self.file, *state, progress)
             if report is not None:
                 report(progress.iteration, options.iterations, loss)
-        read_tensors(self.best, descent.parameters)
+        read_tensors(self.best, trainer.parameters)
         return progress
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -91,19 +91,19 @@ class _Learning:
         given = error if self.guidance is None else self.guidance.combine(error, batch.steps)
         # Where guidance is not known its parts stand for themselves.
         steps = batch.steps.repeat(len(given) // len(batch.steps))
-        together = steps_together(len(batch.steps))
+        together = steps_per_image(len(batch.steps))
         return self.importance.accumulated(given, steps, together) + RAW * error.square().mean()
 
     @torch.no_grad()
-    def _judge(self, progress: Progress, loss: float) -> None:
+    def _evaluate(self, progress: Progress, loss: float) -> None:
         """Compare the moving average with the best so far, by whole sampling runs."""
-        with self.descent.averaged():
-            judged = self.lessons.judge(self.student)
+        with self.trainer.averaged():
+            evaluated = self.training_data.evaluate(self.student)
             # The first is kept whatever it is, so that there is something to fall back on.
-            if progress.take(judged, loss) or len(progress.history) == 1:
-                write_tensors(self.best, self.descent.parameters)
+            if progress.take(evaluated, loss) or len(progress.history) == 1:
+                write_tensors(self.best, self.trainer.parameters)
 
 
-def judge_every(iterations: int) -> int:
-    """Iterations from one judgement, and one round of own runs, to the next."""
-    return max(1, iterations // JUDGEMENTS)
+def evaluate_every(iterations: int) -> int:
+    """Iterations from one evaluation, and one round of own runs, to the next."""
+    return max(1, iterations // EVALUATIONS)

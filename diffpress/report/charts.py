@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .pictures import spread
-from .words import TIMES, scientific, significant
+from .formatting import TIMES, scientific, significant
+from .images import spread
 
 LOGARITHMIC = 30
 """Values that span more than this factor are drawn on a logarithmic axis."""

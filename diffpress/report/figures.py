@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .words import IDENTICAL_DB, TIMES, byte_size, change, decibels, milliseconds, quantity, significant
+from .formatting import IDENTICAL_DB, TIMES, byte_size, change, decibels, milliseconds, quantity, significant
 
 
 @dataclass(frozen=True)

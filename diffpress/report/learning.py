@@ -1,4 +1,4 @@
-"""How learning went: the loss of the batches it saw, and how far whole runs from held-back noise end from the original's."""
+"""How learning went: the loss of the batches it saw, and how far whole runs from held-out noise end from the original's."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .charts import LABELS, Curve, Plot, Tick, nice, strips, value_axis
-from .words import scientific
+from .formatting import scientific
 
-NAMES = {"held_back": "held back", "loss": "batch"}
+NAMES = {"evaluation": "held out", "loss": "batch"}
 """What is drawn, and how the page calls it."""
 
-Judgement = Mapping[str, float]
-"""`iteration`, `loss` and `held_back`."""
+Evaluation = Mapping[str, float]
+"""`iteration`, `loss` and `evaluation`."""
 
 
 @dataclass(frozen=True)
@@ -22,28 +22,28 @@ class Learning:
 
     plot: Plot | None
     """None where no loss is finite."""
-    held_back: list[tuple[str, str]]
+    evaluation: list[tuple[str, str]]
     """First, best and last, each with its iteration."""
 
 
-def learning(history: Sequence[Judgement]) -> Learning | None:
+def learning(history: Sequence[Evaluation]) -> Learning | None:
     """`history` as a chart and in words. None where nothing was learned."""
-    return Learning(_plot(history), _held_back(history)) if history else None
+    return Learning(_plot(history), _evaluations(history)) if history else None
 
 
-def _plot(history: Sequence[Judgement]) -> Plot | None:
-    known = {key: [judged for judged in history if math.isfinite(judged[key])] for key in NAMES}
-    values = [judged[key] for key, own in known.items() for judged in own]
+def _plot(history: Sequence[Evaluation]) -> Plot | None:
+    known = {key: [evaluated for evaluated in history if math.isfinite(evaluated[key])] for key in NAMES}
+    values = [evaluated[key] for key, own in known.items() for evaluated in own]
     if not values:
         return None
     axis = value_axis(values)
     last = history[-1]["iteration"]
     curves = [
-        Curve([(100 * judged["iteration"] / last, axis.below_top(judged[key])) for judged in known[key]], name)
+        Curve([(100 * evaluated["iteration"] / last, axis.below_top(evaluated[key])) for evaluated in known[key]], name)
         for key, name in NAMES.items()
         if known[key]
     ]
-    places = [100 * judged["iteration"] / last for judged in history]
+    places = [100 * evaluated["iteration"] / last for evaluated in history]
     return Plot(curves, _ticks(last), axis.ticks, axis.logarithmic, strips(places, [_words(j) for j in history]))
 
 
@@ -53,15 +53,18 @@ def _ticks(last: float) -> list[Tick]:
     return [Tick(100 * iteration / last, f"{iteration:,}") for iteration in range(0, math.floor(last) + 1, every)]
 
 
-def _words(judged: Judgement) -> str:
-    losses = ", ".join(f"{name} {scientific(judged[key])}" for key, name in NAMES.items())
-    return f"iteration {judged['iteration']:,.0f}: {losses}"
+def _words(evaluated: Evaluation) -> str:
+    losses = ", ".join(f"{name} {scientific(evaluated[key])}" for key, name in NAMES.items())
+    return f"iteration {evaluated['iteration']:,.0f}: {losses}"
 
 
-def _held_back(history: Sequence[Judgement]) -> list[tuple[str, str]]:
-    best = min(history, key=lambda judged: judged["held_back"] if math.isfinite(judged["held_back"]) else math.inf)
+def _evaluations(history: Sequence[Evaluation]) -> list[tuple[str, str]]:
+    best = min(
+        history,
+        key=lambda evaluated: evaluated["evaluation"] if math.isfinite(evaluated["evaluation"]) else math.inf,
+    )
     named = {"first": history[0], "best": best, "last": history[-1]}
     return [
-        (f"{name}, iteration {judged['iteration']:,.0f}", scientific(judged["held_back"]))
-        for name, judged in named.items()
+        (f"{name}, iteration {evaluated['iteration']:,.0f}", scientific(evaluated["evaluation"]))
+        for name, evaluated in named.items()
     ]

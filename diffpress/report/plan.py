@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from diffpress.export.manifest import PlanRow
 
-from .words import TIMES, byte_size, scientific
+from .formatting import TIMES, byte_size, scientific
 
 MOST_SENSITIVE = 20
 ATTENTION = "attention "

@@ -16,10 +16,10 @@ from diffpress.export.manifest import Manifest
 from ..pairs import Pairs
 from .charts import histogram, step_curve
 from .figures import gates_tile, measures, pairs_tile, tiles
+from .formatting import byte_size, decibels, significant
+from .images import gallery
 from .learning import learning
-from .pictures import gallery
 from .plan import lines, saving, sensitivity, summary, totals, whole
-from .words import byte_size, decibels, significant
 
 UNMEASURED = {
     "parameters": "parameters",

@@ -1,4 +1,4 @@
-"""A small digit classifier: the judge of `zoo:digits` and its offline feature extractor."""
+"""A small digit classifier: the evaluate of `zoo:digits` and its offline feature extractor."""
 
 from __future__ import annotations
 

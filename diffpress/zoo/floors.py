@@ -35,7 +35,7 @@ def class_accuracy(pipeline: Any, classifier: DigitClassifier, per_class: int = 
 
 
 def caption_retrieval(pipeline: Any, emoji: Emoji, count: int = 200, seed: int = 0) -> float:
-    """Share of `count` training captions whose generated picture is nearest to a training picture of that meaning.
+    """Share of `count` training captions whose generated image is nearest to a training image of that meaning.
 
     Nearest in L2 at 16x16. The meaning is the same where the neighbour's caption has every word of the prompt, function words
     aside, which is stricter than all its nouns.
@@ -46,14 +46,14 @@ def caption_retrieval(pipeline: Any, emoji: Emoji, count: int = 200, seed: int =
     for start in range(0, count, BATCH):
         part = chosen[start : start + BATCH]
         wanted = [Condition(emoji.captions[index], start + i) for i, index in enumerate(part)]
-        pictures = _thumbnails(sample(pipeline, wanted, Sampling(STEPS, EMOJI_GUIDANCE)).images * 2 - 1)
-        nearest = torch.cdist(pictures, known).argmin(1).tolist()
+        images = _thumbnails(sample(pipeline, wanted, Sampling(STEPS, EMOJI_GUIDANCE)).images * 2 - 1)
+        nearest = torch.cdist(images, known).argmin(1).tolist()
         right += sum(_means(emoji.captions[a], emoji.captions[b]) for a, b in zip(part, nearest, strict=True))
     return right / count
 
 
 def _thumbnails(images: Tensor) -> Tensor:
-    """Pictures [N, C, H, W] at 16x16, as rows."""
+    """Images [N, C, H, W] at 16x16, as rows."""
     return F.adaptive_avg_pool2d(images, 16).flatten(1)
 
 

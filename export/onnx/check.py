@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..runtime import Attended, Attention, attended
+from ..runtime import Attention, AttentionOverride, attention_overrides
 from .graph import Part, packed_layers
 from .sessions import open_session, run_session
 
@@ -93,7 +93,7 @@ def jittered(module: nn.Module, generator: torch.Generator) -> Iterator[None]:
         x, *others = arguments
         return (moved(x), *others)
 
-    def jittered_attention(own: Attended) -> Attention:
+    def jittered_attention(own: AttentionOverride) -> Attention:
         attend = own.attend
 
         def answer(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
@@ -103,7 +103,7 @@ def jittered(module: nn.Module, generator: torch.Generator) -> Iterator[None]:
 
     rounding_layers = [layer for layer in packed_layers(module) if layer.edit.activation_bits is not None]
     handles = [layer.register_forward_pre_hook(jitter) for layer in rounding_layers]
-    attentions = [(own, own.attend) for own in attended(module)]
+    attentions = [(own, own.attend) for own in attention_overrides(module)]
     for own, _ in attentions:
         own.attend = jittered_attention(own)
     try:

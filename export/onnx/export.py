@@ -14,7 +14,7 @@ import torch
 from ..artifact import check_output, check_space, open_pipeline, publish
 from ..folder import PipelineFolder
 from ..manifest import list_files
-from ..runtime import attended
+from ..runtime import attention_overrides
 from .check import check_graph
 from .graph import OPSET, Part, packed_layers, widen_weights_, write_graph
 from .kinds import Kind, defaults, kind_of, latent_shape
@@ -126,7 +126,7 @@ def _write_part(part: Part, folder: Path) -> Graph:
     return Graph(
         file=file,
         data=f"{file}.data",
-        format="int8" if rounds_inputs or attended(part.module) else "float32",
+        format="int8" if rounds_inputs or attention_overrides(part.module) else "float32",
         inputs=tuple(item.port() for item in part.inputs),
         outputs=(Port(name=part.output, dtype="float32", shape=("batch", *output.shape[1:])),),
         max_abs_error=agreement.max_abs_error,

@@ -1,32 +1,32 @@
 """What runs inside a loaded pipeline."""
 
 from .attention import (
-    Attended,
     Attention,
-    OnIntegers,
-    attend_on_integers_,
-    attended,
+    AttentionOverride,
+    Int8Attention,
+    attention_overrides,
     computes_attention,
-    why_not_on_integers,
+    quantize_attention_,
+    why_not_int8,
 )
 from .clock import StepClock, attach_clock_, find_timestep
 from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, why_not_packable
 
 __all__ = [
-    "Attended",
     "Attention",
-    "OnIntegers",
+    "AttentionOverride",
+    "Int8Attention",
     "PackedConv2d",
     "PackedEmbedding",
     "PackedLayer",
     "PackedLinear",
     "StepClock",
     "attach_clock_",
-    "attend_on_integers_",
-    "attended",
+    "attention_overrides",
     "computes_attention",
     "find_timestep",
     "pack_layer",
-    "why_not_on_integers",
+    "quantize_attention_",
+    "why_not_int8",
     "why_not_packable",
 ]

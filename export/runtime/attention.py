@@ -12,13 +12,13 @@ from torch.overrides import TorchFunctionMode
 
 from diffpress.kernels import LARGEST_HEAD, int8_attention
 
-from ..edits import Attend
+from ..edits import QuantizeAttention
 
 Attention = Callable[..., Tensor]
 """Stands for `scaled_dot_product_attention`, and takes its arguments."""
 
 
-class Attended:
+class AttentionOverride:
     """The forward of a module in which `attend` answers every call of `scaled_dot_product_attention`.
 
     The processors of diffusers and its native dispatch all come to that function, so that none of them has to be known. A
@@ -55,7 +55,7 @@ class _Answering(TorchFunctionMode):
         return chosen(*arguments, **(options or {}))
 
 
-class OnIntegers:
+class Int8Attention:
     """Attention by `int8_attention`, or in floats for a call that this cannot answer.
 
     `compute` stands for the operation where that has to be learned through.
@@ -65,12 +65,12 @@ class OnIntegers:
         self.integer_values, self.compute = integer_values, compute
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        if why_not_on_integers(query, key, value, *arguments, **options) is not None:
+        if why_not_int8(query, key, value, *arguments, **options) is not None:
             return F.scaled_dot_product_attention(query, key, value, *arguments, **options)
         return self.compute(query, key, value, self.integer_values)
 
 
-def why_not_on_integers(
+def why_not_int8(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -96,13 +96,13 @@ def why_not_on_integers(
     return None
 
 
-def attend_on_integers_(module: nn.Module, edit: Attend) -> None:
+def quantize_attention_(module: nn.Module, edit: QuantizeAttention) -> None:
     """Have the attention of `module` computed as `edit` says. Raises ValueError where it has none, or has it already."""
     if not computes_attention(module):
         raise ValueError(f"{type(module).__name__} has no attention processor")
-    if isinstance(module.forward, Attended):
+    if isinstance(module.forward, AttentionOverride):
         raise ValueError("its attention is computed on integers already")
-    module.forward = Attended(module.forward, OnIntegers(edit.integer_values))
+    module.forward = AttentionOverride(module.forward, Int8Attention(edit.integer_values))
 
 
 def computes_attention(module: nn.Module) -> bool:
@@ -110,6 +110,6 @@ def computes_attention(module: nn.Module) -> bool:
     return hasattr(module, "processor")
 
 
-def attended(model: nn.Module) -> list[Attended]:
-    """The forwards in a model that an Attend edit has changed."""
-    return [module.forward for module in model.modules() if isinstance(module.forward, Attended)]
+def attention_overrides(model: nn.Module) -> list[AttentionOverride]:
+    """The forwards in a model that an QuantizeAttention edit has changed."""
+    return [module.forward for module in model.modules() if isinstance(module.forward, AttentionOverride)]

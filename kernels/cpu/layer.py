@@ -32,8 +32,8 @@ def compute_linear(x: Tensor, weight: Tensor, *tensors: Tensor | None, dtype: to
     """
     x, rows, columns = x.contiguous(), x.shape[:-1].numel(), x.shape[-1]
     output = torch.empty((*x.shape[:-1], len(weight)), dtype=dtype)
-    pictures = (1, columns, 1, rows, 0, 1, 0, columns, len(weight), 1, rows)
-    _call(pictures, POINTWISE, bits, x, weight, tensors, output)
+    images = (1, columns, 1, rows, 0, 1, 0, columns, len(weight), 1, rows)
+    _call(images, POINTWISE, bits, x, weight, tensors, output)
     return output
 
 
@@ -45,7 +45,7 @@ def compute_conv2d(
     dtype: torch.dtype,
     bits: int = 8,
 ) -> Tensor:
-    """The same of pictures [B, C, H, W] and their convolution with `weight` [O, C*kh*kw]: [B, H', W', O].
+    """The same of images [B, C, H, W] and their convolution with `weight` [O, C*kh*kw]: [B, H', W', O].
 
     `geometry` is kernel size, stride, padding and dilation.
     """
@@ -58,7 +58,7 @@ def compute_conv2d(
 
 
 def _call(
-    pictures: Sequence[int],
+    images: Sequence[int],
     geometry: Sequence[Sequence[int]],
     bits: int,
     x: Tensor,
@@ -74,7 +74,7 @@ def _call(
     whole = [None if tensor is None else tensor.contiguous() for tensor in read]
     kernel_size, stride, padding, dilation = geometry
     form = _form(
-        *(TYPES[x.dtype], TYPES[output.dtype], *pictures, *kernel_size, *stride, *padding, *dilation),
+        *(TYPES[x.dtype], TYPES[output.dtype], *images, *kernel_size, *stride, *padding, *dilation),
         *(*code_range(bits), len(activation_scale) > 1, torch.get_num_threads()),
     )
     library.diffpress_layer(form, x.data_ptr(), *(None if tensor is None else tensor.data_ptr() for tensor in whole))

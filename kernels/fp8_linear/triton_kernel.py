@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ahead import Form
+from ..aot import Form
 from ..blocks import tile_of
 from ..launching import given
 from ..quantization import to_fp8

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ahead import Form
+from ..aot import Form
 from ..blocks import activate
 from ..launching import given
 from ..pixels import PixelTile, is_channels_last, pixel_tile
@@ -34,7 +34,7 @@ class Parts(NamedTuple):
 
 @triton.jit
 def load_pixels(x_pointer, p, c, inside, P, C, CHANNELS_LAST: tl.constexpr):
-    """Float32 [BP, BC]: pixels `p` and channels `c` of one picture; 0 outside."""
+    """Float32 [BP, BC]: pixels `p` and channels `c` of one image; 0 outside."""
     p, c = p.to(tl.int64)[:, None], c.to(tl.int64)[None, :]
     place = p * C + c if CHANNELS_LAST else c * P + p
     return tl.load(x_pointer + place, mask=inside, other=0).to(tl.float32)
@@ -57,8 +57,8 @@ def group_statistics_kernel(
 
     Both are summed around the mean of the first tile, so that what is added up is not much larger than it spreads.
     """
-    picture, group, width = tl.program_id(0) // G, tl.program_id(0) % G, C // G
-    x_pointer += picture.to(tl.int64) * C * P
+    image, group, width = tl.program_id(0) // G, tl.program_id(0) % G, C // G
+    x_pointer += image.to(tl.int64) * C * P
     first = tl.program_id(1) * part
     last = min(first + part, P)
     column = tl.arange(0, BC)
@@ -109,14 +109,14 @@ def group_norm_silu_quantize_kernel(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Codes of BP pixels and BC channels of one picture; the parts of a group are put together as Chan et al. do."""
-    picture, width = tl.program_id(2), C // G
+    """Codes of BP pixels and BC channels of one image; the parts of a group are put together as Chan et al. do."""
+    image, width = tl.program_id(2), C // G
     p, c = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(1) * BC + tl.arange(0, BC)
     c_mask = c < C
     inside = (p < P)[:, None] & c_mask[None, :]
     parts = tl.arange(0, PARTS)
     counts = (tl.clamp((P - parts * part).to(tl.float32), 0.0, part * 1.0) * width)[None, :]
-    place = (picture * G + c // width)[:, None] * PARTS + parts[None, :]
+    place = (image * G + c // width)[:, None] * PARTS + parts[None, :]
     means = tl.load(means_pointer + place, mask=c_mask[:, None], other=0)
     squares = tl.load(squares_pointer + place, mask=c_mask[:, None], other=0)
     total = P * 1.0 * width
@@ -125,13 +125,13 @@ def group_norm_silu_quantize_kernel(
     variance = tl.sum(squares + counts * distance * distance, 1) / total
     weight = tl.load(weight_pointer + c, mask=c_mask, other=0).to(tl.float32)
     bias = tl.load(bias_pointer + c, mask=c_mask, other=0).to(tl.float32)
-    x = load_pixels(x_pointer + picture.to(tl.int64) * C * P, p, c, inside, P, C, CHANNELS_LAST)
+    x = load_pixels(x_pointer + image.to(tl.int64) * C * P, p, c, inside, P, C, CHANNELS_LAST)
     value = activate((x - mean[None, :]) * (tl.rsqrt(variance + EPS) * weight)[None, :] + bias[None, :], ACTIVATION)
     if HAS_SMOOTHING:
         value *= tl.load(smoothing_pointer + c, mask=c_mask, other=0).to(tl.float32)[None, :]
     zero_point = tl.load(zero_point_pointer).to(tl.float32) if HAS_ZERO else 0.0
     codes = codes_of(value, tl.load(scale_pointer), zero_point, LOW, HIGH)
-    pixel = picture.to(tl.int64) * P + p
+    pixel = image.to(tl.int64) * P + p
     tl.store(codes_pointer + pixel[:, None] * C + c[None, :], codes, mask=inside)
 
 
@@ -209,7 +209,7 @@ def parts_of(pixels: int, width: int, groups: int) -> Parts:
 
 
 def forms() -> list[Form]:
-    """What is compiled ahead of time: both kernels on both ways in which pictures lie, narrow and wide groups."""
+    """What is compiled ahead of time: both kernels on both ways in which images lie, narrow and wide groups."""
     statistics = [_statistics_form(channels, last) for channels in (320, 1280) for last in (False, True)]
     return [*statistics, _form(320, False), _form(320, True)]
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ahead import Form
+from ..aot import Form
 from ..quantize_rows.reference import scales_for
 from ..quantize_rows.triton_kernel import codes_of, largest_scale, round_half_even
 from ..tiles import Tile

@@ -35,9 +35,9 @@ def launch(
     if not computes(dtype):
         return integer_conv2d_reference(codes, weight, *tensors, residual, *geometry, weight_bits, activation, dtype)
     weights = unpack_codes(weight, codes.shape[3] * prod(kernel_size), weight_bits)
-    pictures = codes.permute(0, 3, 1, 2)
+    images = codes.permute(0, 3, 1, 2)
     if activation == "none":
-        return compute_conv2d(pictures, weights, *tensors, residual, geometry=geometry, dtype=dtype)
-    output = compute_conv2d(pictures, weights, *tensors, None, geometry=geometry, dtype=torch.float32)
+        return compute_conv2d(images, weights, *tensors, residual, geometry=geometry, dtype=dtype)
+    output = compute_conv2d(images, weights, *tensors, None, geometry=geometry, dtype=torch.float32)
     output = activate(output, activation)
     return (output if residual is None else output + residual.float()).to(dtype)

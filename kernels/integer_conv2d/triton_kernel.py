@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ahead import Form
+from ..aot import Form
 from ..blocks import activate, tile_of, weight_tile
 from ..launching import given
 from ..tiles import Tile, pick
@@ -83,7 +83,7 @@ def integer_conv2d_kernel(
     row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN))
     m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
     m_mask, n_mask = m < M, n < N
-    picture, pixel = m // (OUT_H * OUT_W), m % (OUT_H * OUT_W)
+    image, pixel = m // (OUT_H * OUT_W), m % (OUT_H * OUT_W)
     top, left = pixel // OUT_W * STRIDE_Y - PAD_Y, pixel % OUT_W * STRIDE_X - PAD_X
     outside = 0
     if HAS_ZERO:
@@ -99,7 +99,7 @@ def integer_conv2d_kernel(
         y, x = top + tap // KW * STEP_Y, left + tap % KW * STEP_X
         m_inside = m_mask & (y >= 0) & (y < H) & (x >= 0) & (x < W)
         inside = m_inside[:, None] if EVEN else m_inside[:, None] & (c < C)[None, :]
-        pixels = x_pointer + ((picture * H + y).to(tl.int64) * W + x) * C
+        pixels = x_pointer + ((image * H + y).to(tl.int64) * W + x) * C
         codes = tl.load(pixels[:, None] + c[None, :], mask=inside, other=outside)
         w_mask = n_mask[None, :] if EVEN else n_mask[None, :] & (c < C)[:, None]
         weight = tl.load(rows[None, :] + tap * C + c[:, None], mask=w_mask, other=0)
@@ -113,7 +113,7 @@ def integer_conv2d_kernel(
         value += tl.load(bias_pointer + n, mask=n_mask, other=0).to(tl.float32)[None, :]
     value = activate(value, ACTIVATION)
     if CHANNELS_FIRST:
-        place = (picture.to(tl.int64)[:, None] * N + n[None, :]) * (OUT_H * OUT_W) + pixel[:, None]
+        place = (image.to(tl.int64)[:, None] * N + n[None, :]) * (OUT_H * OUT_W) + pixel[:, None]
     else:
         place = m.to(tl.int64)[:, None] * N + n[None, :]
     inside = m_mask[:, None] & n_mask[None, :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..ahead import Form
+from ..aot import Form
 from ..checks import LARGEST_RANK
 from ..weight_only_linear.triton_kernel import (
     FLOAT32_BRANCH_TILES,

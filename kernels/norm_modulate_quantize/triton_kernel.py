@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ahead import Form
+from ..aot import Form
 from ..launching import given
 from ..quantization import code_range
 from ..quantize_rows.triton_kernel import row_tile, store_codes
@@ -42,7 +42,7 @@ def norm_modulate_quantize_kernel(
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """BM whole rows; row m belongs to picture m // T. What is loaded is 0 outside, and so stays what is computed."""
+    """BM whole rows; row m belongs to image m // T. What is loaded is 0 outside, and so stays what is computed."""
     m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BC)
     m_mask, c_mask = m < M, c < C
     inside = m_mask[:, None] & c_mask[None, :]
@@ -55,11 +55,11 @@ def norm_modulate_quantize_kernel(
         value *= tl.load(weight_pointer + c, mask=c_mask, other=0).to(tl.float32)[None, :]
     if HAS_BIAS:
         value += tl.load(bias_pointer + c, mask=c_mask, other=0).to(tl.float32)[None, :]
-    picture = (m // T).to(tl.int64)[:, None]
+    image = (m // T).to(tl.int64)[:, None]
     if HAS_SCALE:
-        value *= 1 + tl.load(scale_pointer + picture * scale_stride + c[None, :], mask=inside, other=0).to(tl.float32)
+        value *= 1 + tl.load(scale_pointer + image * scale_stride + c[None, :], mask=inside, other=0).to(tl.float32)
     if HAS_SHIFT:
-        value += tl.load(shift_pointer + picture * shift_stride + c[None, :], mask=inside, other=0).to(tl.float32)
+        value += tl.load(shift_pointer + image * shift_stride + c[None, :], mask=inside, other=0).to(tl.float32)
     store_codes(
         value, m, place, m_mask, inside, activation_scale_pointer, zero_point_pointer, codes_pointer, scales_pointer,
         STATIC, HAS_ZERO, LOW, HIGH,

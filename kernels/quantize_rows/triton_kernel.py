@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ahead import Form
+from ..aot import Form
 from ..launching import given
 from ..quantization import code_range
 

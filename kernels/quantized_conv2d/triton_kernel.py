@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ahead import Form
+from ..aot import Form
 from ..group_norm_silu_quantize.triton_kernel import load_pixels
 from ..integer_conv2d.triton_kernel import TILES, conv_form, convolve
 from ..launching import given
@@ -36,14 +36,14 @@ def quantize_pixels_kernel(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Codes of BP pixels and BC channels of one picture."""
+    """Codes of BP pixels and BC channels of one image."""
     p, c = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(1) * BC + tl.arange(0, BC)
     inside = (p < P)[:, None] & (c < C)[None, :]
-    picture = tl.program_id(2).to(tl.int64)
-    value = load_pixels(x_pointer + picture * C * P, p, c, inside, P, C, CHANNELS_LAST)
+    image = tl.program_id(2).to(tl.int64)
+    value = load_pixels(x_pointer + image * C * P, p, c, inside, P, C, CHANNELS_LAST)
     zero_point = tl.load(zero_point_pointer).to(tl.float32) if HAS_ZERO else 0.0
     codes = codes_of(value, tl.load(scale_pointer), zero_point, LOW, HIGH)
-    tl.store(codes_pointer + (picture * P + p)[:, None] * C + c[None, :], codes, mask=inside)
+    tl.store(codes_pointer + (image * P + p)[:, None] * C + c[None, :], codes, mask=inside)
 
 
 def launch(
@@ -99,7 +99,7 @@ def quantize_pixels(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: i
 
 
 def forms() -> list[Form]:
-    """What is compiled ahead of time: codes of both ways in which pictures lie, and the convolution of either zero."""
+    """What is compiled ahead of time: codes of both ways in which images lie, and the convolution of either zero."""
     convolutions = [conv_form(TILES[0], "none", zero, True) for zero in (False, True)]
     return [*convolutions, *(_form(last) for last in (False, True))]
 

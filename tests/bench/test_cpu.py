@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from diffpress.export.runtime import PackedLayer, attended
+from diffpress.export.runtime import PackedLayer, attention_overrides
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -56,7 +56,7 @@ def test_attention_in_integers_answers_nearly_the_same(cpu, products: str) -> No
     plain, inputs = small(), cpu.random_inputs((1, 4, 8, 8), (1, 5, 12), 961.0)
     layers = cpu.call(cpu.packed_(copy.deepcopy(plain)), inputs)
     packed = cpu.packed_(copy.deepcopy(plain), products)
-    assert [forward.attend.integer_values for forward in attended(packed)] == 8 * [products == "all"]
+    assert [forward.attend.integer_values for forward in attention_overrides(packed)] == 8 * [products == "all"]
     error = (cpu.call(packed, inputs) - layers).square().mean() / layers.square().mean()
     assert 0 < error < 0.01
 
@@ -65,7 +65,7 @@ def test_a_small_model_is_fed_as_its_pipeline_feeds_it(cpu) -> None:
     rows = cpu.small("zoo:emoji", 1)
     assert [row["row"] for row in rows] == ["float32", "bfloat16", "W8A8"]
     inputs = cpu.first_inputs(cpu.load_pipeline(cpu.resolve("zoo:emoji")))
-    # Guidance asks for two answers to each picture.
+    # Guidance asks for two answers to each image.
     assert {name: len(value.shape) and len(value) for name, value in inputs.items()} == {
         "sample": 2,
         "timestep": 0,

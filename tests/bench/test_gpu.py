@@ -37,7 +37,7 @@ def tiny(shapes, op: str):
         shapes.Conv: (1, 6, 7, 20, 18),
         shapes.Attention: (1, 2, 20, 33, 24),
         shapes.Tokens: (2, 5, 48),
-        shapes.Pictures: (1, 24, 6, 5, 6),
+        shapes.Images: (1, 24, 6, 5, 6),
     }
     return kind(*sizes[kind])
 

@@ -29,7 +29,7 @@ def peers():
 
 @pytest.fixture(params=TEXTS)
 def asked(request: pytest.FixtureRequest, peers, tmp_path: Path):
-    """A pipeline, and a request as the benchmark writes it: three pictures, two at a time."""
+    """A pipeline, and a request as the benchmark writes it: three images, two at a time."""
     wanted = [[TEXTS[request.param], seed] for seed in range(3)]
     path = tmp_path / "request.json"
     path.write_text(json.dumps({"steps": 2, "guidance_scale": 3.0, "record": wanted, "compare": wanted, "batch": 2}))

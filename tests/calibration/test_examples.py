@@ -1,4 +1,4 @@
-"""Single pictures out of recorded runs, put together anew."""
+"""Single images out of recorded runs, put together anew."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from diffpress.export.folder import PipelineFolder
 
 SOURCES = {"tiny_text": 2, "tiny_class": 2, "tiny_pixels": 1}
 """Pipelines and how many parts guidance makes of a batch."""
-STEPS, PICTURES = 3, 5
+STEPS, IMAGES = 3, 5
 
 
 @pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Any, Trajectories]]:
-    """A function: the pipeline of that name, and five recorded pictures, two a shard."""
+    """A function: the pipeline of that name, and five recorded images, two a shard."""
     made: dict[str, tuple[Any, Trajectories]] = {}
 
     def get(name: str) -> tuple[Any, Trajectories]:
         if name not in made:
             pipeline = load_pipeline(PipelineFolder(request.getfixturevalue(name), name))
-            wanted = conditions(pipeline, "builtin", PICTURES, 0)
+            wanted = conditions(pipeline, "builtin", IMAGES, 0)
             folder = tmp_path_factory.mktemp("examples")
             made[name] = pipeline, record(pipeline, wanted, Sampling(STEPS, 3.0), folder, batch=2)
         return made[name]
@@ -43,8 +43,8 @@ def runs(
 def test_there_is_one_example_a_picture_and_step(source: str, runs: Callable[[str], tuple[Any, Trajectories]]) -> None:
     _, recorded = runs(source)
     examples = Examples(recorded, recorded.shards)
-    assert len(examples) == len(examples.steps) == STEPS * PICTURES
-    assert examples.steps.bincount().tolist() == [PICTURES] * STEPS
+    assert len(examples) == len(examples.steps) == STEPS * IMAGES
+    assert examples.steps.bincount().tolist() == [IMAGES] * STEPS
     assert len(Examples(recorded, recorded.shards[2:])) == STEPS
 
 
@@ -52,7 +52,7 @@ def test_there_is_one_example_a_picture_and_step(source: str, runs: Callable[[st
 def test_a_whole_call_is_put_together_as_the_pipeline_fed_it(
     source: str, runs: Callable[[str], tuple[Any, Trajectories]]
 ) -> None:
-    """Both pictures of a step of a shard, in their order: every tensor comes back as it was, parts and all."""
+    """Both images of a step of a shard, in their order: every tensor comes back as it was, parts and all."""
     _, recorded = runs(source)
     examples, shard = Examples(recorded, recorded.shards), recorded.shards[0]
     for index, call in enumerate(recorded.calls([shard])):
@@ -111,12 +111,12 @@ def test_a_single_picture_has_the_parts_the_pipeline_gives_it(
 ) -> None:
     """Sampled alone, at the first step, where nothing has had time to round differently."""
     pipeline, recorded = runs(source)
-    wanted = conditions(pipeline, "builtin", PICTURES, 0)
+    wanted = conditions(pipeline, "builtin", IMAGES, 0)
     calls: list[Call] = []
     with watch(pipeline, calls.append):
         sample(pipeline, wanted[3:4], Sampling(STEPS, 3.0))
     examples = Examples(recorded, recorded.shards)
-    # The second shard's first call, its second picture.
+    # The second shard's first call, its second image.
     batch = examples.batch([STEPS * 2 + 1])
     exact = {"sample", "hidden_states", "class_labels"} & batch.inputs.keys()
     assert exact
@@ -136,9 +136,9 @@ def test_inputs_without_a_batch_axis_are_the_first_examples(tmp_path: Path) -> N
 
 
 class FakeRuns:
-    """Three pictures at two steps, in two parts; pictures are numbered on from 0, the second part's from 3."""
+    """Three images at two steps, in two parts; images are numbered on from 0, the second part's from 3."""
 
-    def pictures(self, shard: Path) -> int:
+    def images(self, shard: Path) -> int:
         return 3
 
     def steps(self, shard: Path) -> list[int]:

@@ -141,7 +141,7 @@ class Seen:
 
 
 def rescaled(parts: Tensor, _: int) -> Tensor:
-    """Every picture brought back to the spread of its conditional part, as guidance_rescale does."""
+    """Every image brought back to the spread of its conditional part, as guidance_rescale does."""
     guided = parts[0] + 3 * (parts[1] - parts[0])
     return guided * parts[1].std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
 
@@ -168,9 +168,9 @@ def test_combine_weights_parts_by_the_step_of_each_picture() -> None:
     steps = torch.tensor([2, 0, 1])
     combined = Guidance(weights, 2).combine(output, steps)
     assert combined.shape == (3, 2, 4, 4)
-    for picture, step in enumerate(steps.tolist()):
-        expected = weights[step, 0] * output[picture, :2] + weights[step, 1] * output[3 + picture, :2]
-        assert torch.equal(combined[picture], expected)
+    for image, step in enumerate(steps.tolist()):
+        expected = weights[step, 0] * output[image, :2] + weights[step, 1] * output[3 + image, :2]
+        assert torch.equal(combined[image], expected)
 
 
 def test_combine_gives_what_the_scheduler_was_given(tiny_text: Path, tmp_path: Path) -> None:

@@ -16,15 +16,15 @@ from diffpress.calibration.observe import (
     KEPT_ROWS,
     ROWS,
     SHARDS,
-    Grid,
+    RangeCandidates,
     as_rows,
     channel_weights,
-    grid_errors,
     layer_matrix,
     observe_inputs,
     observed_shards,
+    quantize_dequantize,
+    range_errors,
     replay_with,
-    rounded_to,
     rounding_errors,
 )
 from diffpress.calibration.sampling import Sampling, denoiser_of, replay
@@ -214,9 +214,9 @@ def test_errors_of_a_grid_are_those_at_the_output_of_independent_channels(layer:
     """Against the definition: the mean over rows and the sum over channels and taps, in float64."""
     generator = torch.Generator().manual_seed(0)
     rows, smoothing = torch.randn(50, 6, generator=generator), torch.rand(6, generator=generator) + 0.5
-    grid = Grid(torch.tensor([0.5, 0.25]), torch.tensor([3.0, -2.0]))
+    grid = RangeCandidates(torch.tensor([0.5, 0.25]), torch.tensor([3.0, -2.0]))
     weights = channel_weights(layer, smoothing)
-    found = grid_errors(rows * smoothing, weights, grid, 4)
+    found = range_errors(rows * smoothing, weights, grid, 4)
     assert grid.zero_point is not None
     for index, (scale, zero) in enumerate(zip(grid.scale, grid.zero_point, strict=True)):
         fed_rows = rows * smoothing
@@ -233,7 +233,7 @@ def test_rounded_to_is_quantize_then_dequantize(bits: int, zero: float | None) -
     values = torch.randn(200, generator=torch.Generator().manual_seed(0)) * 3
     scale, zero_point = torch.tensor([0.3]), None if zero is None else torch.tensor([zero])
     expected = dequantize(quantize(values, scale, bits, zero_point), scale, zero_point)
-    assert torch.equal(rounded_to(values, scale, bits, zero_point), expected)
+    assert torch.equal(quantize_dequantize(values, scale, bits, zero_point), expected)
 
 
 def test_rounding_errors_part_the_shards_into_halves(
@@ -243,7 +243,7 @@ def test_rounding_errors_part_the_shards_into_halves(
     denoiser, runs = observed("tiny_class")
     name = "transformer_blocks.0.attn1.to_q"
     layer = denoiser.get_submodule(name)
-    grid = Grid(torch.tensor([0.5, 0.1, 0.02]), None)
+    grid = RangeCandidates(torch.tensor([0.5, 0.1, 0.02]), None)
     smoothing: Any = torch.linspace(0.5, 2, 16)
     found = rounding_errors(denoiser, {name: layer}, runs, {name: grid}, {name: smoothing}, {name: 4}, seed=0)[name]
     assert found.shape == (2, 3, 3)
@@ -254,7 +254,7 @@ def test_rounding_errors_part_the_shards_into_halves(
         def look(_: str, x: Tensor, step: int, half: int = half) -> None:
             rows = as_rows(layer, x)
             assert len(rows) <= ROWS
-            expected[half, step] += grid_errors(rows * smoothing, channel_weights(layer, smoothing), grid, 4)
+            expected[half, step] += range_errors(rows * smoothing, channel_weights(layer, smoothing), grid, 4)
 
         replay_with(denoiser, {name: layer}, runs, look, shards=shards)
     assert torch.equal(found, expected)
@@ -265,7 +265,7 @@ def test_one_shard_is_both_halves(tiny_pixels: Path, tmp_path: Path) -> None:
     runs = record(pipeline, conditions(pipeline, "builtin", 1, 0), Sampling(2), tmp_path, batch=1)
     denoiser = denoiser_of(pipeline)
     layers = {"conv_in": denoiser.get_submodule("conv_in")}
-    grids, ones = {"conv_in": Grid(torch.tensor([0.1]), None)}, {"conv_in": torch.ones(1)}
+    grids, ones = {"conv_in": RangeCandidates(torch.tensor([0.1]), None)}, {"conv_in": torch.ones(1)}
     first, second = rounding_errors(denoiser, layers, runs, grids, ones, {"conv_in": 8}, seed=0)["conv_in"]
     assert torch.equal(first, second)
     assert (first > 0).all()

@@ -1,4 +1,4 @@
-"""The pipeline is the sampler: paired pictures, watched calls, replay."""
+"""The pipeline is the sampler: paired images, watched calls, replay."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class Denoiser(nn.Module):
 
 
 class Pipeline:
-    """Calls its denoiser as told; makes black pictures."""
+    """Calls its denoiser as told; makes black images."""
 
     def __init__(self, **options: Any) -> None:
         torch.manual_seed(0)

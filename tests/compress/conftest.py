@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from diffpress.calibration.conditions import conditions
 from diffpress.calibration.sampling import Sampling, denoiser_of
 from diffpress.calibration.trajectory import Trajectories, record
-from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Ptq
 from diffpress.compress.ptq import quantize_denoiser
+from diffpress.compress.result import QuantizationResult
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
 
@@ -50,11 +50,11 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
-def quantized(recorded: Callable[[str], Recorded]) -> Callable[..., Quantized]:
+def quantized(recorded: Callable[[str], Recorded]) -> Callable[..., QuantizationResult]:
     """A function: what rounding to nearest finds for the denoiser of that name with these options."""
-    found: dict[tuple[str, str], Quantized] = {}
+    found: dict[tuple[str, str], QuantizationResult] = {}
 
-    def get(name: str, **options: Any) -> Quantized:
+    def get(name: str, **options: Any) -> QuantizationResult:
         chosen = Ptq(method="ptq", **options)
         key = (name, chosen.model_dump_json())
         if key not in found:

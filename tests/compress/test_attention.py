@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from diffpress.calibration.sampling import denoiser_of
 from diffpress.compress.attention import AttentionChoice, choose_attention, straight_through_attention
-from diffpress.compress.finish import Quantized, edits_and_tensors, plan_rows
 from diffpress.compress.layers import find_layers
 from diffpress.compress.options import Ptq
-from diffpress.compress.overlay import attending, overlaid
-from diffpress.compress.search import judged_calls, output_error
+from diffpress.compress.overlay import overlaid, overriding_attention
+from diffpress.compress.result import QuantizationResult, edits_and_tensors, plan_rows
+from diffpress.compress.search import evaluation_calls, output_error
 from diffpress.export.artifact import load_pipeline, write_pipeline
 from diffpress.export.errors import RecipeError
 from diffpress.export.folder import PipelineFolder
-from diffpress.export.runtime import OnIntegers, StepClock, computes_attention
+from diffpress.export.runtime import Int8Attention, StepClock, computes_attention
 from diffpress.kernels import int8_attention
 
 PLENTY = {"layer": 1.0}
@@ -38,11 +38,11 @@ def names_of(denoiser: nn.Module) -> list[str]:
 
 def errors_of(own: Any, integer_values: bool) -> dict[str, float]:
     """Of each attention alone on integers, by an overlay of its own."""
-    clock, calls = StepClock(own.trajectories.timesteps), judged_calls(own.trajectories)
+    clock, calls = StepClock(own.trajectories.timesteps), evaluation_calls(own.trajectories)
     found = {}
     for name in names_of(own.denoiser):
         with (
-            overlaid(own.denoiser, attending(own.denoiser, {name: OnIntegers(integer_values)}), clock),
+            overlaid(own.denoiser, overriding_attention(own.denoiser, {name: Int8Attention(integer_values)}), clock),
             torch.no_grad(),
         ):
             found[name] = output_error(own.denoiser, calls)
@@ -161,21 +161,21 @@ def test_an_artifact_errs_as_was_measured(wanted: str, recorded: Callable[[str],
     component = own.source.denoiser
     choices = choose_attention(own.denoiser, own.trajectories, options(wanted), PLENTY)
     for index, name in enumerate(list(choices)[::3]):
-        edits, tensors = edits_and_tensors(Quantized(component, attention={name: choices[name]}))
+        edits, tensors = edits_and_tensors(QuantizationResult(component, attention={name: choices[name]}))
         folder = tmp_path / str(index)
         write_pipeline(folder, own.source, edits, {component: tensors}, own.trajectories.timesteps)
         loaded = denoiser_of(load_pipeline(PipelineFolder(folder, "loaded")))
         with torch.no_grad():
-            assert output_error(loaded, judged_calls(own.trajectories)) == choices[name].error
+            assert output_error(loaded, evaluation_calls(own.trajectories)) == choices[name].error
 
 
 def test_edits_and_plan_name_every_attention(
-    recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+    recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]
 ) -> None:
     own, found = recorded("tiny_class"), quantized("tiny_class", weights=4, attention="all")
     plain = quantized("tiny_class", weights=4)
     edits, packed = edits_and_tensors(found)
-    attends = {edit.module: edit for edit in edits if edit.kind == "attend"}
+    attends = {edit.module: edit for edit in edits if edit.kind == "quantize_attention"}
     assert set(attends) == {name for name, choice in found.attention.items() if choice.products != "none"} != set()
     assert [edit for edit in edits if edit.kind == "pack"] == edits_and_tensors(plain)[0]
     rows = plan_rows(found, own.stored, packed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffpress.calibration.observe import input_rows
 from diffpress.compress import gptq
-from diffpress.compress.gptq import DAMPING, make_up_for_errors, round_columns
+from diffpress.compress.gptq import DAMPING, gptq_layers, round_columns
 from diffpress.compress.search import measure_sensitivity
 from diffpress.kernels import code_range, quantize
 
@@ -122,21 +122,21 @@ def test_codes_change_and_scales_stay(
     """Also where the moments of two layers do not fit into one replay."""
     case = recorded("tiny_text")
     layers = quantized("tiny_text", weights=4, activations=8, gptq=False).layers
-    found = make_up_for_errors(case.denoiser, layers, case.trajectories, 0)
+    found = gptq_layers(case.denoiser, layers, case.trajectories, 0)
     assert list(found) == list(layers)
     for name, own in found.items():
         assert own.codes.shape == layers[name].codes.shape
         assert torch.equal(own.weight_scale, layers[name].weight_scale)
     assert any(not torch.equal(found[name].codes, layers[name].codes) for name in layers)
     monkeypatch.setattr(gptq, "MOMENT_BYTES", 1)
-    again = make_up_for_errors(case.denoiser, layers, case.trajectories, 0)
+    again = gptq_layers(case.denoiser, layers, case.trajectories, 0)
     assert list(again) == list(found)
 
 
 def test_float8_has_no_codes_to_choose(recorded: Callable[[str], Any], quantized: Callable[..., Any]) -> None:
     case = recorded("tiny_text")
     layers = quantized("tiny_text", format="float8").layers
-    found = make_up_for_errors(case.denoiser, layers, case.trajectories, 0)
+    found = gptq_layers(case.denoiser, layers, case.trajectories, 0)
     assert all(found[name] is own for name, own in layers.items() if own.format.float8)
 
 

@@ -13,12 +13,12 @@ from diffpress.compress.layers import (
     EDGE_GROUP,
     choose_formats,
     find_layers,
-    safe_format,
+    high_format,
+    select_high_precision,
     weights_only,
-    worth_more_bits,
 )
 from diffpress.compress.options import Ptq
-from diffpress.compress.overlay import Format, Quantization
+from diffpress.compress.overlay import Format, QuantizedLayer
 from diffpress.export.errors import RecipeError, UnsupportedModelError
 
 
@@ -149,15 +149,15 @@ def test_groups_are_no_longer_than_a_row(layer: nn.Module, group_size: int | Non
 
 
 def test_safe_formats_keep_their_kind() -> None:
-    assert safe_format(Format(4, 4)) == Format(8, 8)
-    assert safe_format(Format(2, None, 16)) == Format(8, None, 16)
+    assert high_format(Format(4, 4)) == Format(8, 8)
+    assert high_format(Format(2, None, 16)) == Format(8, None, 16)
 
 
-def rounded(size: int, bits: int) -> Quantization:
-    return Quantization(Format(bits, 8), torch.zeros(1, size, dtype=torch.int8), torch.ones(1))
+def rounded(size: int, bits: int) -> QuantizedLayer:
+    return QuantizedLayer(Format(bits, 8), torch.zeros(1, size, dtype=torch.int8), torch.ones(1))
 
 
-def average(layers: dict[str, Quantization], chosen: list[str]) -> float:
+def average(layers: dict[str, QuantizedLayer], chosen: list[str]) -> float:
     sizes = {name: layer.codes.numel() for name, layer in layers.items()}
     bits = {name: 8 if name in chosen else layer.format.weight_bits for name, layer in layers.items()}
     return sum(sizes[name] * bits[name] for name in layers) / sum(sizes.values())
@@ -171,7 +171,7 @@ def test_more_bits_never_break_the_budget_and_leave_no_room_for_another(seed: in
     layers = {str(index): rounded(*pair) for index, pair in enumerate(zip(sizes, bits, strict=True))}
     gains = dict(zip(layers, torch.randn(12, generator=generator).tolist(), strict=True))
     for budget in (4.0, 4.3, 5.0, 6.5, 8.0):
-        chosen = worth_more_bits(gains, layers, budget)
+        chosen = select_high_precision(gains, layers, budget)
         assert average(layers, chosen) <= budget
         assert all(gains[name] > 0 for name in chosen)
         for name in set(layers) - set(chosen):
@@ -182,6 +182,6 @@ def test_bits_go_by_gain_a_bit() -> None:
     """The large layer gains most, the small ones more for what they cost: 4 bits more for 150 of 1150 weights, 0.522."""
     layers = {"large": rounded(1000, 4), "small": rounded(100, 4), "smaller": rounded(50, 4)}
     gains = {"large": 5.0, "small": 2.0, "smaller": 1.5}
-    assert worth_more_bits(gains, layers, 4.53) == ["smaller", "small"]
-    assert worth_more_bits(gains, layers, 8) == ["smaller", "small", "large"]
-    assert worth_more_bits(gains, layers, 4) == []
+    assert select_high_precision(gains, layers, 4.53) == ["smaller", "small"]
+    assert select_high_precision(gains, layers, 8) == ["smaller", "small", "large"]
+    assert select_high_precision(gains, layers, 4) == []

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from diffpress.calibration.examples import Batch, Examples
 from diffpress.calibration.sampling import answer
-from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import Format, Quantization
+from diffpress.compress.overlay import Format, QuantizedLayer
 from diffpress.compress.qalora import layer as layers
 from diffpress.compress.qalora import student as students
 from diffpress.compress.qalora.checkpoint import Progress, load_checkpoint, save_checkpoint
 from diffpress.compress.qalora.layer import QaloraLayer
 from diffpress.compress.qalora.optimizer import make_optimizer
 from diffpress.compress.qalora.student import BatchClock, Student
+from diffpress.compress.result import QuantizationResult
 from diffpress.export.errors import UserError
 
 EPS = torch.finfo(torch.float32).eps
 
 
-def student_of(own: Any, found: Quantized, checkpointing: bool | None) -> Student:
+def student_of(own: Any, found: QuantizationResult, checkpointing: bool | None) -> Student:
     """Untrained but for B, which gives A a gradient."""
     options = Qalora(method="qalora", rank=4, checkpointing=checkpointing)
     start = {
@@ -56,7 +56,10 @@ def gradients(student: Student, batch: Batch) -> tuple[Tensor, dict[str, Tensor 
 
 @pytest.mark.parametrize("source", ["tiny_text", "tiny_class", "tiny_pixels"])
 def test_checkpointing_gives_the_same_gradients_bit_for_bit(
-    source: str, recorded: Callable[[str], Any], quantized: Callable[..., Quantized], monkeypatch: pytest.MonkeyPatch
+    source: str,
+    recorded: Callable[[str], Any],
+    quantized: Callable[..., QuantizationResult],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a batch of mixed steps, so that a clock that stands elsewhere on the way back is noticed."""
     own, found = recorded(source), quantized(source, weights=4, activations=4)
@@ -85,7 +88,7 @@ def test_checkpointing_gives_the_same_gradients_bit_for_bit(
 
 
 def test_checkpointing_of_the_denoisers_own_stays_on(
-    recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+    recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]
 ) -> None:
     own = recorded("tiny_text")
     own.denoiser.enable_gradient_checkpointing()
@@ -111,7 +114,7 @@ def test_a_weight_in_parts_is_the_whole_weight(
     columns = weight[0].numel()
     scale = torch.rand(7) + 0.05 if group_size is None else torch.rand(7, -(-columns // group_size)) + 0.05
     activation_scale = None if group_size else torch.tensor([0.5, 0.25])
-    start = Quantization(
+    start = QuantizedLayer(
         Format(4, None if group_size else 4, group_size), weight.to(torch.int8), scale, activation_scale
     )
     learned = QaloraLayer(layer, start, 3, 0.1, True, torch.Generator().manual_seed(0))
@@ -134,7 +137,7 @@ def test_a_weight_in_parts_is_the_whole_weight(
 
 
 def test_left_out_it_is_on_for_large_denoisers(
-    recorded: Callable[[str], Any], quantized: Callable[..., Quantized], monkeypatch: pytest.MonkeyPatch
+    recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, found = recorded("tiny_text"), quantized("tiny_text", weights=4, activations=4)
     assert not student_of(own, found, None).checkpointing

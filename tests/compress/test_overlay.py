@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.calibration.sampling import replay
-from diffpress.compress.finish import Quantized
-from diffpress.compress.overlay import Format, Quantization, fake_quantized, run_layer, smoothed, spread
+from diffpress.compress.overlay import Format, QuantizedLayer, broadcast_scale, fake_quantized, run_layer, smoothed
+from diffpress.compress.result import QuantizationResult
 from diffpress.export.runtime import StepClock
 
 
@@ -43,7 +43,11 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
 )
 @pytest.mark.parametrize("failing", [False, True], ids=["as planned", "the body fails"])
 def test_overlay_leaves_no_trace(
-    name: str, keep: list[str], failing: bool, recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+    name: str,
+    keep: list[str],
+    failing: bool,
+    recorded: Callable[[str], Any],
+    quantized: Callable[..., QuantizationResult],
 ) -> None:
     own, found = recorded(name), quantized(name, weights=4, activations=4, keep=keep)
     call = next(iter(own.trajectories.calls()))
@@ -62,7 +66,7 @@ def test_overlay_leaves_no_trace(
 
 
 def test_overlay_is_removed_when_the_denoiser_fails_inside(
-    recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+    recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]
 ) -> None:
     own, found = recorded("tiny_class"), quantized("tiny_class", weights=4, activations=4)
     before = state(own.denoiser)
@@ -83,7 +87,7 @@ class Toy(nn.Module):
 def test_each_step_has_its_own_scale_and_zero_point() -> None:
     """Integers times scales that are powers of two: the result is exact and can be written down."""
     layer = nn.Linear(2, 1, bias=False)
-    own = Quantization(
+    own = QuantizedLayer(
         Format(8, 4),
         torch.tensor([[2, -3]], dtype=torch.int8),
         torch.tensor([0.5]),
@@ -101,7 +105,7 @@ def test_each_step_has_its_own_scale_and_zero_point() -> None:
 
 def test_smoothing_and_bias_take_part() -> None:
     layer = nn.Conv2d(2, 1, 1)
-    own = Quantization(
+    own = QuantizedLayer(
         Format(8, 8),
         torch.tensor([4, 8], dtype=torch.int8).view(1, 2, 1, 1),
         torch.tensor([0.25]),
@@ -118,15 +122,18 @@ def test_smoothing_and_bias_take_part() -> None:
 
 def test_quantization_weight_undoes_its_codes() -> None:
     codes = torch.tensor([[1, -2], [3, 4]], dtype=torch.int8)
-    assert Quantization(Format(8, 8), codes, torch.tensor([0.5, -2.0])).weight().tolist() == [[0.5, -1.0], [-6.0, -8.0]]
+    assert QuantizedLayer(Format(8, 8), codes, torch.tensor([0.5, -2.0])).weight().tolist() == [
+        [0.5, -1.0],
+        [-6.0, -8.0],
+    ]
 
 
 def test_spread_lays_groups_over_flattened_columns() -> None:
     scale = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    spread_scale = spread(scale, torch.Size([2, 5, 1, 1]), 2)
+    spread_scale = broadcast_scale(scale, torch.Size([2, 5, 1, 1]), 2)
     assert spread_scale.shape == (2, 5, 1, 1)
     assert spread_scale.flatten(1).tolist() == [[1, 1, 2, 2, 3], [4, 4, 5, 5, 6]]
-    assert spread(torch.ones(2), torch.Size([2, 5, 3, 3]), None).shape == (2, 1, 1, 1)
+    assert broadcast_scale(torch.ones(2), torch.Size([2, 5, 3, 3]), None).shape == (2, 1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.calibration.observe import observe_inputs
-from diffpress.compress.finish import Quantized, edits_and_tensors
 from diffpress.compress.layers import KINDS
 from diffpress.compress.options import Ptq
-from diffpress.compress.overlay import Format, Quantization
+from diffpress.compress.overlay import Format, QuantizedLayer
 from diffpress.compress.ptq import quantize_denoiser, quantize_weights
+from diffpress.compress.result import QuantizationResult, edits_and_tensors
 from diffpress.export.apply import apply_edits_
 from diffpress.export.errors import RecipeError, UnsupportedModelError
 
@@ -33,7 +33,7 @@ W4A4: dict[str, Any] = {"weights": 4, "activations": 4}
     ids=str,
 )
 def test_every_layer_is_either_quantized_or_has_a_reason(
-    source: str, options: dict[str, Any], recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+    source: str, options: dict[str, Any], recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]
 ) -> None:
     own, found = recorded(source), quantized(source, **options)
     layers = {name: module for name, module in own.denoiser.named_modules() if isinstance(module, KINDS)}
@@ -48,14 +48,14 @@ def test_every_layer_is_either_quantized_or_has_a_reason(
     assert found.component == own.source.denoiser
 
 
-def equal(first: Quantization, second: Quantization) -> bool:
+def equal(first: QuantizedLayer, second: QuantizedLayer) -> bool:
     pairs = [(getattr(first, name), getattr(second, name)) for name in vars(first) if name != "format"]
     same = all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
     return same and first.format == second.format
 
 
 def test_same_seed_finds_the_same_integers_and_the_denoiser_stays_as_it_is(
-    recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+    recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]
 ) -> None:
     own, first = recorded("tiny_class"), quantized("tiny_class", **W4A4)
     before = {name: value.clone() for name, value in own.denoiser.state_dict().items()}
@@ -73,7 +73,7 @@ def test_same_seed_finds_the_same_integers_and_the_denoiser_stays_as_it_is(
 @pytest.mark.parametrize(
     "chosen", [("tiny_class", {}), ("tiny_pixels", CONVOLUTIONS)], ids=["tiny_class", "tiny_pixels"]
 )
-def test_more_bits_lose_less(chosen: tuple[str, dict[str, Any]], quantized: Callable[..., Quantized]) -> None:
+def test_more_bits_lose_less(chosen: tuple[str, dict[str, Any]], quantized: Callable[..., QuantizationResult]) -> None:
     source, rest = chosen
     results = [
         quantized(source, weights=weights, activations=activations, **rest)
@@ -85,7 +85,9 @@ def test_more_bits_lose_less(chosen: tuple[str, dict[str, Any]], quantized: Call
     assert errors[0] < errors[1] < errors[2]
 
 
-def test_embeddings_are_weight_only(recorded: Callable[[str], Any], quantized: Callable[..., Quantized]) -> None:
+def test_embeddings_are_weight_only(
+    recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]
+) -> None:
     own, found = recorded("tiny_class"), quantized("tiny_class", **W4A4)
     embeddings = [name for name, module in own.denoiser.named_modules() if isinstance(module, nn.Embedding)]
     assert embeddings
@@ -95,7 +97,7 @@ def test_embeddings_are_weight_only(recorded: Callable[[str], Any], quantized: C
         assert found.reasons[name] == "embedding, 8 bits"
 
 
-def bits_of(found: Quantized, low: set[str]) -> tuple[float, set[str]]:
+def bits_of(found: QuantizationResult, low: set[str]) -> tuple[float, set[str]]:
     """The average over the layers `low`, and which of them have 8 bits because they are sensitive."""
     layers = {name: found.layers[name] for name in low}
     total = sum(layer.codes.numel() * layer.format.weight_bits for layer in layers.values())
@@ -104,7 +106,7 @@ def bits_of(found: Quantized, low: set[str]) -> tuple[float, set[str]]:
     return total / sum(layer.codes.numel() for layer in layers.values()), sensitive
 
 
-def test_effective_bits_go_to_the_most_sensitive_layers(quantized: Callable[..., Quantized]) -> None:
+def test_effective_bits_go_to_the_most_sensitive_layers(quantized: Callable[..., QuantizationResult]) -> None:
     plain = quantized("tiny_class", weights=2, activations=8)
     low = {name for name, layer in plain.layers.items() if layer.format == Format(2, 8)}
     found = quantized("tiny_class", weights=2, activations=8, effective_bits=3)
@@ -126,11 +128,11 @@ def test_effective_bits_go_to_the_most_sensitive_layers(quantized: Callable[...,
 
 @pytest.mark.parametrize("weights", [8, 4])
 def test_inputs_stay_in_float_where_they_err_most_for_what_they_multiply(
-    weights: int, recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+    weights: int, recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]
 ) -> None:
     own, share = recorded("tiny_class"), 0.2
     plain = quantized("tiny_class", weights=weights, activations=4)
-    found = quantized("tiny_class", weights=weights, activations=4, float_inputs=share)
+    found = quantized("tiny_class", weights=weights, activations=4, float_activations=share)
     layers = {name: own.denoiser.get_submodule(name) for name in plain.sensitivity}
     macs = {name: entry.macs for name, entry in observe_inputs(own.denoiser, layers, own.trajectories, 0).items()}
     integers = [name for name, layer in plain.layers.items() if layer.format.activation_bits is not None]
@@ -145,13 +147,13 @@ def test_inputs_stay_in_float_where_they_err_most_for_what_they_multiply(
     assert all(equal(found.layers[name], plain.layers[name]) for name in integers if name not in spared)
 
 
-def test_no_inputs_stay_in_float_where_no_layer_is_small_enough(quantized: Callable[..., Quantized]) -> None:
-    plain, found = (quantized("tiny_class", **W4A4, float_inputs=share) for share in (0, 1e-6))
+def test_no_inputs_stay_in_float_where_no_layer_is_small_enough(quantized: Callable[..., QuantizationResult]) -> None:
+    plain, found = (quantized("tiny_class", **W4A4, float_activations=share) for share in (0, 1e-6))
     assert all(equal(layer, plain.layers[name]) for name, layer in found.layers.items())
     assert found.reasons == plain.reasons
 
 
-def test_effective_bits_can_be_had_in_full(quantized: Callable[..., Quantized]) -> None:
+def test_effective_bits_can_be_had_in_full(quantized: Callable[..., QuantizationResult]) -> None:
     found = quantized("tiny_class", weights=4, activations=8, effective_bits=8)
     low = {name for name, layer in found.layers.items() if layer.format.weight_bits < 8}
     # Whatever kept 4 bits measured no better at 8.

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffpress.calibration.observe import Grid, LayerInput, grid_errors, rounded_to
+from diffpress.calibration.observe import LayerInput, RangeCandidates, quantize_dequantize, range_errors
 from diffpress.compress.scales import (
     CANDIDATES,
     MARGIN,
     REACH,
     choose_steps,
-    grids_of,
+    range_candidates,
     search_group_scales,
     search_smoothing,
     search_weight_scale,
@@ -96,9 +96,9 @@ def layer_input(rows: Tensor) -> LayerInput:
     return LayerInput(rows.amin(0).clamp(max=0), rows.amax(0).clamp(min=0), rows.square().mean(0), rows, False)
 
 
-def candidates(rows: Tensor, bits: int, asymmetric: bool) -> list[Grid]:
+def candidates(rows: Tensor, bits: int, asymmetric: bool) -> list[RangeCandidates]:
     """Candidates for a layer that is fed `rows` as they are."""
-    return grids_of(layer_input(rows), torch.ones(rows.shape[1]), bits, asymmetric)
+    return range_candidates(layer_input(rows), torch.ones(rows.shape[1]), bits, asymmetric)
 
 
 def expected_loss(weight: Tensor, seen: LayerInput, smoothing: Tensor, bits: tuple[int, int]) -> float:
@@ -108,7 +108,7 @@ def expected_loss(weight: Tensor, seen: LayerInput, smoothing: Tensor, bits: tup
     scale = search_weight_scale(smoothed, heavy, bits[0])
     rows = seen.rows * smoothing
     grids = candidates(rows, bits[1], True)
-    inputs = min(float(grid_errors(rows, smoothed.square().sum((0, 2)), grid, bits[1]).min()) for grid in grids)
+    inputs = min(float(range_errors(rows, smoothed.square().sum((0, 2)), grid, bits[1]).min()) for grid in grids)
     return float(loss(smoothed, heavy, scale, bits[0]).sum()) + inputs
 
 
@@ -137,10 +137,10 @@ def test_smoothing_evens_out_an_outlier_channel() -> None:
     def error(smoothing: Tensor) -> float:
         smoothed, fed = weight / smoothing[None, :, None], rows * smoothing
         scale = search_weight_scale(smoothed, fed[:200].square().mean(0), 8)
-        rounded_weight = rounded_to(smoothed, scale[:, None, None], 8)[:, :, 0]
+        rounded_weight = quantize_dequantize(smoothed, scale[:, None, None], 8)[:, :, 0]
         (grid,) = candidates(fed[:200], 8, False)
-        best = grid.scale[grid_errors(fed[:200], rounded_weight.square().sum(0), grid, 8).argmin()]
-        output = rounded_to(fed[200:], best, 8) @ rounded_weight.t()
+        best = grid.scale[range_errors(fed[:200], rounded_weight.square().sum(0), grid, 8).argmin()]
+        output = quantize_dequantize(fed[200:], best, 8) @ rounded_weight.t()
         return float((output - rows[200:] @ weight[:, :, 0].t()).square().mean())
 
     # Where one channel of 24 sets the range, its step is some 50 / 3 times too large for all others.
@@ -172,7 +172,7 @@ def test_every_candidate_holds_zero_exactly(rows: Tensor, bits: int) -> None:
         assert len(grid.scale) == CANDIDATES
         assert (grid.scale > 0).all()
         zero = grid.zero_point
-        assert (rounded_to(torch.zeros(1), grid.scale, bits, zero) == 0).all()
+        assert (quantize_dequantize(torch.zeros(1), grid.scale, bits, zero) == 0).all()
         if zero is not None:
             assert torch.equal(zero, zero.round().clamp(*code_range(bits)))
 
@@ -196,7 +196,7 @@ def test_candidates_begin_beyond_the_whole_range_and_fall(rows: Tensor, bits: in
         zero = None if grid.zero_point is None else grid.zero_point[:1]
         # A zero point is rounded too, and so cuts off another half step at one end.
         steps = 0.5 if zero is None else 1.0
-        error = (rounded_to(rows, grid.scale[:1], bits, zero) - rows).abs().max()
+        error = (quantize_dequantize(rows, grid.scale[:1], bits, zero) - rows).abs().max()
         assert error <= grid.scale[0] * steps * (1 + 2**bits * FLOAT)
 
 
@@ -212,7 +212,7 @@ def test_a_zero_point_wins_on_one_sided_inputs(name: str, bits: int) -> None:
     """Symmetric codes leave nearly half of theirs unused: nearly twice the step, up to four times the squared error."""
     rows = ROWS[name].repeat(5, 1)
     symmetric, asymmetric = (
-        float(grid_errors(rows, torch.ones(3), grid, bits).min()) for grid in candidates(rows, bits, True)
+        float(range_errors(rows, torch.ones(3), grid, bits).min()) for grid in candidates(rows, bits, True)
     )
     assert asymmetric < symmetric / 2
 
@@ -220,9 +220,9 @@ def test_a_zero_point_wins_on_one_sided_inputs(name: str, bits: int) -> None:
 def test_long_tails_are_clipped_where_codes_are_few() -> None:
     rows = torch.randn(300, 5, generator=torch.Generator().manual_seed(0)) ** 3
     for grid in candidates(rows, 4, True):
-        errors = grid_errors(rows, torch.ones(5), grid, 4)
-        whole = Grid(grid.scale[:1], None if grid.zero_point is None else grid.zero_point[:1])
-        assert errors.min() < grid_errors(rows, torch.ones(5), whole, 4)[0]
+        errors = range_errors(rows, torch.ones(5), grid, 4)
+        whole = RangeCandidates(grid.scale[:1], None if grid.zero_point is None else grid.zero_point[:1])
+        assert errors.min() < range_errors(rows, torch.ones(5), whole, 4)[0]
 
 
 def test_steps_get_their_own_candidates_only_where_that_holds_on_the_other_half() -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffpress.calibration.observe import layer_matrix, rounded_to
+from diffpress.calibration.observe import layer_matrix, quantize_dequantize
 from diffpress.calibration.sampling import replay
-from diffpress.compress.finish import Quantized, edits_and_tensors
-from diffpress.compress.overlay import Format, Quantization, fake_quantized, run_layer, smoothed
+from diffpress.compress.overlay import Format, QuantizedLayer, fake_quantized, run_layer, smoothed
+from diffpress.compress.result import QuantizationResult, edits_and_tensors
 from diffpress.compress.search import measure_sensitivity, round_weight
 from diffpress.export.apply import apply_edits_
 from diffpress.export.runtime import StepClock
@@ -38,7 +38,7 @@ CASES += [("tiny_pixels", name, {**FORMATS[name], **CONVOLUTIONS}) for name in (
 CASES += [("tiny_text", "W4A4", {**FORMATS["W4A4"], **CONVOLUTIONS})]
 
 
-def packed_outputs(own: Any, found: Quantized) -> dict[str, tuple[Tensor, Tensor]]:
+def packed_outputs(own: Any, found: QuantizationResult) -> dict[str, tuple[Tensor, Tensor]]:
     """What each packed layer was fed and answered in one run of the packed denoiser."""
     denoiser = copy.deepcopy(own.denoiser)
     edits, tensors = edits_and_tensors(found)
@@ -62,7 +62,11 @@ def packed_outputs(own: Any, found: Quantized) -> dict[str, tuple[Tensor, Tensor
 
 @pytest.mark.parametrize(("source", "name", "chosen"), CASES, ids=[f"{source} {name}" for source, name, _ in CASES])
 def test_packed_layers_compute_what_fake_quantization_measures(
-    source: str, name: str, chosen: dict[str, Any], recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+    source: str,
+    name: str,
+    chosen: dict[str, Any],
+    recorded: Callable[[str], Any],
+    quantized: Callable[..., QuantizationResult],
 ) -> None:
     """Layer by layer on the same input, against sums in float64 of the very numbers that fake quantization multiplies.
 
@@ -93,7 +97,9 @@ def test_packed_layers_compute_what_fake_quantization_measures(
         assert ((packed - simulated).abs() <= roundings * HALF_UNIT * magnitude).all(), module
 
 
-def test_the_formats_above_do_meet_zero_points_smoothing_and_steps(quantized: Callable[..., Quantized]) -> None:
+def test_the_formats_above_do_meet_zero_points_smoothing_and_steps(
+    quantized: Callable[..., QuantizationResult],
+) -> None:
     found = quantized("tiny_class", **FORMATS["W4A4"]).layers.values()
     rounds = [layer for layer in found if layer.activation_scale is not None]
     assert any(layer.zero_point is not None for layer in rounds)
@@ -106,7 +112,7 @@ def test_the_formats_above_do_meet_zero_points_smoothing_and_steps(quantized: Ca
 
 
 def test_steps_with_other_ranges_get_other_scales(
-    recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+    recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]
 ) -> None:
     tables = [
         layer.activation_scale
@@ -133,7 +139,7 @@ def test_rounded_weights_are_near_the_weights(layer: nn.Module, format: Format) 
     assert isinstance(layer.weight, Tensor)
     assert codes.shape == layer.weight.shape
     divided = (matrix / smoothing[None, :, None]).view(codes.shape)
-    error = (Quantization(format, codes, scale).weight() - divided).abs().flatten(1)
+    error = (QuantizedLayer(format, codes, scale).weight() - divided).abs().flatten(1)
     largest = divided.abs().flatten(1).amax(1, keepdim=True)
     if format.float8:
         # Three bits after the leading one; the smallest step is 2**-9 of a scale.
@@ -145,7 +151,7 @@ def test_rounded_weights_are_near_the_weights(layer: nn.Module, format: Format) 
 
 
 def test_sensitivity_is_the_relative_error_of_one_layer_alone(
-    recorded: Callable[[str], Any], quantized: Callable[..., Quantized]
+    recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]
 ) -> None:
     own, found = recorded("tiny_class"), quantized("tiny_class", **FORMATS["W4A4"])
     name = "transformer_blocks.0.ff.net.2"
@@ -163,5 +169,11 @@ def test_sensitivity_is_the_relative_error_of_one_layer_alone(
 
 def test_rounded_to_is_quantize_then_dequantize() -> None:
     values = torch.tensor([0.24, 0.26, -3.0, 9.0, 0.25])
-    assert rounded_to(values, torch.tensor([0.5]), 4).tolist() == [0.0, 0.5, -3.0, 3.5, 0.0]
-    assert rounded_to(values, torch.tensor([0.5]), 4, torch.tensor([-8.0])).tolist() == [0.0, 0.5, 0.0, 7.5, 0.0]
+    assert quantize_dequantize(values, torch.tensor([0.5]), 4).tolist() == [0.0, 0.5, -3.0, 3.5, 0.0]
+    assert quantize_dequantize(values, torch.tensor([0.5]), 4, torch.tensor([-8.0])).tolist() == [
+        0.0,
+        0.5,
+        0.0,
+        7.5,
+        0.0,
+    ]

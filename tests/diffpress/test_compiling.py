@@ -36,15 +36,15 @@ def artifact(tiny_class: Path, tmp_path: Path, pack_all: Callable[..., Any]) -> 
     return out
 
 
-def pictures(pipeline: DiTPipeline) -> Tensor:
+def images(pipeline: DiTPipeline) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.from_numpy(pipeline([1, 2], num_inference_steps=3, output_type="np", generator=generator).images)
 
 
 def test_a_loaded_artifact_makes_the_same_pictures_in_one_graph(artifact: Path, tiny_class: Path) -> None:
-    original = pictures(load_pipeline(PipelineFolder(tiny_class, "tiny")))
+    original = images(load_pipeline(PipelineFolder(tiny_class, "tiny")))
     pipeline = diffpress.load(artifact)
-    expected = pictures(pipeline)
+    expected = images(pipeline)
     graphs = []
 
     def backend(module: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
@@ -53,7 +53,7 @@ def test_a_loaded_artifact_makes_the_same_pictures_in_one_graph(artifact: Path, 
 
     torch._dynamo.reset()
     fusions = diffpress.compile(pipeline, backend, fullgraph=True)
-    compiled = pictures(pipeline)
+    compiled = images(pipeline)
     # The clock's own, and the denoiser's.
     assert len(graphs) == 2
     assert fusions.counts()["layer norm, modulated"] == 9

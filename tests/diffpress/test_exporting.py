@@ -23,20 +23,20 @@ def exported(tiny_pixels: Path, quick_recipe: Path, tmp_path_factory: pytest.Tem
 
 
 def test_verify_and_inspect_know_exports(diffpress, exported):
-    assert "the self test gives its picture" in " ".join(diffpress("verify", exported).output.split())
+    assert "the self test gives its image" in " ".join(diffpress("verify", exported).output.split())
     assert json.loads(diffpress("inspect", exported, "--json").output)["format"].startswith("int8")
     assert "sha256" in diffpress("inspect", exported).output
 
 
 def test_export_draws_what_the_artifact_draws(diffpress, exported, tmp_path):
     """At most a few codes fall on the other side of a rounding boundary: far less than two seeds differ."""
-    pictures = []
+    images = []
     for model, seed in ((exported, 1), (exported.with_name("tiny"), 1), (exported, 2)):
-        path = tmp_path / f"{len(pictures)}.png"
+        path = tmp_path / f"{len(images)}.png"
         result = diffpress("run", model, "--seed", seed, "--out", path)
         assert result.status == 0, result.errors
-        pictures.append(np.asarray(Image.open(path)).astype(float))
-    same, other = (np.abs(pictures[0] - picture).mean() for picture in pictures[1:])
+        images.append(np.asarray(Image.open(path)).astype(float))
+    same, other = (np.abs(images[0] - image).mean() for image in images[1:])
     assert same < 0.1 * other
 
 

@@ -28,9 +28,9 @@ from diffpress.recipe import load_recipe
 
 
 @pytest.fixture(scope="session")
-def pressed(tiny_text: Path, quick_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compressed(tiny_text: Path, quick_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact of the tiny text pipeline."""
-    out = tmp_path_factory.mktemp("pressed") / "artifact"
+    out = tmp_path_factory.mktemp("compressed") / "artifact"
     compress(PipelineFolder(tiny_text, "tiny"), load_recipe(quick_recipe), out)
     return out
 
@@ -46,22 +46,27 @@ def test_every_kind_of_pipeline_goes_the_whole_way(diffpress, digests, request, 
         verify(out)
 
 
-def test_artifact_is_smaller_and_holds_no_pickle(pressed: Path, tiny_text: Path):
-    manifest = read_manifest(pressed)
+def test_artifact_is_smaller_and_holds_no_pickle(compressed: Path, tiny_text: Path):
+    manifest = read_manifest(compressed)
     assert manifest.metrics["total_size_bytes"]["candidate"] < manifest.metrics["total_size_bytes"]["reference"]
-    assert {path.suffix for path in pressed.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".html", ".txt"}
+    assert {path.suffix for path in compressed.rglob("*") if path.is_file()} <= {
+        ".json",
+        ".safetensors",
+        ".html",
+        ".txt",
+    }
 
 
-def test_plan_accounts_for_every_stored_byte(pressed: Path, tiny_text: Path):
-    plan = read_manifest(pressed).plan
-    source, artifact = PipelineFolder(tiny_text, "tiny"), PipelineFolder(pressed, "artifact")
+def test_plan_accounts_for_every_stored_byte(compressed: Path, tiny_text: Path):
+    plan = read_manifest(compressed).plan
+    source, artifact = PipelineFolder(tiny_text, "tiny"), PipelineFolder(compressed, "artifact")
     assert sum(row.source_bytes for row in plan) == source.component_bytes("unet")
     assert sum(row.bytes for row in plan) == artifact.component_bytes("unet")
     assert all(row.reason for row in plan if row.format.startswith("float"))
 
 
-def test_first_last_and_conditioning_layers_keep_eight_bits(pressed: Path):
-    plan = {row.module: row for row in read_manifest(pressed).plan}
+def test_first_last_and_conditioning_layers_keep_eight_bits(compressed: Path):
+    plan = {row.module: row for row in read_manifest(compressed).plan}
     assert plan["conv_in"].format == plan["conv_out"].format == "W8 g32"
     assert plan["time_embedding.linear_1"].format == "W8"
     assert "first layer" in plan["conv_in"].reason
@@ -69,36 +74,36 @@ def test_first_last_and_conditioning_layers_keep_eight_bits(pressed: Path):
     assert plan["mid_block.attentions.0.transformer_blocks.0.ff.net.2"].format == "W4A8"
 
 
-def test_loaded_artifact_has_packed_layers_and_draws_what_was_measured(pressed: Path):
-    pipeline = package.load(pressed)
+def test_loaded_artifact_has_packed_layers_and_draws_what_was_measured(compressed: Path):
+    pipeline = package.load(compressed)
     packed = [module for module in pipeline.unet.modules() if isinstance(module, PackedLayer)]
-    assert len(packed) == len(read_manifest(pressed).edits) > 20
-    again = load_pipeline(PipelineFolder(pressed, "artifact"))
+    assert len(packed) == len(read_manifest(compressed).edits) > 20
+    again = load_pipeline(PipelineFolder(compressed, "artifact"))
     wanted = [Condition("red apple", 3)]
     assert torch.equal(*(sample(p, wanted, Sampling(2)).images for p in (pipeline, again)))
 
 
-def test_plain_diffusers_loads_it_in_a_fresh_process(pressed: Path):
+def test_plain_diffusers_loads_it_in_a_fresh_process(compressed: Path):
     code = (
         "import sys, diffpress; assert 'torch' not in sys.modules; from diffusers import DiffusionPipeline as P; "
-        f"print(P.from_pretrained({str(pressed)!r})('red apple', num_inference_steps=2).images[0].size)"
+        f"print(P.from_pretrained({str(compressed)!r})('red apple', num_inference_steps=2).images[0].size)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert result.stdout.strip().endswith("(16, 16)")
 
 
-def test_same_command_again_finds_it_done(diffpress, digests, pressed: Path, tiny_text, quick_recipe):
-    before, changed = digests(pressed), (pressed / REPORT).stat().st_mtime_ns
-    compress(PipelineFolder(tiny_text, "tiny"), load_recipe(quick_recipe), pressed)
-    assert digests(pressed) == before
-    assert (pressed / REPORT).stat().st_mtime_ns == changed
+def test_same_command_again_finds_it_done(diffpress, digests, compressed: Path, tiny_text, quick_recipe):
+    before, changed = digests(compressed), (compressed / REPORT).stat().st_mtime_ns
+    compress(PipelineFolder(tiny_text, "tiny"), load_recipe(quick_recipe), compressed)
+    assert digests(compressed) == before
+    assert (compressed / REPORT).stat().st_mtime_ns == changed
 
 
-def test_damaged_artifact_is_made_anew_by_the_same_command(pressed, tiny_text, quick_recipe, digests, tmp_path):
-    damaged = shutil.copytree(pressed, tmp_path / "damaged")
+def test_damaged_artifact_is_made_anew_by_the_same_command(compressed, tiny_text, quick_recipe, digests, tmp_path):
+    damaged = shutil.copytree(compressed, tmp_path / "damaged")
     (damaged / "model_index.json").write_text("{}")
     compress(PipelineFolder(tiny_text, "tiny"), load_recipe(quick_recipe), damaged)
-    assert digests(damaged) == digests(pressed)
+    assert digests(damaged) == digests(compressed)
 
 
 def test_other_prompts_in_the_same_file_are_another_request(tiny_text, quick_recipe, tmp_path):
@@ -113,7 +118,7 @@ def test_other_prompts_in_the_same_file_are_another_request(tiny_text, quick_rec
 
 
 @pytest.mark.parametrize("stage", ["record", "quantize", "measure", "save"])
-def test_interrupted_run_continues_to_the_same_bytes(pressed, tiny_text, quick_recipe, digests, tmp_path, stage):
+def test_interrupted_run_continues_to_the_same_bytes(compressed, tiny_text, quick_recipe, digests, tmp_path, stage):
     class Killed(BaseException):
         pass
 
@@ -127,7 +132,7 @@ def test_interrupted_run_continues_to_the_same_bytes(pressed, tiny_text, quick_r
         compress(source, recipe, out, notify=kill)
     assert not out.exists()
     compress(source, recipe, out)
-    assert digests(out) == digests(pressed)
+    assert digests(out) == digests(compressed)
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
@@ -187,8 +192,8 @@ def test_foreign_out_is_replaced_with_force(diffpress, tiny_pixels, quick_recipe
     verify(out)
 
 
-def test_flipped_bit_in_an_artifact_stops_verify_run_compare_and_load(diffpress, pressed, tiny_text, tmp_path):
-    damaged = shutil.copytree(pressed, tmp_path / "damaged")
+def test_flipped_bit_in_an_artifact_stops_verify_run_compare_and_load(diffpress, compressed, tiny_text, tmp_path):
+    damaged = shutil.copytree(compressed, tmp_path / "damaged")
     weights = damaged / "unet" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -205,20 +210,20 @@ def test_flipped_bit_in_an_artifact_stops_verify_run_compare_and_load(diffpress,
         package.load(damaged)
 
 
-def test_run_draws_the_same_picture_for_the_same_seed(diffpress, pressed, tmp_path):
-    pictures = []
+def test_run_draws_the_same_picture_for_the_same_seed(diffpress, compressed, tmp_path):
+    images = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         path = tmp_path / f"{name}.png"
-        assert diffpress("run", pressed, "--prompt", "red apple", "--seed", seed, "--out", path).status == 0
-        pictures.append(np.asarray(Image.open(path)))
-    assert pictures[0].shape == (16, 16, 3)
-    assert (pictures[0] == pictures[1]).all()
-    assert (pictures[0] != pictures[2]).any()
+        assert diffpress("run", compressed, "--prompt", "red apple", "--seed", seed, "--out", path).status == 0
+        images.append(np.asarray(Image.open(path)))
+    assert images[0].shape == (16, 16, 3)
+    assert (images[0] == images[1]).all()
+    assert (images[0] != images[2]).any()
 
 
-def test_compare_json_has_every_promised_key(diffpress, pressed, tiny_text, tmp_path):
+def test_compare_json_has_every_promised_key(diffpress, compressed, tiny_text, tmp_path):
     report = tmp_path / "report.html"
-    status, output, _ = diffpress("compare", tiny_text, pressed, "--count", 3, "--json", "--report", report)
+    status, output, _ = diffpress("compare", tiny_text, compressed, "--count", 3, "--json", "--report", report)
     assert status == 0
     printed = json.loads(output)
     assert (printed["count"], printed["steps"]) == (3, 2)
@@ -246,14 +251,14 @@ def test_commands_that_only_tell(diffpress, arguments):
     assert len(output.splitlines()) > 3
 
 
-def test_inspect_shows_plan_and_source(diffpress, pressed):
-    printed = json.loads(diffpress("inspect", pressed, "--json").output)
+def test_inspect_shows_plan_and_source(diffpress, compressed):
+    printed = json.loads(diffpress("inspect", compressed, "--json").output)
     assert {row["module"] for row in printed["plan"]} >= {"conv_in", "conv_out"}
-    assert "conv_in" in diffpress("inspect", pressed).output
+    assert "conv_in" in diffpress("inspect", compressed).output
 
 
 def test_press_takes_names_and_returns_an_artifact(tiny_pixels, quick_recipe, tmp_path):
-    artifact = package.press(tiny_pixels, quick_recipe, tmp_path / "out")
+    artifact = package.compress(tiny_pixels, quick_recipe, tmp_path / "out")
     assert artifact.path == tmp_path / "out"
     assert artifact.manifest == read_manifest(artifact.path)
     assert sample(artifact.load(), [Condition("", 0)], Sampling(2)).images.shape == (1, 1, 8, 8)

@@ -20,7 +20,7 @@ from diffpress.recipe import Recipe, parse_recipe
 from diffpress.work import work_folder
 
 QUICK = {"sampling": {"steps": 3}, "record": {"trajectories": 4, "batch": 2}}
-LEARN = {"method": "qalora", "weights": 4, "activations": 8, "iterations": 2, "batch": 2, "held_back": 2}
+LEARN = {"method": "qalora", "weights": 4, "activations": 8, "iterations": 2, "batch": 2, "validation_images": 2}
 
 
 def recipe_of(**options: object) -> Recipe:

@@ -13,13 +13,13 @@ from diffpress.calibration.sampling import Sampling, sample
 from diffpress.export.artifact import load, load_pipeline, verify
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, read_manifest
-from diffpress.export.runtime import PackedLayer, attended
+from diffpress.export.runtime import PackedLayer, attention_overrides
 from diffpress.flow import MEASURED, compress
 from diffpress.pairs import compare_pairs, paired_conditions
 from diffpress.recipe import Recipe, parse_recipe
 
 QUICK = {"sampling": {"steps": 3}, "record": {"trajectories": 4, "batch": 2}}
-LEARN = {"method": "qalora", "weights": 4, "activations": 4, "iterations": 24, "batch": 4, "held_back": 2}
+LEARN = {"method": "qalora", "weights": 4, "activations": 4, "iterations": 24, "batch": 4, "validation_images": 2}
 
 
 def recipe_of(**quantize: object) -> Recipe:
@@ -45,7 +45,7 @@ def test_learned_artifact_holds_packed_integers_alone(learned: Path):
 def test_learning_is_written_down_and_shown(learned: Path):
     history = read_manifest(learned).learning
     assert [row["iteration"] for row in history][:3] == [0, 2, 4]
-    assert all(set(row) == {"iteration", "loss", "held_back"} for row in history)
+    assert all(set(row) == {"iteration", "loss", "validation_images"} for row in history)
     assert "<h2>Learning</h2>" in (learned / REPORT).read_text()
 
 
@@ -65,7 +65,7 @@ def test_learning_continues_to_the_same_bytes(learned, tiny_pixels, digests, tmp
 
 
 def test_weights_only_of_denoiser_and_text_encoder(tiny_text: Path, tmp_path: Path):
-    """Sizes shrink, inputs stay in float, and pictures stay close: eight bits lose little."""
+    """Sizes shrink, inputs stay in float, and images stay close: eight bits lose little."""
     source, out = PipelineFolder(tiny_text, "tiny"), tmp_path / "artifact"
     wanted = recipe_of(method="ptq", weights=8, activations="none", components=["denoiser", "text_encoders"])
     artifact = compress(source, wanted, out)
@@ -102,15 +102,15 @@ def test_float8_goes_the_whole_way(tiny_class: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("method", [{"method": "ptq"}, {**LEARN, "iterations": 4}], ids=["ptq", "qalora"])
 def test_attention_goes_the_whole_way(method: dict, diffpress, tiny_class: Path, tmp_path: Path):
-    """Into edits, plan, report and what is printed; pictures are those that were measured."""
+    """Into edits, plan, report and what is printed; images are those that were measured."""
     out, source = tmp_path / "out", PipelineFolder(tiny_class, "tiny")
     compress(source, recipe_of(**method, attention="all"), out)
     manifest = verify(out)
-    attends = [edit for edit in manifest.edits if edit.kind == "attend"]
+    attends = [edit for edit in manifest.edits if edit.kind == "quantize_attention"]
     rows = [row for row in manifest.plan if row.format.startswith("attention ")]
     assert len(attends) == len(rows) == 2
     assert [row.format for row in rows] == [edit.format for edit in attends]
-    assert len(attended(load(out).transformer)) == 2
+    assert len(attention_overrides(load(out).transformer)) == 2
     assert rows[0].format in (out / REPORT).read_text()
     assert rows[0].format in " ".join(diffpress("inspect", out).output.split())
     teacher, sampling = load_pipeline(source), Sampling(3)

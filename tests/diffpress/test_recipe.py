@@ -45,6 +45,10 @@ def test_overrides_reach_nested_keys_and_win_over_the_file():
         ({"quantize": {"method": "ptq", "activations": 2}}, ["quantize.activations = 2", "4, 6, 8 or 'none'"]),
         ({"quantize": {"method": "magic"}}, ["quantize.method = 'magic'", "'ptq' or 'qalora'"]),
         ({"quantize": {"method": "ptq", "rank": 8}}, ["unknown key 'quantize.rank'"]),
+        (
+            {"quantize": {"method": "qalora", "held_back": 8}},
+            ["quantize.held_back is called quantize.validation_images now"],
+        ),
         ({"quantize": {"method": "qalora", "iteratons": 8}}, ["did you mean 'iterations'", "rank"]),
         ({"quantize": {"method": "qalora", "format": "float8"}}, ["quantize.format = 'float8'", "'integer'"]),
         ({"quantize": {"method": "ptq", "format": "float8", "weights": 4}}, ["needs weights: 8 and activations: 8"]),
@@ -53,10 +57,13 @@ def test_overrides_reach_nested_keys_and_win_over_the_file():
             ["leaves nothing to spend", "weights take 4"],
         ),
         (
-            {"quantize": {"method": "ptq", "activations": "none", "float_inputs": 0.1}},
-            ["float_inputs 0.1 spares nothing", "activations none"],
+            {"quantize": {"method": "ptq", "activations": "none", "float_activations": 0.1}},
+            ["float_activations 0.1 spares nothing", "activations none"],
         ),
-        ({"quantize": {"method": "ptq", "float_inputs": 5}}, ["quantize.float_inputs = 5", "less than or equal to 1"]),
+        (
+            {"quantize": {"method": "ptq", "float_activations": 5}},
+            ["quantize.float_activations = 5", "less than or equal to 1"],
+        ),
         ({"quantize": {"method": "ptq", "components": ["vae"]}}, ["only weights of vae", "activations must be none"]),
         (
             {"quantize": {"method": "ptq", "attention": "values"}},

@@ -136,9 +136,9 @@ def test_nan_weights_are_named_by_layer(refused, model):
 def test_out_that_is_not_ours(refused, model, tmp_path):
     out = tmp_path / "holiday"
     out.mkdir()
-    (out / "picture.txt").write_text("mine")
+    (out / "image.txt").write_text("mine")
     assert "was not written by diffpress" in refused(model, out=out)
-    assert (out / "picture.txt").read_text() == "mine"
+    assert (out / "image.txt").read_text() == "mine"
 
 
 def test_out_that_is_a_file(diffpress, model, tmp_path):

@@ -31,8 +31,8 @@ STEPS = 3
 SOURCES = ["tiny_text", "tiny_class", "tiny_pixels"]
 
 
-def picture(pipeline: Any) -> Tensor:
-    """Two pictures with other steps than the scales were made for, so that the clock interpolates."""
+def image(pipeline: Any) -> Tensor:
+    """Two images with other steps than the scales were made for, so that the clock interpolates."""
     wanted = conditions(pipeline, "builtin", 2, seed=3)
     return sample(pipeline, wanted, Sampling(STEPS + 1, 3.0)).images
 
@@ -110,10 +110,10 @@ def test_loaded_is_what_was_packed_bit_for_bit(
     pipeline = load(path)
     packed = [module for module in denoiser_of(pipeline).modules() if isinstance(module, PackedLayer)]
     assert len(packed) == len(manifest.edits)
-    images = picture(pipeline)
-    assert torch.equal(images, picture(in_memory(original, path, pack_all, bits)))
+    images = image(pipeline)
+    assert torch.equal(images, image(in_memory(original, path, pack_all, bits)))
     assert torch.isfinite(images).all()
-    assert not torch.equal(images, picture(load_pipeline(PipelineFolder(original, source))))
+    assert not torch.equal(images, image(load_pipeline(PipelineFolder(original, source))))
 
 
 def test_plain_from_pretrained_in_a_fresh_process(artifacts: Callable[..., Path], tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ save_file(images, sys.argv[1])
     assert done.returncode == 0, done.stderr
     images = load_file(out)
     for path in paths:
-        assert torch.equal(images[path], picture(load(path)))
+        assert torch.equal(images[path], image(load(path)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -152,7 +152,7 @@ def test_loading_in_half_precision_keeps_scales_and_integers(
         exact = name.endswith("_scale") or not stored[name].is_floating_point()
         assert value.dtype == (stored[name].dtype if exact else dtype), name
         assert torch.equal(value, stored[name].to(value.dtype)), name
-    assert torch.isfinite(picture(pipeline)).all()
+    assert torch.isfinite(image(pipeline)).all()
     # A later cast would round the scales: diffusers refuses it for us.
     with pytest.raises(ValueError, match="Casting a quantized model"):
         pipeline.to(torch.float64)
@@ -167,7 +167,7 @@ def test_saving_a_loaded_pipeline_keeps_it(source: str, artifacts: Callable[...,
     first, second = denoiser_of(pipeline).state_dict(), denoiser_of(again).state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)
-    assert torch.equal(picture(again), picture(pipeline))
+    assert torch.equal(image(again), image(pipeline))
 
 
 def test_the_same_edits_give_the_same_bytes(
@@ -203,7 +203,7 @@ def test_a_source_of_variants_loads_without_naming_one(
     path = compress(source, tmp_path / "artifact", (4, 8))
     verify(path)
     assert not [name for name in list_files(path) if "fp16" in name]
-    assert torch.equal(picture(load(path)), picture(load(artifacts("tiny_text"))))
+    assert torch.equal(image(load(path)), image(load(artifacts("tiny_text"))))
 
 
 def test_a_flipped_bit_is_refused_by_verify_and_load(spoilt: Path) -> None:

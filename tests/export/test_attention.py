@@ -1,4 +1,4 @@
-"""Attend edits: what they change while a model runs, and how they are stored."""
+"""QuantizeAttention edits: what they change while a model runs, and how they are stored."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from diffpress.export.apply import apply_edits_
 from diffpress.export.artifact import load, load_pipeline, verify
-from diffpress.export.edits import Attend
+from diffpress.export.edits import QuantizeAttention
 from diffpress.export.errors import ArtifactError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.load.config import EditsConfig
 from diffpress.export.manifest import MANIFEST, list_files, read_manifest, write_manifest
-from diffpress.export.runtime import attended, computes_attention
+from diffpress.export.runtime import attention_overrides, computes_attention
 from diffpress.kernels import int8_attention
 
 TIMESTEPS = [900.0, 400.0]
@@ -48,8 +48,8 @@ class Heads(nn.Module):
         return self.project(x).unflatten(2, (3 * self.heads, -1)).transpose(1, 2).chunk(3, 1)
 
 
-def attend(module: str = "", integer_values: bool = False, component: str = "unet") -> Attend:
-    return Attend(component=component, module=module, integer_values=integer_values)
+def attend(module: str = "", integer_values: bool = False, component: str = "unet") -> QuantizeAttention:
+    return QuantizeAttention(component=component, module=module, integer_values=integer_values)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_attention_inside_of_the_module_is_the_operation(integer_values: bool) -
     assert torch.equal(model[0](x), expected)
     assert not torch.equal(expected, F.scaled_dot_product_attention(*model[0].parts(x)))
     assert torch.equal(model[1](x), other)
-    assert len(attended(model)) == 1
+    assert len(attention_overrides(model)) == 1
 
 
 def test_nothing_is_left_on_outside_of_the_module() -> None:
@@ -122,7 +122,7 @@ def test_a_deep_copy_has_weights_and_attention_of_its_own() -> None:
         ([attend(), attend()], "computed on integers already"),
     ],
 )
-def test_edits_that_do_not_fit_are_named(edits: list[Attend], words: str) -> None:
+def test_edits_that_do_not_fit_are_named(edits: list[QuantizeAttention], words: str) -> None:
     with pytest.raises(ArtifactError, match=words):
         apply_edits_(Heads(), edits, [])
 
@@ -193,7 +193,7 @@ def test_an_artifact_computes_what_its_edits_say(attentive: Path, tiny_text: Pat
     unet = load_pipeline(PipelineFolder(tiny_text, "tiny")).unet
     _, tensors = pack_all(unet, "unet", 8, 8, len(TIMESTEPS))
     expected = edited(unet, (manifest.edits, tensors), TIMESTEPS)(**inputs()).sample
-    assert len(attended(unet)) == 8
+    assert len(attention_overrides(unet)) == 8
     for pipeline in (load(attentive), DiffusionPipeline.from_pretrained(attentive, local_files_only=True)):
         assert torch.equal(pipeline.unet(**inputs()).sample, expected)
     packed = [edit for edit in manifest.edits if edit.kind == "pack"]
@@ -221,7 +221,7 @@ def test_saved_again_by_diffusers_it_is_the_same(attentive: Path, tmp_path: Path
 
 def test_an_edit_of_a_module_without_attention_is_found_by_verify(attentive: Path, tmp_path: Path) -> None:
     def wrong(edits: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{**edit, "module": "conv_act"} if edit["kind"] == "attend" else edit for edit in edits]
+        return [{**edit, "module": "conv_act"} if edit["kind"] == "quantize_attention" else edit for edit in edits]
 
     folder = shutil.copytree(attentive, tmp_path / "wrong")
     path = folder / "unet" / "config.json"

@@ -52,7 +52,7 @@ def three_parts(
     return path, pipeline
 
 
-def picture(pipeline: DiffusionPipeline) -> Tensor:
+def image(pipeline: DiffusionPipeline) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline("red apple", num_inference_steps=3, generator=generator, output_type="pt").images
@@ -66,8 +66,8 @@ def test_three_parts_load_bit_for_bit(three_parts: tuple[Path, DiffusionPipeline
     for component in ("unet", "text_encoder", "vae"):
         packed = [part for part in getattr(loaded, component).modules() if isinstance(part, PackedLayer)]
         assert len(packed) == len(edits_of(component, manifest.edits))
-    assert torch.equal(picture(loaded), picture(in_memory))
-    assert not torch.equal(picture(loaded), picture(load_pipeline(PipelineFolder(tiny_text, "text"))))
+    assert torch.equal(image(loaded), image(in_memory))
+    assert not torch.equal(image(loaded), image(load_pipeline(PipelineFolder(tiny_text, "text"))))
 
 
 def test_steps_are_stored_where_they_are_needed(three_parts: tuple[Path, DiffusionPipeline]) -> None:
@@ -79,7 +79,7 @@ def test_steps_are_stored_where_they_are_needed(three_parts: tuple[Path, Diffusi
 
 def test_saving_a_loaded_pipeline_keeps_it(three_parts: tuple[Path, DiffusionPipeline], tmp_path: Path) -> None:
     load(three_parts[0]).save_pretrained(tmp_path / "again")
-    assert torch.equal(picture(DiffusionPipeline.from_pretrained(tmp_path / "again")), picture(three_parts[1]))
+    assert torch.equal(image(DiffusionPipeline.from_pretrained(tmp_path / "again")), image(three_parts[1]))
 
 
 def test_plain_loading_in_a_fresh_process(three_parts: tuple[Path, DiffusionPipeline], tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ save_file({"image": image, "states": states}, sys.argv[1])
     assert done.returncode == 0, done.stderr
     made = load_file(out)
     assert torch.equal(made["states"], in_memory.text_encoder(torch.tensor([[1, 5, 2, 7, 3]])).last_hidden_state)
-    assert torch.equal(made["image"], picture(in_memory))
+    assert torch.equal(made["image"], image(in_memory))
 
 
 def test_old_names_of_attention_give_the_same_artifact(

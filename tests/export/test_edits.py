@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from diffpress.export.edits import Attend, Edit, Pack, edits_of
+from diffpress.export.edits import Edit, Pack, QuantizeAttention, edits_of
 
 
 def pack(component: str, module: str) -> Pack:
@@ -62,13 +62,15 @@ def test_the_word_for_a_format(options: dict[str, Any], word: str) -> None:
 
 @pytest.mark.parametrize(("integer_values", "word"), [(False, "attention Q·K int8"), (True, "attention int8")])
 def test_the_word_for_attention(integer_values: bool, word: str) -> None:
-    assert Attend(component="unet", module="a", integer_values=integer_values).format == word
+    assert QuantizeAttention(component="unet", module="a", integer_values=integer_values).format == word
 
 
 def test_an_edit_is_what_its_kind_says() -> None:
     read = TypeAdapter(Edit).validate_python
-    assert read({"kind": "attend", "component": "unet", "module": "a"}) == Attend(component="unet", module="a")
+    assert read({"kind": "quantize_attention", "component": "unet", "module": "a"}) == QuantizeAttention(
+        component="unet", module="a"
+    )
     assert read(pack("unet", "a").model_dump()) == pack("unet", "a")
-    for wrong in ({"kind": "attend", "weight_bits": 4}, {"kind": "drop"}, {}):
+    for wrong in ({"kind": "quantize_attention", "weight_bits": 4}, {"kind": "drop"}, {}):
         with pytest.raises(ValueError, match=r"weight_bits|drop|kind"):
             read({"component": "unet", "module": "a", **wrong})

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 class Case(NamedTuple):
-    """A picture and what becomes of it."""
+    """An image and what becomes of it."""
 
     x: tuple[int, int, int, int]
     groups: int
@@ -40,7 +40,7 @@ IMPLEMENTATIONS = ["reference", "triton"]
 
 
 def arguments(case: Case) -> dict[str, Any]:
-    """Pictures whose mean lies further from 0 than they spread."""
+    """Images whose mean lies further from 0 than they spread."""
     generator = torch.Generator().manual_seed(sum(case.x))
     x = torch.randn(case.x, generator=generator) * 0.7 - 2
     layout = torch.channels_last if case.channels_last else torch.contiguous_format

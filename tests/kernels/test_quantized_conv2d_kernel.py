@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 class Case(NamedTuple):
-    """A picture, its convolution and its formats."""
+    """An image, its convolution and its formats."""
 
     x: tuple[int, int, int, int]
     channels: int

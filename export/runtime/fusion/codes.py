@@ -111,7 +111,7 @@ def is_channelwise(step: Step, axis: int | None) -> bool:
 
 
 def is_modulation(step: Step) -> bool:
-    """Whether the operand of a step is [B or 1, 1, C]: a vector for each picture."""
+    """Whether the operand of a step is [B or 1, 1, C]: a vector for each image."""
     shape = () if step.operand is None else value(step.operand).shape
     return len(shape) == 3 and shape[1] == 1
 

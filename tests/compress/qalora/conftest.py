@@ -1,4 +1,4 @@
-"""Made-up layers under training, and lessons on a tiny pipeline."""
+"""Made-up layers under training, and training_data on a tiny pipeline."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from diffpress.calibration.conditions import conditions
 from diffpress.calibration.observe import layer_matrix
-from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import Format, Quantization
-from diffpress.compress.qalora import OwnRuns
+from diffpress.compress.overlay import Format, QuantizedLayer
+from diffpress.compress.qalora import StudentRollouts
+from diffpress.compress.result import QuantizationResult
 from diffpress.compress.search import round_weight
 from diffpress.kernels import code_range
 
 TIMESTEPS = [8.0, 4.0, 0.0]
 """Dyadic, so that a quarter of the way is exact in floats."""
-PICTURES = 8
+IMAGES = 8
 """That a round of own runs makes; there are as many conditions."""
 
 
@@ -38,7 +38,7 @@ class Toy(nn.Module):
 
 class Case(NamedTuple):
     toy: Toy
-    start: Quantization
+    start: QuantizedLayer
     x: Tensor
 
 
@@ -84,7 +84,7 @@ def make_case(layer_name: str, form: str) -> Case:
         low, high = code_range(format.activation_bits)
         table = settled(torch.tensor([2.0, 3.0, 2.5]) / high)
         zero = torch.tensor([low // 2, 0.0, 1.0]) if asymmetric else None
-    own = Quantization(format, codes, scale, table, zero, smoothing if smooth else None)
+    own = QuantizedLayer(format, codes, scale, table, zero, smoothing if smooth else None)
     return Case(Toy(layer), own, x)
 
 
@@ -98,13 +98,13 @@ def settled(scale: Tensor) -> Tensor:
 
 @pytest.fixture
 def school(
-    recorded: Callable[[str], Any], quantized: Callable[..., Quantized], tmp_path: Path
-) -> Callable[..., tuple[Any, Quantized, OwnRuns, Qalora]]:
+    recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult], tmp_path: Path
+) -> Callable[..., tuple[Any, QuantizationResult, StudentRollouts, Qalora]]:
     """A function: what learning needs, on the named pipeline: recorded runs, where it starts, own runs, options."""
 
     def prepare(
         source: str = "tiny_class", folder: str = "learned", keep: tuple[str, ...] = (), **chosen: Any
-    ) -> tuple[Any, Quantized, OwnRuns, Qalora]:
+    ) -> tuple[Any, QuantizationResult, StudentRollouts, Qalora]:
         rounding = {
             "weights": chosen.pop("weights", 3),
             "activations": chosen.pop("activations", 4),
@@ -113,10 +113,10 @@ def school(
         }
         own = recorded(source)
         first = quantized(source, **rounding)
-        found = Quantized(first.component, dict(first.layers), dict(first.reasons), dict(first.sensitivity))
-        wanted = conditions(own.pipeline, "builtin", PICTURES + 2, 1000)
-        runs = OwnRuns(own.pipeline, wanted[2:], wanted[:2], own.sampling, tmp_path / folder, PICTURES)
-        settings = {"rank": 4, "iterations": 4, "batch": 4, "held_back": 2, **chosen}
+        found = QuantizationResult(first.component, dict(first.layers), dict(first.reasons), dict(first.sensitivity))
+        wanted = conditions(own.pipeline, "builtin", IMAGES + 2, 1000)
+        runs = StudentRollouts(own.pipeline, wanted[2:], wanted[:2], own.sampling, tmp_path / folder, IMAGES)
+        settings = {"rank": 4, "iterations": 4, "batch": 4, "validation_images": 2, **chosen}
         return own, found, runs, Qalora(method="qalora", **rounding, **settings)
 
     return prepare

@@ -15,19 +15,19 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffpress.calibration.sampling import answer
-from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import Quantization, fake_quantized
-from diffpress.compress.qalora import LearningError, OwnRuns, learn_layers_
+from diffpress.compress.overlay import QuantizedLayer, fake_quantized
+from diffpress.compress.qalora import LearningError, StudentRollouts, learn_layers_
 from diffpress.compress.qalora.blocks import STEPS, _Blocks, block_steps, find_blocks, learn_blocks, tensors
 from diffpress.compress.qalora.importance import StepImportance
-from diffpress.compress.qalora.lessons import Lessons
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import Report
+from diffpress.compress.qalora.training_data import TrainingData
+from diffpress.compress.result import QuantizationResult
 from diffpress.export.runtime import StepClock
 
 EVEN = StepImportance(torch.full((3,), 1 / 3), torch.ones(3))
-School = Callable[..., tuple[Any, Quantized, OwnRuns, Qalora]]
+School = Callable[..., tuple[Any, QuantizationResult, StudentRollouts, Qalora]]
 FAST: dict[str, Any] = {"lora_rate": 0.02, "scale_rate": 0.005, "order": "blocks"}
 """Rates at which a few iterations show."""
 TAUGHT: dict[str, Any] = {"weights": 3, "activations": 8, "gptq": False, "iterations": 45, "batch": 4}
@@ -39,25 +39,29 @@ class KilledError(Exception):
     """Stands for a process that ends."""
 
 
-def learned(school: School, report: Report | None = None, source: str = "tiny_class", **chosen: Any) -> Quantized:
+def learned(
+    school: School, report: Report | None = None, source: str = "tiny_class", **chosen: Any
+) -> QuantizationResult:
     own, found, runs, options = school(source, **FAST, **chosen)
     learn_layers_(found, own.denoiser, own.trajectories, runs, options, 0, report)
     return found
 
 
-def classroom(school: School, source: str = "tiny_class", **chosen: Any) -> tuple[Student, Lessons, OwnRuns, Qalora]:
+def classroom(
+    school: School, source: str = "tiny_class", **chosen: Any
+) -> tuple[Student, TrainingData, StudentRollouts, Qalora]:
     own, found, runs, options = school(source, **FAST, **chosen)
     own.denoiser.requires_grad_(False)
     layers = {name: own.denoiser.get_submodule(name) for name in found.layers}
     start = {name: found.layers[name] for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
     student = Student(own.denoiser, start, own.trajectories.timesteps, options, 0)
-    return student, Lessons(own.trajectories, runs, EVEN.chances, 0, 8), runs, options
+    return student, TrainingData(own.trajectories, runs, EVEN.sampling_probabilities, 0, 8), runs, options
 
 
 class Finished:
-    """Layers as they are saved, judged as a student is."""
+    """Layers as they are saved, evaluated as a student is."""
 
-    def __init__(self, own: Any, layers: dict[str, Quantization]) -> None:
+    def __init__(self, own: Any, layers: dict[str, QuantizedLayer]) -> None:
         self.off = nullcontext
         self.on = partial(fake_quantized, own.denoiser, layers, StepClock(own.trajectories.timesteps))
 
@@ -100,12 +104,12 @@ def test_a_model_without_repeated_modules_has_no_blocks() -> None:
 
 @pytest.mark.parametrize("source", ["tiny_text", "tiny_class"])
 def test_each_block_gets_nearer_to_the_teachers(school: School, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its own error over everything recorded, before and after; every judgement is better, so that all is kept."""
-    student, lessons, runs, options = classroom(school, source, **TAUGHT)
+    """By its own error over everything recorded, before and after; every evaluation is better, so that all is kept."""
+    student, training_data, runs, options = classroom(school, source, **TAUGHT)
     falling = iter(range(1000, 0, -1))
-    monkeypatch.setattr(Lessons, "judge", lambda *_: next(falling))
-    learning = _Blocks(student, lessons, EVEN, options, runs.folder)
-    everything = lessons.recorded.batch(range(len(lessons.recorded)))
+    monkeypatch.setattr(TrainingData, "evaluate", lambda *_: next(falling))
+    learning = _Blocks(student, training_data, EVEN, options, runs.folder)
+    everything = training_data.recorded.batch(range(len(training_data.recorded)))
     learn_one, errors = _Blocks._learn, {}
 
     def error(name: str) -> float:
@@ -118,15 +122,15 @@ def test_each_block_gets_nearer_to_the_teachers(school: School, source: str, mon
         errors[name] = (before, error(name))
 
     monkeypatch.setattr(_Blocks, "_learn", watched)
-    learn_blocks(student, lessons, EVEN, options, runs.folder)
+    learn_blocks(student, training_data, EVEN, options, runs.folder)
     assert len(errors) == len(find_blocks(student.denoiser))
     assert all(after < before for before, after in errors.values())
 
 
 def test_learning_a_block_moves_no_other(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No block is judged to be better, so that each is put back before the next."""
-    student, lessons, runs, options = classroom(school, iterations=2, batch=4)
-    monkeypatch.setattr(lessons, "judge", lambda *_: 1.0)
+    """No block is evaluated to be better, so that each is put back before the next."""
+    student, training_data, runs, options = classroom(school, iterations=2, batch=4)
+    monkeypatch.setattr(training_data, "evaluate", lambda *_: 1.0)
     values = {name: value.detach().clone() for name, value in student.parameters().items()}
     steps = block_steps(options.iterations, 2)
     seen: list[int] = []
@@ -140,16 +144,16 @@ def test_learning_a_block_moves_no_other(school: School, monkeypatch: pytest.Mon
         graded = {name for name, value in student.parameters().items() if value.grad is not None}
         assert graded == set()
 
-    learn_blocks(student, lessons, EVEN, options, runs.folder, look)
+    learn_blocks(student, training_data, EVEN, options, runs.folder, look)
     assert seen == list(range(1, 2 * steps + 1))
     assert all(torch.equal(value, values[name]) for name, value in student.parameters().items())
 
 
 def test_the_second_block_is_fed_by_the_student_and_follows_the_teacher(school: School) -> None:
     """The loss by hand: both blocks in the formats of the student, the second fed with what the first rounded."""
-    student, lessons, runs, options = classroom(school, weights=2)
-    learning = _Blocks(student, lessons, EVEN, options, runs.folder)
-    batch = lessons.batch(0, 4)
+    student, training_data, runs, options = classroom(school, weights=2)
+    learning = _Blocks(student, training_data, EVEN, options, runs.folder)
+    batch = training_data.batch(0, 4)
     answers: dict[str, list[Tensor]] = {"student": [], "teacher": []}
     block = student.denoiser.get_submodule(SECOND[:-1])
     for who, on in (("student", student.on), ("teacher", nullcontext)):
@@ -171,7 +175,7 @@ def test_the_second_block_is_fed_by_the_student_and_follows_the_teacher(school: 
 @pytest.mark.parametrize(("block", "called"), [(FIRST, [2, 0, 0]), (SECOND, [2, 2, 0])])
 def test_nothing_behind_the_block_is_called(school: School, block: str, called: list[int]) -> None:
     """By the teacher or by the student, which both call what stands before it."""
-    student, lessons, runs, options = classroom(school)
+    student, training_data, runs, options = classroom(school)
     counts = dict.fromkeys((FIRST, SECOND, "proj_out_1."), 0)
 
     def count(name: str) -> None:
@@ -185,22 +189,22 @@ def test_nothing_behind_the_block_is_called(school: School, block: str, called: 
     ]
     try:
         with student.on():
-            _Blocks(student, lessons, EVEN, options, runs.folder)._loss(block[:-1], lessons.batch(0, 4))
+            _Blocks(student, training_data, EVEN, options, runs.folder)._loss(block[:-1], training_data.batch(0, 4))
     finally:
         for handle in handles:
             handle.remove()
     assert list(counts.values()) == called
 
 
-def test_what_is_kept_is_never_worse_by_what_is_held_back(school: School) -> None:
+def test_what_is_kept_is_never_worse_by_what_is_held_out(school: School) -> None:
     found = learned(school, iterations=16, batch=8)
-    history = [row["held_back"] for row in found.history]
+    history = [row["evaluation"] for row in found.history]
     steps = block_steps(16, 2)
     assert [row["iteration"] for row in found.history] == [0, steps, 2 * steps]
     own, _, runs, _ = school(folder="again", **FAST)
     layers = {name: layer for name, layer in found.layers.items() if not name.endswith("embedding_table")}
     kept = Finished(own, layers)
-    assert Lessons(own.trajectories, runs, EVEN.chances, 0, 8).judge(kept) == min(history)  # type: ignore[arg-type]
+    assert TrainingData(own.trajectories, runs, EVEN.sampling_probabilities, 0, 8).evaluate(kept) == min(history)  # type: ignore[arg-type]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -222,7 +226,7 @@ def test_a_killed_run_goes_on_at_the_block_it_was_in(school: School) -> None:
             learned(school, kill, folder=folder, **chosen)
         told: list[int] = []
         again = learned(school, lambda done, *_, told=told: told.append(done), folder=folder, **chosen)  # type: ignore[misc]
-        # The last report of a block comes before it is judged and written.
+        # The last report of a block comes before it is evaluated and written.
         begun = steps if killed_after > steps else 0
         assert told == list(range(begun + 1, 2 * steps + 1))
         assert again.history == whole.history
@@ -247,14 +251,14 @@ def test_a_damaged_block_is_learned_again(school: School) -> None:
 
 
 def test_a_loss_that_is_no_number_names_the_layer(school: School) -> None:
-    student, lessons, runs, options = classroom(school, iterations=4, batch=2)
+    student, training_data, runs, options = classroom(school, iterations=4, batch=2)
 
     def poison(done: int, total: int, loss: float) -> None:
         if done == block_steps(4, 2) + 1:
             student.parameters()[f"{SECOND}ff.net.2.b"].data.fill_(torch.nan)
 
     with pytest.raises(LearningError, match=r"layer transformer_blocks.1.ff.net.2 is the first whose output"):
-        learn_blocks(student, lessons, EVEN, options, runs.folder, poison)
+        learn_blocks(student, training_data, EVEN, options, runs.folder, poison)
     # The block before is kept.
     assert files(runs.folder).keys() == {"block-00000.safetensors"}
 

@@ -71,9 +71,9 @@ def test_the_weights_are_the_schedulers_own() -> None:
     expected = torch.tensor([(1 - EVEN_SHARE) * abs(weight) / total + EVEN_SHARE / steps for weight in weights])
     found = step_importance(scheduler, steps)
     # The scheduler computes in float32, in a handful of operations a step.
-    assert torch.allclose(found.chances, expected, rtol=1e-4)
+    assert torch.allclose(found.sampling_probabilities, expected, rtol=1e-4)
     # Drawn so and weighted so, a step's error counts on average as it does in the sample.
-    drawn = found.chances * found.weights
+    drawn = found.sampling_probabilities * found.weights
     assert torch.allclose(drawn / drawn.sum(), torch.tensor(weights) / sum(weights), rtol=1e-3)
 
 
@@ -82,7 +82,7 @@ def test_the_weights_are_the_schedulers_own() -> None:
 )
 def test_schedulers_that_are_no_table_of_steps_are_learned_evenly(scheduler: Any) -> None:
     found = step_importance(scheduler, 4)
-    assert torch.equal(found.chances, torch.full((4,), 0.25))
+    assert torch.equal(found.sampling_probabilities, torch.full((4,), 0.25))
     assert torch.equal(found.weights, torch.ones(4))
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpress.compress.overlay import Quantization, fake_quantized, run_layer, smoothed, spread
+from diffpress.compress.overlay import QuantizedLayer, broadcast_scale, fake_quantized, run_layer, smoothed
 from diffpress.compress.qalora.layer import QaloraLayer
 from diffpress.compress.qalora.student import BatchClock
 from diffpress.export.runtime import StepClock
@@ -21,9 +21,11 @@ TIMESTEPS = [8.0, 4.0, 0.0]
 HALF_UNIT = torch.finfo(torch.float32).eps / 2
 
 
-def learner(case: Any, rank: int = 3, unit: float = 0.125, per_step: bool = True, start: Any = None) -> QaloraLayer:
+def learner(
+    case: Any, rank: int = 3, lora_scale: float = 0.125, per_step: bool = True, start: Any = None
+) -> QaloraLayer:
     generator = torch.Generator().manual_seed(0)
-    return QaloraLayer(case.toy.layer, start or case.start, rank, unit, per_step, generator)
+    return QaloraLayer(case.toy.layer, start or case.start, rank, lora_scale, per_step, generator)
 
 
 def smoothed_weight(case: Any) -> Tensor:
@@ -49,7 +51,7 @@ def student(case: Any, layer: QaloraLayer, x: Tensor, timestep: Tensor | float) 
         return layer(case.toy.layer, x, clock)
 
 
-def overlay(case: Any, own: Quantization, x: Tensor, timestep: float) -> Tensor:
+def overlay(case: Any, own: QuantizedLayer, x: Tensor, timestep: float) -> Tensor:
     with fake_quantized(case.toy, {"layer": own}, StepClock(TIMESTEPS)), torch.no_grad():
         return case.toy(x, timestep)
 
@@ -87,7 +89,7 @@ def test_scales_that_do_not_survive_logarithms_move_by_rounding_only(low: float,
     case = named_case("linear", "W8A8")
     scale = torch.linspace(low, 3 * low, 7)
     codes = quantize(case.toy.layer.weight.detach(), -scale[:, None], 8)
-    finished = learner(case, start=Quantization(case.start.format, codes, -scale, scale[:3])).finish(case.toy.layer)
+    finished = learner(case, start=QuantizedLayer(case.start.format, codes, -scale, scale[:3])).finish(case.toy.layer)
     relative = 2 * HALF_UNIT * (1 + scale.log().abs()) * (1 + 1e-3)
     assert ((finished.weight_scale + scale).abs() <= relative * scale).all()
     assert finished.activation_scale is not None
@@ -104,7 +106,7 @@ def test_codes_beside_the_nearest_are_where_it_starts(case: Any) -> None:
     settled = learner(case).finish(case.toy.layer)
     first, last = code_range(settled.format.weight_bits)
     weight = smoothed_weight(case)
-    nearest = (weight / spread(settled.weight_scale, weight.shape, settled.format.group_size)).round()
+    nearest = (weight / broadcast_scale(settled.weight_scale, weight.shape, settled.format.group_size)).round()
     by = torch.randint(-1, 2, weight.shape, generator=torch.Generator().manual_seed(2))
     shifted = replace(settled, codes=(nearest + by).clamp(first, last).to(torch.int8))
     layer = learner(case, start=shifted)
@@ -159,7 +161,7 @@ def test_the_merged_change_is_that_of_two_layers_after_each_other(layer_name: st
     case = named_case(layer_name, "W4A4")
     layer, module, x = disturb_(learner(case)), case.toy.layer, case.x
     a = layer.a.detach().view(-1, *module.weight.shape[1:])
-    b = (layer.b * layer.unit).detach().view(*layer.b.shape, *[1] * (module.weight.ndim - 2))
+    b = (layer.b * layer.lora_scale).detach().view(*layer.b.shape, *[1] * (module.weight.ndim - 2))
     with torch.no_grad():
         merged = run_layer(module, x, layer.merged(module), module.bias)
         inner = run_layer(module, x, a, None)
@@ -181,7 +183,7 @@ def test_equal_entries_are_one_static_quantizer(form: str, named_case: Any) -> N
     case = named_case("convolution", form)
     start = case.start
     zero = None if start.zero_point is None else start.zero_point[:1].expand(3)
-    same = Quantization(
+    same = QuantizedLayer(
         start.format, start.codes, start.weight_scale, start.activation_scale[:1].expand(3), zero, start.smoothing
     )
     layer = learner(case, start=same)
@@ -216,7 +218,7 @@ def test_between_steps_the_scale_is_interpolated(timestep: float, named_case: An
     def between(table: Tensor) -> Tensor:
         return table[left : left + 1] * (1 - share) + table[left + 1 : left + 2] * share
 
-    expected = Quantization(
+    expected = QuantizedLayer(
         layer.format,
         layer.finish(case.toy.layer).codes,
         layer.weight_scale().detach(),
@@ -248,7 +250,7 @@ def test_batches_that_mix_steps_equal_calls_for_each(case: Any) -> None:
 
 
 def test_what_a_model_folds_into_its_batch_follows_its_picture(named_case: Any) -> None:
-    """Two pictures of three frames each: the frames of one lie beside each other."""
+    """Two images of three frames each: the frames of one lie beside each other."""
     case = named_case("linear", "W4A4 asymmetric")
     layer = disturb_(learner(case))
     folded = student(case, layer, case.x, torch.tensor([8.0, 0.0]))
@@ -270,9 +272,9 @@ def test_every_parameter_is_learned_but_the_layers_own(case: Any) -> None:
 
 
 def test_gradients_of_the_change_are_those_of_the_weight(named_case: Any) -> None:
-    """dL/dB = (dL/dW) Aᵀ unit and dL/dA = unit Bᵀ (dL/dW), dL/dW being that of the rounded weight where nothing clips."""
+    """dL/dB = (dL/dW) Aᵀ s and dL/dA = s Bᵀ (dL/dW), dL/dW being that of the rounded weight where nothing clips."""
     case = named_case("convolution", "W8A8")
-    layer, module = disturb_(learner(case, unit=1e-3)), case.toy.layer
+    layer, module = disturb_(learner(case, lora_scale=1e-3)), case.toy.layer
     with torch.no_grad():
         # Nothing is clipped.
         layer.log_weight_scale += 0.5
@@ -286,7 +288,7 @@ def test_gradients_of_the_change_are_those_of_the_weight(named_case: Any) -> Non
     run_layer(module, finished.rounded(case.x, fixed), weight, finished.bias).square().sum().backward()
     assert weight.grad is not None
     gradient = weight.grad.flatten(1).double()
-    a, b, unit = layer.a.detach().double(), layer.b.detach().double(), float(layer.unit)
+    a, b, unit = layer.a.detach().double(), layer.b.detach().double(), float(layer.lora_scale)
     terms = gradient.shape[1] + len(a)
     for found, left, right in ((layer.b.grad, gradient, a.t()), (layer.a.grad, b.t(), gradient)):
         expected, size = unit * left @ right, unit * left.abs() @ right.abs()
@@ -301,7 +303,7 @@ def test_rank_is_at_most_that_of_the_weight(rank: int, expected: int, named_case
     layer = learner(case, rank=rank)
     assert layer.a.shape == (expected, 20)
     assert layer.b.shape == (7, expected)
-    moved = disturb_(layer).change()
+    moved = disturb_(layer).lora_delta()
     # What is left of a sum of products in float32, at any rank.
     rounding = 20 * torch.finfo(torch.float32).eps
     assert torch.linalg.matrix_rank(moved.detach().double(), rtol=rounding) == expected

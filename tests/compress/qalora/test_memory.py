@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from diffpress.calibration.examples import Examples
 from diffpress.calibration.sampling import Call, answer
-from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Order, Qalora
 from diffpress.compress.qalora import memory
 from diffpress.compress.qalora.blocks import find_blocks
 from diffpress.compress.qalora.memory import FLOAT, Needs, learning_needs
 from diffpress.compress.qalora.student import Student
+from diffpress.compress.result import QuantizationResult
 
 OPTIONS = {"method": "qalora", "weights": 4, "activations": 4, "batch": 4, "rank": 4}
 SOURCES = ("tiny_text", "tiny_class", "tiny_pixels")
@@ -46,7 +46,7 @@ def saved() -> Iterator[dict[int, int]]:
 
 
 @pytest.fixture
-def student(recorded: Callable[[str], Any], quantized: Callable[..., Quantized]) -> Callable[[str], Student]:
+def student(recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]) -> Callable[[str], Student]:
     """A function: the student of the pipeline of that name."""
 
     def make(source: str) -> Student:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from diffpress.calibration.examples import Examples
 from diffpress.calibration.sampling import answer, replay
 from diffpress.compress.attention import AttentionChoice, learnable
-from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import Format, Quantization, attending, fake_quantized, overlaid
-from diffpress.compress.qalora.descent import rate_groups
-from diffpress.compress.qalora.student import BatchClock, Student, units
-from diffpress.export.runtime import OnIntegers, StepClock, computes_attention
+from diffpress.compress.overlay import Format, QuantizedLayer, fake_quantized, overlaid, overriding_attention
+from diffpress.compress.qalora.student import BatchClock, Student, lora_scales
+from diffpress.compress.qalora.trainer import rate_groups
+from diffpress.compress.result import QuantizationResult
+from diffpress.export.runtime import Int8Attention, StepClock, computes_attention
 
 
 def options(**chosen: Any) -> Qalora:
@@ -25,7 +25,7 @@ def options(**chosen: Any) -> Qalora:
 
 
 @pytest.fixture
-def tiny(recorded: Callable[[str], Any], quantized: Callable[..., Quantized]) -> tuple[Any, Student]:
+def tiny(recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]) -> tuple[Any, Student]:
     """A tiny pipeline, and an untrained student of its denoiser with every layer under training but the embeddings."""
     own, found = recorded("tiny_class"), quantized("tiny_class", weights=3, activations=4)
     start = {
@@ -72,7 +72,7 @@ def test_a_student_attends_as_its_artifact_will(attentive: tuple[Any, Student]) 
     """Bit for bit, and not as the teacher does."""
     own, student = attentive
     call = next(iter(own.trajectories.calls()))
-    stored = [OnIntegers(False), OnIntegers(True)]
+    stored = [Int8Attention(False), Int8Attention(True)]
     assert len(student.attention) == len(stored)
     layers = student.finish()
     with student.on():
@@ -83,7 +83,9 @@ def test_a_student_attends_as_its_artifact_will(attentive: tuple[Any, Student]) 
     clock = StepClock(own.trajectories.timesteps)
     with fake_quantized(own.denoiser, layers, clock):
         floats = replay(own.denoiser, call)
-        with overlaid(own.denoiser, attending(own.denoiser, dict(zip(student.attention, stored, strict=True))), clock):
+        with overlaid(
+            own.denoiser, overriding_attention(own.denoiser, dict(zip(student.attention, stored, strict=True))), clock
+        ):
             assert torch.equal(replay(own.denoiser, call), learned)
     assert not torch.equal(floats, learned)
     assert torch.equal(replay(own.denoiser, call), call.output)
@@ -150,7 +152,9 @@ def test_parameters_are_named_by_layer_and_kind(tiny: tuple[Any, Student]) -> No
     assert not theirs & {parameter.data_ptr() for parameter in parameters.values()}
 
 
-def test_same_seed_starts_at_the_same(recorded: Callable[[str], Any], quantized: Callable[..., Quantized]) -> None:
+def test_same_seed_starts_at_the_same(
+    recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]
+) -> None:
     own, found = recorded("tiny_class"), quantized("tiny_class", weights=3, activations=4)
     name = "transformer_blocks.0.attn1.to_q"
     start = {name: found.layers[name]}
@@ -164,10 +168,10 @@ def test_same_seed_starts_at_the_same(recorded: Callable[[str], Any], quantized:
 def test_a_batch_of_mixed_steps_gives_each_picture_its_own(
     tiny: tuple[Any, Student], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A3 for a denoiser: each picture of a mixed batch against the step it is at.
+    """A3 for a denoiser: each image of a mixed batch against the step it is at.
 
     Other batches sum in another order, and a code on the other side of a rounding boundary moves everything after it. So:
-    most pictures must agree to the order of summation, and none may with the scales of the first step, which are others.
+    most images must agree to the order of summation, and none may with the scales of the first step, which are others.
     """
     own, student = tiny
     disturb_(student)
@@ -231,7 +235,7 @@ class Two(nn.Module):
         return self.small(x).square().sum() + self.large(image).square().sum()
 
 
-def starts(model: Two) -> dict[str, Quantization]:
+def starts(model: Two) -> dict[str, QuantizedLayer]:
     """4 bits over the whole range, inputs in 8."""
     layers = {}
     for name in ("small", "large"):
@@ -239,7 +243,7 @@ def starts(model: Two) -> dict[str, Quantization]:
         assert isinstance(weight, Tensor)
         scale = weight.flatten(1).abs().amax(1) / 7
         codes = (weight / scale.view(-1, *[1] * (weight.ndim - 1))).round().to(torch.int8)
-        layers[name] = Quantization(Format(4, 8), codes, scale, torch.tensor([0.05, 0.04]))
+        layers[name] = QuantizedLayer(Format(4, 8), codes, scale, torch.tensor([0.05, 0.04]))
     return layers
 
 
@@ -263,7 +267,7 @@ def test_one_step_moves_each_layer_in_proportion_to_its_weight_scale(scale_aware
         assert layer.b.grad[used].abs().min() > 1e-3
         steps = layer.b.detach()[used].abs()
         assert ((steps / steps.max() - 1).abs() <= 1e-8 / 1e-3 + 4 * torch.finfo(torch.float32).eps).all()
-        moved[name] = float(steps.mean() * layer.unit)
+        moved[name] = float(steps.mean() * layer.lora_scale)
     scales = {name: float(own.weight_scale.mean()) for name, own in start.items()}
     assert scales["large"] > 20 * scales["small"]
     expected = scales["large"] / scales["small"] if scale_aware else 1.0
@@ -273,8 +277,8 @@ def test_one_step_moves_each_layer_in_proportion_to_its_weight_scale(scale_aware
 def test_units_are_mean_magnitudes() -> None:
     """Negative scales count by their size, groups like rows."""
     start = {
-        "a": Quantization(Format(4, 8), torch.zeros(2, 3), torch.tensor([-1.0, 3.0])),
-        "b": Quantization(Format(4, None, 8), torch.zeros(2, 3), torch.tensor([[-4.0, 4.0], [8.0, 0.0]])),
+        "a": QuantizedLayer(Format(4, 8), torch.zeros(2, 3), torch.tensor([-1.0, 3.0])),
+        "b": QuantizedLayer(Format(4, None, 8), torch.zeros(2, 3), torch.tensor([[-4.0, 4.0], [8.0, 0.0]])),
     }
-    assert units(start, True) == [2.0, 4.0]
-    assert units(start, False) == [3.0, 3.0]
+    assert lora_scales(start, True) == [2.0, 4.0]
+    assert lora_scales(start, False) == [3.0, 3.0]

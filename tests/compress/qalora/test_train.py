@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from diffpress.calibration.guidance import find_guidance
 from diffpress.calibration.sampling import sample
-from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Qalora
 from diffpress.compress.overlay import fake_quantized
-from diffpress.compress.qalora import LearningError, OwnRuns, learn_layers_, train
+from diffpress.compress.qalora import LearningError, StudentRollouts, learn_layers_, train
 from diffpress.compress.qalora.importance import StepImportance
-from diffpress.compress.qalora.lessons import Lessons
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import Report, learn
+from diffpress.compress.qalora.training_data import TrainingData
+from diffpress.compress.result import QuantizationResult
 from diffpress.export.runtime import StepClock
 
 EVEN = StepImportance(torch.full((3,), 1 / 3), torch.ones(3))
-School = Callable[..., tuple[Any, Quantized, OwnRuns, Qalora]]
+School = Callable[..., tuple[Any, QuantizationResult, StudentRollouts, Qalora]]
 FAST: dict[str, Any] = {"lora_rate": 0.05, "scale_rate": 0.01}
 """Rates at which thirty iterations show."""
 HALF: dict[str, Any] = {"keep": ("transformer_blocks.1.*",)}
@@ -38,14 +38,14 @@ class KilledError(Exception):
     """Stands for a process that ends."""
 
 
-def run(school: School, report: Report | None = None, source: str = "tiny_class", **chosen: Any) -> Quantized:
+def run(school: School, report: Report | None = None, source: str = "tiny_class", **chosen: Any) -> QuantizationResult:
     """Learn, and give what was found."""
     own, found, runs, options = school(source, **chosen)
     learn_layers_(found, own.denoiser, own.trajectories, runs, options, 0, report)
     return found
 
 
-def student_of(own: Any, found: Quantized, options: Qalora) -> Student:
+def student_of(own: Any, found: QuantizationResult, options: Qalora) -> Student:
     start = {
         name: layer
         for name, layer in found.layers.items()
@@ -54,34 +54,36 @@ def student_of(own: Any, found: Quantized, options: Qalora) -> Student:
     return Student(own.denoiser, start, own.trajectories.timesteps, options, 0)
 
 
-def held_back(own: Any, found: Quantized, runs: OwnRuns) -> float:
+def evaluated(own: Any, found: QuantizationResult, runs: StudentRollouts) -> float:
     """Error of the latents of whole runs, measured apart from learning."""
-    truth = sample(own.pipeline, runs.held_back, runs.sampling).latents
+    truth = sample(own.pipeline, runs.validation_images, runs.sampling).latents
     with fake_quantized(own.denoiser, found.layers, StepClock(own.trajectories.timesteps)):
-        errors = (sample(own.pipeline, runs.held_back, runs.sampling).latents - truth).square().flatten(1).mean(1)
+        errors = (
+            (sample(own.pipeline, runs.validation_images, runs.sampling).latents - truth).square().flatten(1).mean(1)
+        )
     return float(errors.log().mean().exp())
 
 
-@pytest.mark.parametrize("own_trajectory", [0.0, 0.5])
-def test_learning_lowers_the_error_of_whole_runs_held_back(school: School, own_trajectory: float) -> None:
-    chosen = {"iterations": 30, "batch": 8, "patience": 30, "own_trajectory": own_trajectory, **FAST}
+@pytest.mark.parametrize("rollout_share", [0.0, 0.5])
+def test_learning_lowers_the_error_of_whole_runs_held_out(school: School, rollout_share: float) -> None:
+    chosen = {"iterations": 30, "batch": 8, "patience": 30, "rollout_share": rollout_share, **FAST}
     own, found, runs, options = school(**chosen)
     # Embeddings are rounded too, but no part of what is learned.
     learned = {name: own.denoiser.get_submodule(name) for name in found.layers}
     found.layers = {name: found.layers[name] for name, layer in learned.items() if not isinstance(layer, nn.Embedding)}
-    before = held_back(own, found, runs)
+    before = evaluated(own, found, runs)
     learn_layers_(found, own.denoiser, own.trajectories, runs, options, 0)
-    after = held_back(own, found, runs)
-    history = [row["held_back"] for row in found.history]
+    after = evaluated(own, found, runs)
+    history = [row["evaluation"] for row in found.history]
     assert after < before
     assert after == min(history)
     assert history[0] == pytest.approx(before, rel=0.01)
     assert [row["iteration"] for row in found.history] == list(range(0, 31, 2))
     assert all(row["loss"] > 0 for row in found.history)
-    assert (runs.folder / "round-00000").exists() == (own_trajectory > 0)
+    assert (runs.folder / "round-00000").exists() == (rollout_share > 0)
 
 
-def test_everything_is_learned_but_embeddings(school: School, quantized: Callable[..., Quantized]) -> None:
+def test_everything_is_learned_but_embeddings(school: School, quantized: Callable[..., QuantizationResult]) -> None:
     start = quantized("tiny_class", weights=3, activations=4)
     found = run(school, iterations=4, **FAST)
     assert found.layers.keys() == start.layers.keys()
@@ -150,8 +152,8 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_killed_run_goes_on_as_if_it_had_not_been(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before and after the student's own runs begin, right after a checkpoint and between two: everything learned, averaged
     and in the optimizer, and every own run, has the same bytes as without."""
-    monkeypatch.setattr(train, "JUDGEMENTS", 4)
-    chosen = {"iterations": 12, "batch": 2, "own_trajectory": 0.6, **HALF, **FAST}
+    monkeypatch.setattr(train, "EVALUATIONS", 4)
+    chosen = {"iterations": 12, "batch": 2, "rollout_share": 0.6, **HALF, **FAST}
     whole, (*_, runs, _) = run(school, folder="whole", **chosen), school(folder="whole")
     for killed_after in (2, 6, 8, 11):
 
@@ -208,9 +210,9 @@ def test_a_damaged_checkpoint_means_beginning_anew(school: School, damage: str) 
     ],
 )
 def test_a_loss_that_is_no_number_stops_learning_and_names_the_layer(school: School, name: str, kind: str) -> None:
-    own, found, runs, options = school(iterations=24, own_trajectory=0.0, **HALF, **FAST)
+    own, found, runs, options = school(iterations=24, rollout_share=0.0, **HALF, **FAST)
     student = student_of(own, found, options)
-    lessons = Lessons(own.trajectories, runs, EVEN.chances, 0, 8)
+    training_data = TrainingData(own.trajectories, runs, EVEN.sampling_probabilities, 0, 8)
     sound: list[dict[str, bytes]] = []
 
     def poison(done: int, total: int, loss: float) -> None:
@@ -219,7 +221,7 @@ def test_a_loss_that_is_no_number_stops_learning_and_names_the_layer(school: Sch
             student.parameters()[f"{name}.{kind}"].data.fill_(torch.inf if kind == "bias" else torch.nan)
 
     with pytest.raises(LearningError) as caught:
-        learn(student, lessons, EVEN, None, options, runs.folder, poison)
+        learn(student, training_data, EVEN, None, options, runs.folder, poison)
     assert f"layer {name} is the first whose output is not finite" in str(caught.value)
     assert "after 5 iterations" in str(caught.value)
     # The checkpoint before that is kept, and whoever continues can.
@@ -233,14 +235,14 @@ def test_a_loss_that_is_no_number_stops_learning_and_names_the_layer(school: Sch
             raise KilledError
 
     with pytest.raises(KilledError):
-        learn(student_of(own, found, options), lessons, EVEN, None, options, runs.folder, kill)
+        learn(student_of(own, found, options), training_data, EVEN, None, options, runs.folder, kill)
     assert told == [5, 6]
 
 
 def test_where_no_judgement_is_a_number_the_start_is_kept(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
     own, found, runs, options = school(**HALF, **FAST)
     start = student_of(own, found, options).finish()
-    monkeypatch.setattr(Lessons, "judge", lambda *_: float("nan"))
+    monkeypatch.setattr(TrainingData, "evaluate", lambda *_: float("nan"))
     learn_layers_(found, own.denoiser, own.trajectories, runs, options, 0)
     assert all(torch.equal(layer.codes, found.layers[name].codes) for name, layer in start.items())
 
@@ -250,15 +252,15 @@ def test_a_batch_may_be_computed_in_parts(
     school: School, monkeypatch: pytest.MonkeyPatch, batch: int, accumulate: int, sizes: list[int]
 ) -> None:
     drawn: list[tuple[int, int]] = []
-    original = Lessons.batch
+    original = TrainingData.batch
 
-    def spy(self: Lessons, number: int, size: int) -> Any:
+    def spy(self: TrainingData, number: int, size: int) -> Any:
         drawn.append((number, size))
         return original(self, number, size)
 
-    monkeypatch.setattr(Lessons, "batch", spy)
-    found = run(school, iterations=3, batch=batch, accumulate=accumulate, own_trajectory=0.0, **HALF, **FAST)
-    # What is judged first may be drawn before.
+    monkeypatch.setattr(TrainingData, "batch", spy)
+    found = run(school, iterations=3, batch=batch, accumulate=accumulate, rollout_share=0.0, **HALF, **FAST)
+    # What is evaluated first may be drawn before.
     learned = drawn[-3 * len(sizes) :]
     assert [size for _, size in learned] == sizes * 3
     # No part is drawn twice.
@@ -267,9 +269,9 @@ def test_a_batch_may_be_computed_in_parts(
 
 
 def test_parts_add_up_to_the_batch(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the same pictures in every part, parts change nothing but the order of sums."""
-    original = Lessons.batch
-    monkeypatch.setattr(Lessons, "batch", lambda self, number, size: original(self, 0, 2))
+    """With the same images in every part, parts change nothing but the order of sums."""
+    original = TrainingData.batch
+    monkeypatch.setattr(TrainingData, "batch", lambda self, number, size: original(self, 0, 2))
     losses: list[list[float]] = [[], []]
     for own, accumulate in zip(losses, (1, 2), strict=True):
         run(
@@ -285,23 +287,23 @@ def test_parts_add_up_to_the_batch(school: School, monkeypatch: pytest.MonkeyPat
 
 
 def test_learning_stops_when_it_gets_no_better(school: School) -> None:
-    """Rates that move nothing by as much as a rounding: every judgement is that of the start."""
+    """Rates that move nothing by as much as a rounding: every evaluation is that of the start."""
     told: list[int] = []
-    options = {"iterations": 48, "patience": 3, "lora_rate": 1e-30, "scale_rate": 1e-30, "own_trajectory": 0.0, **HALF}
+    options = {"iterations": 48, "patience": 3, "lora_rate": 1e-30, "scale_rate": 1e-30, "rollout_share": 0.0, **HALF}
     found = run(school, lambda done, *_: told.append(done), batch=2, **options)
     # Judgements are four iterations apart.
     assert told[-1] == 12
     assert [row["iteration"] for row in found.history] == [0, 4, 8, 12]
-    assert len({row["held_back"] for row in found.history}) == 1
+    assert len({row["evaluation"] for row in found.history}) == 1
 
 
-def test_where_nothing_gets_better_the_start_is_kept(school: School, quantized: Callable[..., Quantized]) -> None:
-    own, found, runs, options = school(
-        iterations=12, batch=2, lora_rate=1e3, scale_rate=3.0, own_trajectory=0.0, **HALF
-    )
+def test_where_nothing_gets_better_the_start_is_kept(
+    school: School, quantized: Callable[..., QuantizationResult]
+) -> None:
+    own, found, runs, options = school(iterations=12, batch=2, lora_rate=1e3, scale_rate=3.0, rollout_share=0.0, **HALF)
     start = student_of(own, found, options).finish()
     learn_layers_(found, own.denoiser, own.trajectories, runs, options, 0)
-    history = [row["held_back"] for row in found.history]
+    history = [row["evaluation"] for row in found.history]
     assert min(history) == history[0]
     assert all(torch.equal(layer.codes, found.layers[name].codes) for name, layer in start.items())
 
@@ -314,7 +316,7 @@ def test_a_checkpoint_says_where_it_is(school: School) -> None:
         progress = json.loads(opened.metadata()["progress"])
         names = set(opened.keys())
     assert progress["iteration"] == 4
-    assert progress["best"] == min(row["held_back"] for row in progress["history"])
+    assert progress["best"] == min(row["evaluation"] for row in progress["history"])
     name = "transformer_blocks.0.attn1.to_q.b"
     assert {f"{kind}.{name}" for kind in ("now", "average", "optimizer.exp_avg", "optimizer.step")} <= names
     assert load_file(runs.folder / "best.safetensors").keys() == {key[4:] for key in names if key.startswith("now.")}

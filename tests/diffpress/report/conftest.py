@@ -111,11 +111,11 @@ def make_manifest(make_plan):
 
 @pytest.fixture
 def history():
-    """Twenty judgements: the loss of batches jumps, held back is best at the 16th and rises after it."""
-    held_back = [4e-3 * 0.8**i for i in range(16)] + [1.5e-4, 1.6e-4, 1.7e-4, 1.8e-4]
+    """Twenty evaluations: the loss of batches jumps, held out is best at the 16th and rises after it."""
+    evaluation = [4e-3 * 0.8**i for i in range(16)] + [1.5e-4, 1.6e-4, 1.7e-4, 1.8e-4]
     return [
-        {"iteration": 60.0 * (i + 1), "loss": held * (1.5 if i % 2 else 0.75), "held_back": held}
-        for i, held in enumerate(held_back)
+        {"iteration": 60.0 * (i + 1), "loss": held * (1.5 if i % 2 else 0.75), "evaluation": held}
+        for i, held in enumerate(evaluation)
     ]
 
 

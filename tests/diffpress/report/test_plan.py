@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffpress.export.edits import Attend, Pack
+from diffpress.export.edits import Pack, QuantizeAttention
 from diffpress.export.manifest import PlanRow
 from diffpress.report.plan import PACKED_COLOURS, PLAIN_COLOURS, lines, packed, sensitivity, summary, totals, whole
 
@@ -37,7 +37,7 @@ def test_every_word_that_an_edit_has_for_its_format_is_known(options):
 
 @pytest.mark.parametrize("integer_values", [False, True])
 def test_the_words_of_attention_are_known(integer_values):
-    assert packed(Attend(component="unet", module="a", integer_values=integer_values).format)
+    assert packed(QuantizeAttention(component="unet", module="a", integer_values=integer_values).format)
     assert not packed("attention float")
 
 

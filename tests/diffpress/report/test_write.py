@@ -18,8 +18,8 @@ from diffpress.report import write_report
 HOSTILE = '<script>alert("1")</script>'
 
 
-def pictures(html):
-    """The embedded pictures in their order: reference, candidate, difference of each pair."""
+def images(html):
+    """The embedded images in their order: reference, candidate, difference of each pair."""
     found = re.findall(r'src="data:image/(png|jpeg);base64,([^"]+)"', html)
     return [(kind, Image.open(io.BytesIO(base64.b64decode(data)))) for kind, data in found]
 
@@ -104,13 +104,13 @@ def test_nothing_of_learning_where_nothing_was_learned(page, make_manifest):
     assert html == page(manifest=make_manifest(learning=[]))
 
 
-def test_learning_is_shown_with_what_was_held_back(page, make_manifest, history):
+def test_learning_is_shown_with_what_was_held_out(page, make_manifest, history):
     html = page(manifest=make_manifest(learning=history))
     section = re.search(r'<section id="learning">.*?</section>', html, re.S).group()
     text = words(section)
     assert "Batch: squared difference of what the scheduler is given to the original's answer" in text
-    assert "Loss Held back Batch logarithmic scale" in text
-    assert "On what was held back First, iteration 60 4.0 \N{MULTIPLICATION SIGN} 10⁻³" in text
+    assert "Loss Held out Batch logarithmic scale" in text
+    assert "On what was held out First, iteration 60 4.0 \N{MULTIPLICATION SIGN} 10⁻³" in text
     assert "Best, iteration 960 1.4 \N{MULTIPLICATION SIGN} 10⁻⁴" in text
     assert "Last, iteration 1,200 1.8 \N{MULTIPLICATION SIGN} 10⁻⁴" in text
     assert len(re.findall(r'<path class="curve c[01]"', section)) == 2
@@ -128,7 +128,7 @@ def test_worst_pair_first_and_flagged(page, make_pairs):
 
 def test_every_pair_shown_where_there_are_few(page, make_pairs):
     html = page(make_pairs(3))
-    assert len(pictures(html)) == 9
+    assert len(images(html)) == 9
     assert "all 3 are shown" in html
 
 
@@ -205,7 +205,7 @@ def test_difference_map_is_amplified_as_stated(page):
     html = page(pairs)
     assert "amplified 20" in html
     assert "0.050 or more" in html
-    difference = pictures(html)[2][1]
+    difference = images(html)[2][1]
     assert difference.getpixel((0, 0)) == (6, 7, 20)
     assert difference.getpixel((7, 0)) == pytest.approx((252, 255, 190), abs=1)
 
@@ -215,24 +215,24 @@ def test_one_difference_scale_for_all_pairs(page):
     candidate = torch.stack([torch.full((1, 8, 8), 0.2), torch.full((1, 8, 8), 0.1)])
     html = page(Pairs([Condition("", 0), Condition("", 1)], reference, candidate, [14.0, 20.0], 0.9, 0.0, [0.1], 1))
     assert "amplified 5" in html
-    assert pictures(html)[2][1].getpixel((0, 0)) == pytest.approx((252, 255, 190), abs=1)
-    assert pictures(html)[5][1].getpixel((0, 0)) == pytest.approx((186, 55, 84), abs=1)
+    assert images(html)[2][1].getpixel((0, 0)) == pytest.approx((252, 255, 190), abs=1)
+    assert images(html)[5][1].getpixel((0, 0)) == pytest.approx((186, 55, 84), abs=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_small_pictures_are_exact_and_at_their_own_size(page, channels, make_pairs):
     pairs = make_pairs(1, channels=channels, side=32)
     html = page(pairs)
-    kind, picture = pictures(html)[0]
-    assert (kind, picture.size, picture.mode) == ("png", (32, 32), "L" if channels == 1 else "RGB")
-    stored = torch.tensor(list(picture.tobytes())).view(32, 32, channels).permute(2, 0, 1)
+    kind, image = images(html)[0]
+    assert (kind, image.size, image.mode) == ("png", (32, 32), "L" if channels == 1 else "RGB")
+    stored = torch.tensor(list(image.tobytes())).view(32, 32, channels).permute(2, 0, 1)
     assert torch.equal(stored, (pairs.reference[0] * 255).round().long())
     assert 'class="pairs pixelated"' in html
 
 
 def test_large_pictures_are_downscaled(page, make_pairs):
     html = page(make_pairs(8, side=1024))
-    assert {picture.size for _, picture in pictures(html)} == {(512, 512)}
+    assert {image.size for _, image in images(html)} == {(512, 512)}
     assert len(html) < 6e6
     assert "1024 \N{MULTIPLICATION SIGN} 1024 pixels" in html
     assert 'class="pairs"' in html

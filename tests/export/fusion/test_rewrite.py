@@ -49,7 +49,7 @@ def tokens(batch: int = 2) -> Tensor:
     return torch.randn(batch, TOKENS, CHANNELS) * 2 + 1
 
 
-def pictures() -> Tensor:
+def images() -> Tensor:
     return torch.randn(2, CHANNELS, 6, 4) * 2 + 1
 
 
@@ -88,10 +88,10 @@ FUSED: dict[str, tuple[Forward, Callable[[], Tensor], str]] = {
     "RMS norm of torch": (lambda b, x, _: b.linear(b.torch_rms_norm(x)), tokens, "rms norm"),
     "RMS norm of diffusers": (lambda b, x, _: b.linear(b.rms_norm(x)), tokens, "rms norm"),
     "windows": (lambda b, x, _: b.linear(b.layer_norm(x).view(2 * TOKENS, 1, CHANNELS)), tokens, "layer norm"),
-    "group norm, tokens": (in_tokens, pictures, "group norm"),
-    "group norm of tokens": (in_attention, pictures, "group norm"),
-    "group norm": (lambda b, x, _: b.conv(b.group_norm(x)), pictures, "group norm"),
-    "SiLU": (lambda b, x, _: b.conv(b.dropout(F.silu(b.group_norm(x))) / 1.0), pictures, "group norm, silu"),
+    "group norm, tokens": (in_tokens, images, "group norm"),
+    "group norm of tokens": (in_attention, images, "group norm"),
+    "group norm": (lambda b, x, _: b.conv(b.group_norm(x)), images, "group norm"),
+    "SiLU": (lambda b, x, _: b.conv(b.dropout(F.silu(b.group_norm(x))) / 1.0), images, "group norm, silu"),
 }
 """The line of a block, its input, and what its norm is called."""
 FORMS = {"plain": {}, "smoothed, zero points": {"smoothed": True, "asymmetric": True}}
@@ -134,7 +134,7 @@ def silu_in_place(block: Block, x: Tensor, _given: Tensor) -> Tensor:
 
 
 def positions(block: Block, x: Tensor, given: Tensor) -> Tensor:
-    """A factor for every token, whose number is that of the pictures as well."""
+    """A factor for every token, whose number is that of the images as well."""
     return block.linear(block.layer_norm(x) * (1 + given[:, :CHANNELS])[None])
 
 
@@ -147,14 +147,14 @@ REFUSED: dict[str, tuple[Forward, Callable[[], Tensor], str]] = {
     "SiLU": (lambda b, x, _: b.linear(F.silu(b.layer_norm(x))), tokens, "silu follows its layer norm"),
     "two axes": (lambda b, x, _: b.linear(b.wide_norm(x)), tokens, "its layer norm is over 2 axes"),
     "eps": (lambda b, x, _: b.linear(b.open_rms_norm(x)), tokens, "its rms norm leaves eps to torch"),
-    "bare": (lambda b, x, _: b.conv(b.bare_group_norm(x)), pictures, "its group norm has no weight or no bias"),
+    "bare": (lambda b, x, _: b.conv(b.bare_group_norm(x)), images, "its group norm has no weight or no bias"),
     "rows": (
         lambda b, x, _: b.linear(b.layer_norm(x[:, 0])),
         tokens,
         r"x must be floating point \[B, T, C\], got torch.float32 \[2, 12\]",
     ),
     "tokens": (lambda b, x, _: b.linear(b.layer_norm(x) * x[:1]), tokens, "mul follows its layer norm"),
-    "tokens, as many as pictures": (positions, lambda: tokens(TOKENS), "mul follows its layer norm"),
+    "tokens, as many as images": (positions, lambda: tokens(TOKENS), "mul follows its layer norm"),
     "twice": (
         lambda b, x, g: b.linear((b.layer_norm(x) + g[:, None, :CHANNELS]) * (1 + g[:, None, :CHANNELS])),
         tokens,
@@ -162,21 +162,21 @@ REFUSED: dict[str, tuple[Forward, Callable[[], Tensor], str]] = {
     ),
     "group norm, modulated": (
         lambda b, x, g: b.conv(b.group_norm(x) * (1 + g[:, :CHANNELS, None, None])),
-        pictures,
+        images,
         "mul follows its group norm",
     ),
     "channels last": (
         lambda b, x, _: b.conv(b.layer_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
-        pictures,
+        images,
         "a layer norm is over the last axis, and not over the channels of a convolution",
     ),
     "turned": (
         lambda b, x, _: b.conv(b.group_norm(x).transpose(2, 3)),
-        pictures,
+        images,
         "transpose comes between its norm and it",
     ),
     "in place": (in_place, tokens, "a tensor is changed in place between its norm and it"),
-    "SiLU in place": (silu_in_place, pictures, "its input comes from silu"),
+    "SiLU in place": (silu_in_place, images, "its input comes from silu"),
 }
 
 

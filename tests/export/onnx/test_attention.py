@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpress.export.artifact import write_pipeline
-from diffpress.export.edits import Attend
+from diffpress.export.edits import QuantizeAttention
 from diffpress.export.errors import ArtifactError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.onnx.check import EPSILON, check_graph
 from diffpress.export.onnx.export import export_onnx
 from diffpress.export.onnx.graph import Input, Part, write_graph
 from diffpress.export.onnx.sessions import open_session, run_session
-from diffpress.export.runtime import OnIntegers, attend_on_integers_, attended
+from diffpress.export.runtime import Int8Attention, attention_overrides, quantize_attention_
 
 HEADS, QUERIES, KEYS, COLUMNS = 3, 10, 7, 12
 
@@ -35,7 +35,7 @@ class Attention(nn.Module):
 @pytest.fixture(params=[False, True], ids=["scores", "all"])
 def part(request: pytest.FixtureRequest) -> Part:
     module = Attention().eval()
-    attend_on_integers_(module, Attend(component="unet", module="", integer_values=request.param))
+    quantize_attention_(module, QuantizeAttention(component="unet", module="", integer_values=request.param))
     sizes = {"query": QUERIES, "key": KEYS, "value": KEYS}
     inputs = tuple(Input(name, (HEADS, tokens, COLUMNS)) for name, tokens in sizes.items())
     return Part("attention", module, inputs, "output")
@@ -50,11 +50,11 @@ def test_attention_on_integers_equals_torch(part: Part, tmp_path: Path) -> None:
     graph = tmp_path / "attention.onnx"
     largest_score = COLUMNS**0.5 * 4 * 4
     assert check_graph(part, graph, batches=(1, 3, 3)).relative_error < (6 * largest_score + 2 * KEYS) * EPSILON
-    (own,) = attended(part.module)
-    assert isinstance(own.attend, OnIntegers)
+    (own,) = attention_overrides(part.module)
+    assert isinstance(own.attend, Int8Attention)
     products = [node.op_type for node in ir.load(graph).graph if node.op_type in ("MatMul", "MatMulInteger")]
     assert products == ["MatMulInteger", "MatMulInteger" if own.attend.integer_values else "MatMul"]
-    own.attend = OnIntegers(not own.attend.integer_values)
+    own.attend = Int8Attention(not own.attend.integer_values)
     with pytest.raises(ArtifactError, match="differs from torch"):
         check_graph(part, graph)
 
@@ -70,7 +70,7 @@ def test_zeros_stay_zeros(part: Part, tmp_path: Path) -> None:
 def test_a_pipeline_with_attention_on_integers_is_exported(sources: dict[str, PipelineFolder], tmp_path: Path) -> None:
     """Its layers stay in float, so the graph is one of integers by its attention alone; it is checked against torch."""
     names = [f"transformer_blocks.{block}.attn1" for block in (0, 1)]
-    edits = [Attend(component="transformer", module=name, integer_values=True) for name in names]
+    edits = [QuantizeAttention(component="transformer", module=name, integer_values=True) for name in names]
     write_pipeline(tmp_path / "source", sources["label"], edits, {"transformer": {}}, [])
     source = PipelineFolder(tmp_path / "source", "attentive")
     manifest = export_onnx(source, tmp_path / "export", steps=4, guidance_scale=3.0)

@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 class Case(NamedTuple):
-    """Pictures [B, C, H, W], output channels and geometry."""
+    """Images [B, C, H, W], output channels and geometry."""
 
     x: tuple[int, int, int, int]
     channels: int

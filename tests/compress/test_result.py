@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffpress.compress.finish import Quantized, drop_what_does_not_shrink_, edits_and_tensors, plan_rows
-from diffpress.compress.overlay import Format, Quantization
+from diffpress.compress.overlay import Format, QuantizedLayer
+from diffpress.compress.result import QuantizationResult, drop_what_does_not_shrink_, edits_and_tensors, plan_rows
 from diffpress.kernels import unpack_codes
 
 
@@ -33,7 +33,7 @@ def test_plan_rows_add_up(
     options: dict[str, Any],
     format: str,
     recorded: Callable[[str], Any],
-    quantized: Callable[..., Quantized],
+    quantized: Callable[..., QuantizationResult],
 ) -> None:
     own, found = recorded(source), quantized(source, **options)
     edits, packed = edits_and_tensors(found)
@@ -60,19 +60,19 @@ def test_plan_rows_add_up(
 
 def test_a_parameter_of_the_model_itself_stands_for_its_own() -> None:
     stored = {"table": torch.zeros(3, 4), "a.weight": torch.zeros(2, 5, dtype=torch.bfloat16)}
-    rows = plan_rows(Quantized("x"), stored, {})
+    rows = plan_rows(QuantizationResult("x"), stored, {})
     assert [(row.module, row.shape, row.format, row.bytes) for row in rows] == [
         ("table", (3, 4), "float32", 48),
         ("a", (2, 5), "bfloat16", 20),
     ]
 
 
-def full(bits: int, activation_bits: int | None, group_size: int | None = None, float8: bool = False) -> Quantization:
+def full(bits: int, activation_bits: int | None, group_size: int | None = None, float8: bool = False) -> QuantizedLayer:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 5, 2, 1), generator=generator, dtype=torch.int8)
     scale = torch.rand(3, generator=generator) if group_size is None else torch.rand(3, 2, generator=generator)
     steps = None if activation_bits is None else torch.rand(4, generator=generator)
-    return Quantization(
+    return QuantizedLayer(
         Format(bits, activation_bits, group_size, float8),
         codes.to(torch.float8_e4m3fn) if float8 else codes,
         scale,
@@ -85,8 +85,8 @@ def full(bits: int, activation_bits: int | None, group_size: int | None = None, 
     [(full(4, 4), "W4A4"), (full(3, 6), "W3A6"), (full(2, None, 8), "W2 g8"), (full(8, 8, None, True), "FP8")],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_one_edit_a_layer_with_the_tensors_it_names(layer: Quantization, word: str) -> None:
-    (edit,), tensors = edits_and_tensors(Quantized("unet", {"a.b": layer}))
+def test_one_edit_a_layer_with_the_tensors_it_names(layer: QuantizedLayer, word: str) -> None:
+    (edit,), tensors = edits_and_tensors(QuantizationResult("unet", {"a.b": layer}))
     assert (edit.component, edit.module, edit.format) == ("unet", "a.b", word)
     assert (edit.asymmetric, edit.smoothed) == (False, False)
     expected = {"a.b.weight", "a.b.weight_scale"}
@@ -98,7 +98,7 @@ def test_one_edit_a_layer_with_the_tensors_it_names(layer: Quantization, word: s
 
 
 def test_zero_points_smoothing_and_biases_are_stored_where_there_are_some() -> None:
-    layer = Quantization(
+    layer = QuantizedLayer(
         Format(8, 8),
         torch.zeros(3, 5, dtype=torch.int8),
         torch.ones(3),
@@ -107,7 +107,7 @@ def test_zero_points_smoothing_and_biases_are_stored_where_there_are_some() -> N
         torch.ones(5),
         torch.ones(3),
     )
-    (edit,), tensors = edits_and_tensors(Quantized("unet", {"a": layer}))
+    (edit,), tensors = edits_and_tensors(QuantizationResult("unet", {"a": layer}))
     assert (edit.asymmetric, edit.smoothed) == (True, True)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert shapes == {
@@ -123,8 +123,8 @@ def test_zero_points_smoothing_and_biases_are_stored_where_there_are_some() -> N
 @pytest.mark.parametrize(("columns", "shrinks"), [(7, False), (8, False), (9, True)])
 def test_layers_that_do_not_shrink_are_dropped(columns: int, shrinks: bool) -> None:
     """8 bits against float16 save a byte a weight; a float32 scale a row costs four, a table of four steps sixteen."""
-    layer = Quantization(Format(8, 8), torch.zeros(4, columns, dtype=torch.int8), torch.ones(4), torch.ones(4))
-    found = Quantized("unet", {"a": layer})
+    layer = QuantizedLayer(Format(8, 8), torch.zeros(4, columns, dtype=torch.int8), torch.ones(4), torch.ones(4))
+    found = QuantizationResult("unet", {"a": layer})
     drop_what_does_not_shrink_(found, {"a.weight": torch.zeros(4, columns, dtype=torch.float16)})
     assert ("a" in found.layers) == shrinks
     assert found.reasons == ({} if shrinks else {"a": "would not be smaller"})

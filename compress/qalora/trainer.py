@@ -14,14 +14,14 @@ from diffpress.calibration.examples import Batch
 from diffpress.export.errors import UserError
 
 from ..options import Qalora
-from .lessons import Lessons
 from .optimizer import make_optimizer
 from .student import Student
+from .training_data import TrainingData
 
 WARM_UP = 20
 """Iterations over which the learning rates rise."""
 DECAY = 0.98
-"""Of the moving average of everything learned, which is what is judged and kept."""
+"""Of the moving average of everything learned, which is what is evaluated and kept."""
 A_RATE = 0.1
 """Learning rate of A over that of B: A starts at full size, B at zero."""
 ZERO_POINT_RATE = 10.0
@@ -36,14 +36,19 @@ class LearningError(UserError):
     """Learning left the numbers that a computer can hold."""
 
 
-class Descent:
-    """Learns `parameters` of the student, by batches out of its lessons."""
+class Trainer:
+    """Learns `parameters` of the student, by batches out of its training_data."""
 
     def __init__(
-        self, student: Student, parameters: dict[str, nn.Parameter], lessons: Lessons, options: Qalora, loss: Loss
+        self,
+        student: Student,
+        parameters: dict[str, nn.Parameter],
+        training_data: TrainingData,
+        options: Qalora,
+        loss: Loss,
     ) -> None:
         """`loss` is asked while the student is on."""
-        self.student, self.parameters, self.lessons = student, parameters, lessons
+        self.student, self.parameters, self.training_data = student, parameters, training_data
         self.options, self.loss = options, loss
         self.optimizer = make_optimizer(options.optimizer, rate_groups(parameters, options), student.large)
         self.average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -53,7 +58,7 @@ class Descent:
     def first_loss(self, number: int) -> float:
         """The loss of the batch of this number."""
         with self.student.on():
-            return float(self.loss(self.lessons.batch(number, self.options.batch)))
+            return float(self.loss(self.training_data.batch(number, self.options.batch)))
 
     def step(self, iteration: int, iterations: int, first: int = 0) -> float:
         """The loss of one of `iterations` steps; batches are those drawn as iteration `first + iteration`.
@@ -80,7 +85,7 @@ class Descent:
     def _batches(self, iteration: int) -> Iterable[Batch]:
         size = math.ceil(self.options.batch / self.options.accumulate)
         for part in range(self.options.accumulate):
-            yield self.lessons.batch(iteration * self.options.accumulate + part, size)
+            yield self.training_data.batch(iteration * self.options.accumulate + part, size)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import math
 TIMES = "\N{MULTIPLICATION SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 IDENTICAL_DB = 100
-"""PSNR that equal pictures are given."""
+"""PSNR that equal images are given."""
 SAME = 0.005
 """Ratios this close to 1 are called the same."""
 

@@ -1,4 +1,4 @@
-"""Pictures that stand inside the page: each pair, and a map of where the two differ."""
+"""Images that stand inside the page: each pair, and a map of where the two differ."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.nn.functional import adaptive_avg_pool2d
 from diffpress.calibration.conditions import Condition
 
 from ..pairs import Pairs
-from .words import IDENTICAL_DB, decibels
+from .formatting import IDENTICAL_DB, decibels
 
 SHOWN = 8
 LARGEST = 512
-"""Longer side of an embedded picture; larger ones are averaged down."""
+"""Longer side of an embedded image; larger ones are averaged down."""
 LOSSLESS = 128
-"""Up to this side pictures are stored as PNG and enlarged with visible pixels; above it as JPEG."""
+"""Up to this side images are stored as PNG and enlarged with visible pixels; above it as JPEG."""
 JPEG_QUALITY = 80
 FACTORS = (1, 2, 5, 10, 20, 50, 100)
 ROUNDING = 1e-4
@@ -33,7 +33,7 @@ SCALE = ((6, 7, 20), (51, 18, 92), (120, 32, 113), (186, 55, 84), (237, 105, 37)
 
 @dataclass(frozen=True)
 class Shown:
-    """One pair as the page shows it; pictures are data URLs."""
+    """One pair as the page shows it; images are data URLs."""
 
     title: str
     rank: str
@@ -112,7 +112,7 @@ def score(psnr_db: float) -> str:
 
 
 def difference(reference: Tensor, candidate: Tensor) -> Tensor:
-    """[1, H, W]: the largest absolute difference of the channels of two pictures [C, H, W]."""
+    """[1, H, W]: the largest absolute difference of the channels of two images [C, H, W]."""
     return (candidate.float() - reference.float()).nan_to_num(nan=1.0).abs().amax(0, keepdim=True)
 
 
@@ -132,25 +132,25 @@ def colour(values: Tensor) -> Tensor:
     return (scale[lower] * (1 - share) + scale[lower + 1] * share).permute(2, 0, 1)
 
 
-def shrink(picture: Tensor) -> Tensor:
-    """`picture` [C, H, W] averaged down to at most LARGEST on its longer side."""
-    height, width = picture.shape[-2:]
+def shrink(image: Tensor) -> Tensor:
+    """`image` [C, H, W] averaged down to at most LARGEST on its longer side."""
+    height, width = image.shape[-2:]
     ratio = LARGEST / max(height, width)
     if ratio >= 1:
-        return picture.float()
-    return adaptive_avg_pool2d(picture.float(), (max(1, round(height * ratio)), max(1, round(width * ratio))))
+        return image.float()
+    return adaptive_avg_pool2d(image.float(), (max(1, round(height * ratio)), max(1, round(width * ratio))))
 
 
-def data_url(picture: Tensor) -> str:
-    """`picture` [C, H, W] in 0..1, C 1 or 3, as a data URL."""
-    pixels = (shrink(picture).nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+def data_url(image: Tensor) -> str:
+    """`image` [C, H, W] in 0..1, C 1 or 3, as a data URL."""
+    pixels = (shrink(image).nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    drawn = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     buffer = io.BytesIO()
-    if max(image.size) <= LOSSLESS:
-        image.save(buffer, "PNG", optimize=True)
+    if max(drawn.size) <= LOSSLESS:
+        drawn.save(buffer, "PNG", optimize=True)
     else:
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    kind = "png" if max(image.size) <= LOSSLESS else "jpeg"
+        drawn.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    kind = "png" if max(drawn.size) <= LOSSLESS else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

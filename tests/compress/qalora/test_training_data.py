@@ -12,37 +12,43 @@ import torch
 
 from diffpress.calibration.sampling import Call, answer, replay, sample, watch
 from diffpress.calibration.trajectory import Trajectories
-from diffpress.compress.finish import Quantized
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import Quantization
-from diffpress.compress.qalora import OwnRuns
-from diffpress.compress.qalora.lessons import OWN_ROUNDS, STEPS_TOGETHER, Lessons, pictures_a_round, steps_together
+from diffpress.compress.overlay import QuantizedLayer
+from diffpress.compress.qalora import StudentRollouts
 from diffpress.compress.qalora.student import Student
+from diffpress.compress.qalora.training_data import (
+    ROLLOUT_ROUNDS,
+    STEPS_PER_IMAGE,
+    TrainingData,
+    images_per_round,
+    steps_per_image,
+)
+from diffpress.compress.result import QuantizationResult
 
-School = Callable[..., tuple[Any, Quantized, OwnRuns, Qalora]]
+School = Callable[..., tuple[Any, QuantizationResult, StudentRollouts, Qalora]]
 EVEN = torch.full((3,), 1 / 3)
-PICTURES = 8
+IMAGES = 8
 LAYERS = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2", "proj_out_2")
 
 
 @pytest.fixture
-def lessons(school: School) -> tuple[Any, Student, Lessons, OwnRuns]:
-    """A tiny pipeline, a student that has three layers changed visibly, and its lessons."""
+def training_data(school: School) -> tuple[Any, Student, TrainingData, StudentRollouts]:
+    """A tiny pipeline, a student that has three layers changed visibly, and its training_data."""
     own, found, runs, options = school()
     start = {name: found.layers[name] for name in LAYERS}
     student = Student(own.denoiser, start, own.trajectories.timesteps, options, 0)
-    return own, student, Lessons(own.trajectories, runs, EVEN, 7, PICTURES), runs
+    return own, student, TrainingData(own.trajectories, runs, EVEN, 7, IMAGES), runs
 
 
 def test_own_runs_hold_what_the_student_saw_and_the_teacher_answered(
-    lessons: tuple[Any, Student, Lessons, OwnRuns],
+    training_data: tuple[Any, Student, TrainingData, StudentRollouts],
 ) -> None:
-    own, student, learned, runs = lessons
+    own, student, learned, runs = training_data
     learned.follow(student, 0)
     stored = list(Trajectories(runs.folder / "round-00000").calls())
     calls: list[Call] = []
     with student.on(), watch(own.pipeline, calls.append):
-        sample(own.pipeline, [runs.wanted[index % len(runs.wanted)] for index in range(PICTURES)], runs.sampling)
+        sample(own.pipeline, [runs.wanted[index % len(runs.wanted)] for index in range(IMAGES)], runs.sampling)
     assert len(stored) == len(calls) == 3
     for call, seen in zip(stored, calls, strict=True):
         assert all(torch.equal(call.inputs[name], value) for name, value in seen.inputs.items())
@@ -54,15 +60,17 @@ def test_own_runs_hold_what_the_student_saw_and_the_teacher_answered(
     # The student's runs part from the teacher's after the first step.
     teachers: list[Call] = []
     with watch(own.pipeline, teachers.append):
-        sample(own.pipeline, [runs.wanted[index % len(runs.wanted)] for index in range(PICTURES)], runs.sampling)
+        sample(own.pipeline, [runs.wanted[index % len(runs.wanted)] for index in range(IMAGES)], runs.sampling)
     latents = [call.inputs["hidden_states"] for call in teachers]
     assert torch.equal(stored[0].inputs["hidden_states"], latents[0])
     assert not torch.equal(stored[1].inputs["hidden_states"], latents[1])
 
 
-def test_batches_are_drawn_again_by_their_number(lessons: tuple[Any, Student, Lessons, OwnRuns]) -> None:
-    own, _, learned, runs = lessons
-    again = Lessons(own.trajectories, runs, EVEN, 7, PICTURES)
+def test_batches_are_drawn_again_by_their_number(
+    training_data: tuple[Any, Student, TrainingData, StudentRollouts],
+) -> None:
+    own, _, learned, runs = training_data
+    again = TrainingData(own.trajectories, runs, EVEN, 7, IMAGES)
     for number in (0, 3, 100):
         first, second = learned.batch(number, 5), again.batch(number, 5)
         assert torch.equal(first.output, second.output)
@@ -71,10 +79,10 @@ def test_batches_are_drawn_again_by_their_number(lessons: tuple[Any, Student, Le
     assert not torch.equal(learned.batch(0, 5).output, learned.batch(1, 5).output)
 
 
-def test_steps_are_drawn_by_their_importance(lessons: tuple[Any, Student, Lessons, OwnRuns]) -> None:
-    own, _, _, runs = lessons
+def test_steps_are_drawn_by_their_importance(training_data: tuple[Any, Student, TrainingData, StudentRollouts]) -> None:
+    own, _, _, runs = training_data
     importance = torch.tensor([0.1, 0.2, 0.7])
-    steps = Lessons(own.trajectories, runs, importance, 0, PICTURES).batch(0, 1000).steps
+    steps = TrainingData(own.trajectories, runs, importance, 0, IMAGES).batch(0, 1000).steps
     shares = steps.bincount(minlength=3) / 1000
     # Four standard deviations of a share.
     deviation = (importance * (1 - importance) / 1000).sqrt()
@@ -82,36 +90,37 @@ def test_steps_are_drawn_by_their_importance(lessons: tuple[Any, Student, Lesson
 
 
 def test_a_batch_holds_several_steps_of_each_picture(
-    lessons: tuple[Any, Student, Lessons, OwnRuns], monkeypatch: pytest.MonkeyPatch
+    training_data: tuple[Any, Student, TrainingData, StudentRollouts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, _, learned, _ = lessons
+    _, _, learned, _ = training_data
     assert sorted(chain(*learned.recorded.runs)) == list(range(len(learned.recorded)))
     assert all(learned.recorded.steps[run].tolist() == [0, 1, 2] for run in learned.recorded.runs)
     drawn: list[int] = []
     monkeypatch.setattr(learned.recorded, "batch", drawn.extend)
     learned.batch(0, 40)
     owner = {example: index for index, run in enumerate(learned.recorded.runs) for example in run}
-    pictures = [
-        {owner[example] for example in drawn[first : first + STEPS_TOGETHER]} for first in range(0, 40, STEPS_TOGETHER)
+    images = [
+        {owner[example] for example in drawn[first : first + STEPS_PER_IMAGE]}
+        for first in range(0, 40, STEPS_PER_IMAGE)
     ]
-    assert all(len(each) == 1 for each in pictures)
-    assert len(set.union(*pictures)) > 1
+    assert all(len(each) == 1 for each in images)
+    assert len(set.union(*images)) > 1
 
 
 @pytest.mark.parametrize(("size", "together"), [(16, 4), (8, 4), (6, 3), (5, 1), (2, 2), (1, 1)])
 def test_batches_of_any_size_are_cut_evenly(size: int, together: int) -> None:
-    assert steps_together(size) == together
+    assert steps_per_image(size) == together
 
 
 def test_a_round_makes_half_of_the_examples_that_are_drawn_until_the_next() -> None:
-    assert pictures_a_round(100, 16, 25) == 32
-    assert pictures_a_round(1, 1, 50) == 1
+    assert images_per_round(100, 16, 25) == 32
+    assert images_per_round(1, 1, 50) == 1
 
 
 def test_most_batches_are_the_students_own_once_there_are_some(
-    lessons: tuple[Any, Student, Lessons, OwnRuns],
+    training_data: tuple[Any, Student, TrainingData, StudentRollouts],
 ) -> None:
-    own, student, learned, _ = lessons
+    own, student, learned, _ = training_data
     learned.follow(student, 0)
     teachers = 0
     for number in range(40):
@@ -127,15 +136,15 @@ def test_most_batches_are_the_students_own_once_there_are_some(
     assert 0 < teachers < 20
 
 
-def recorded(learned: Lessons) -> list[Any]:
+def recorded(learned: TrainingData) -> list[Any]:
     """Every recorded example of the teacher's as a batch of its own."""
     return [learned.recorded.batch([index]) for index in range(len(learned.recorded))]
 
 
 def test_rounds_are_sampled_once_and_the_latest_are_learned_from(
-    lessons: tuple[Any, Student, Lessons, OwnRuns], monkeypatch: pytest.MonkeyPatch
+    training_data: tuple[Any, Student, TrainingData, StudentRollouts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, student, learned, runs = lessons
+    own, student, learned, runs = training_data
     learned.follow(student, 1)
     assert list(learned.own) == [0, 1]
     first = learned.own[0]
@@ -147,52 +156,54 @@ def test_rounds_are_sampled_once_and_the_latest_are_learned_from(
     learned.follow(student, 1)
     assert learned.own[0] is first
     # Another process finds them on disk.
-    other = Lessons(own.trajectories, runs, EVEN, 7, PICTURES)
+    other = TrainingData(own.trajectories, runs, EVEN, 7, IMAGES)
     other.follow(student, 1)
     assert torch.equal(other.batch(1, 4).output, learned.batch(1, 4).output)
     monkeypatch.undo()
-    learned.follow(student, OWN_ROUNDS + 1)
-    assert list(learned.own) == list(range(2, OWN_ROUNDS + 2))
+    learned.follow(student, ROLLOUT_ROUNDS + 1)
+    assert list(learned.own) == list(range(2, ROLLOUT_ROUNDS + 2))
 
 
-def test_rounds_go_on_through_the_conditions(lessons: tuple[Any, Student, Lessons, OwnRuns]) -> None:
-    _, student, learned, runs = lessons
+def test_rounds_go_on_through_the_conditions(training_data: tuple[Any, Student, TrainingData, StudentRollouts]) -> None:
+    _, student, learned, runs = training_data
     learned.follow(student, 1)
     noises = [
-        next(iter(Trajectories(runs.folder / f"round-0000{index}").calls())).inputs["hidden_states"][:PICTURES]
+        next(iter(Trajectories(runs.folder / f"round-0000{index}").calls())).inputs["hidden_states"][:IMAGES]
         for index in (0, 1)
     ]
-    # As many conditions as pictures a round: the second round begins anew.
-    assert len(runs.wanted) == PICTURES
+    # As many conditions as images a round: the second round begins anew.
+    assert len(runs.wanted) == IMAGES
     assert torch.equal(noises[0], noises[1])
-    assert len(noises[0].unique(dim=0)) == PICTURES
+    assert len(noises[0].unique(dim=0)) == IMAGES
 
 
-def test_the_judgement_is_the_error_of_whole_runs_from_noise_held_back(
-    lessons: tuple[Any, Student, Lessons, OwnRuns],
+def test_the_judgement_is_the_error_of_whole_runs_from_noise_held_out(
+    training_data: tuple[Any, Student, TrainingData, StudentRollouts],
 ) -> None:
-    own, student, learned, runs = lessons
-    truth = sample(own.pipeline, runs.held_back, runs.sampling).latents
+    own, student, learned, runs = training_data
+    truth = sample(own.pipeline, runs.validation_images, runs.sampling).latents
     with student.on():
-        missed = sample(own.pipeline, runs.held_back, runs.sampling).latents
+        missed = sample(own.pipeline, runs.validation_images, runs.sampling).latents
     expected = float((missed - truth).square().flatten(1).mean(1).log().mean().exp())
-    assert learned.judge(student) == expected > 0
-    assert learned.judge(student) == expected
-    seeds = {condition.seed for condition in runs.held_back}
+    assert learned.evaluate(student) == expected > 0
+    assert learned.evaluate(student) == expected
+    seeds = {condition.seed for condition in runs.validation_images}
     assert not seeds & {condition.seed for condition in runs.wanted}
 
 
-def test_pictures_are_sampled_a_batch_at_a_time(lessons: tuple[Any, Student, Lessons, OwnRuns]) -> None:
-    own, student, learned, runs = lessons
-    alone = Lessons(own.trajectories, replace(runs, batch=1, folder=runs.folder / "alone"), EVEN, 7, PICTURES)
+def test_pictures_are_sampled_a_batch_at_a_time(
+    training_data: tuple[Any, Student, TrainingData, StudentRollouts],
+) -> None:
+    own, student, learned, runs = training_data
+    alone = TrainingData(own.trajectories, replace(runs, batch=1, folder=runs.folder / "alone"), EVEN, 7, IMAGES)
     # Products of one row are added up in another order; an error of the latents is small beside them.
-    assert alone.judge(student) == pytest.approx(learned.judge(student), rel=1e-2)
+    assert alone.evaluate(student) == pytest.approx(learned.evaluate(student), rel=1e-2)
     alone.follow(student, 0)
-    assert len(Trajectories(runs.folder / "alone" / "round-00000").shards) == PICTURES
+    assert len(Trajectories(runs.folder / "alone" / "round-00000").shards) == IMAGES
 
 
 def test_a_student_that_changes_nothing_is_judged_perfect(school: School) -> None:
     own, _, runs, options = school()
-    layers: dict[str, Quantization] = {}
+    layers: dict[str, QuantizedLayer] = {}
     teacher = Student(own.denoiser, layers, own.trajectories.timesteps, options, 0)
-    assert Lessons(own.trajectories, runs, EVEN, 0, PICTURES).judge(teacher) == 0
+    assert TrainingData(own.trajectories, runs, EVEN, 0, IMAGES).evaluate(teacher) == 0

@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from diffpress.export.edits import Attend, Edit, Pack
+from diffpress.export.edits import Edit, Pack, QuantizeAttention
 from diffpress.export.manifest import PlanRow
 from diffpress.kernels import pack_codes
 
 from .attention import AttentionChoice
-from .overlay import Quantization
+from .overlay import QuantizedLayer
 
 
 @dataclass
-class Quantized:
+class QuantizationResult:
     """What a method found for one component: how each layer is rounded, and why others are left alone."""
 
     component: str
-    layers: dict[str, Quantization] = field(default_factory=dict)
+    layers: dict[str, QuantizedLayer] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     """Per layer, why it was left alone or got another format than asked."""
     sensitivity: dict[str, float] = field(default_factory=dict)
@@ -28,10 +28,10 @@ class Quantized:
     attention: dict[str, AttentionChoice] = field(default_factory=dict)
     """Per module that computes some, where the recipe asks for integers in it."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """How learning went: iteration, loss, held_back."""
+    """How learning went: iteration, loss, evaluation."""
 
 
-def drop_what_does_not_shrink_(found: Quantized, stored: Mapping[str, Tensor]) -> None:
+def drop_what_does_not_shrink_(found: QuantizationResult, stored: Mapping[str, Tensor]) -> None:
     """Leave layers alone that would take as many bytes packed as they do in `stored`."""
     for name, layer in list(found.layers.items()):
         if _bytes(_packed_tensors(name, layer)) >= _bytes(_replaced_tensors(name, layer, stored)):
@@ -39,7 +39,7 @@ def drop_what_does_not_shrink_(found: Quantized, stored: Mapping[str, Tensor]) -
             found.reasons[name] = "would not be smaller"
 
 
-def edits_and_tensors(found: Quantized) -> tuple[list[Edit], dict[str, Tensor]]:
+def edits_and_tensors(found: QuantizationResult) -> tuple[list[Edit], dict[str, Tensor]]:
     """What the artifact stores of one component: one edit a layer or attention, and the tensors of all."""
     edits: list[Edit] = [_edit(found.component, name, layer) for name, layer in found.layers.items()]
     edits += [
@@ -49,7 +49,7 @@ def edits_and_tensors(found: Quantized) -> tuple[list[Edit], dict[str, Tensor]]:
     return edits, {name: tensor for own in tensors for name, tensor in own.items()}
 
 
-def _edit(component: str, module: str, layer: Quantization) -> Pack:
+def _edit(component: str, module: str, layer: QuantizedLayer) -> Pack:
     return Pack.model_validate(
         {
             "component": component,
@@ -64,11 +64,11 @@ def _edit(component: str, module: str, layer: Quantization) -> Pack:
     )
 
 
-def _attend(component: str, module: str, choice: AttentionChoice) -> Attend:
-    return Attend(component=component, module=module, integer_values=choice.products == "all")
+def _attend(component: str, module: str, choice: AttentionChoice) -> QuantizeAttention:
+    return QuantizeAttention(component=component, module=module, integer_values=choice.products == "all")
 
 
-def _packed_tensors(name: str, layer: Quantization) -> dict[str, Tensor]:
+def _packed_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
     codes = layer.codes.flatten(1)
     tensors = {
         "weight": codes if layer.format.float8 else pack_codes(codes, layer.format.weight_bits),
@@ -81,12 +81,12 @@ def _packed_tensors(name: str, layer: Quantization) -> dict[str, Tensor]:
     return {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in tensors.items() if tensor is not None}
 
 
-def _replaced_tensors(name: str, layer: Quantization, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _replaced_tensors(name: str, layer: QuantizedLayer, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = [f"{name}.weight"] if layer.bias is None else [f"{name}.weight", f"{name}.bias"]
     return {name: stored[name] for name in names if name in stored}
 
 
-def plan_rows(found: Quantized, stored: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> list[PlanRow]:
+def plan_rows(found: QuantizationResult, stored: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> list[PlanRow]:
     """One row a weighted module: its format, bytes before and after, and why it was left alone or got more bits.
 
     After them one row an attention that the recipe would have on integers.
@@ -126,7 +126,7 @@ def _attention_row(component: str, module: str, choice: AttentionChoice) -> Plan
     )
 
 
-def _format_name(component: str, module: str, layer: Quantization) -> str:
+def _format_name(component: str, module: str, layer: QuantizedLayer) -> str:
     """As the edit says it, but for a group that is a whole row, which is no group."""
     whole_row = layer.format.group_size is not None and layer.weight_scale.shape[-1] == 1
     return f"W{layer.format.weight_bits}" if whole_row else _edit(component, module, layer).format

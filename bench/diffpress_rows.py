@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from diffpress.calibration.observe import layer_matrix, observe_inputs
 from diffpress.calibration.sampling import denoiser_of, sample
 from diffpress.calibration.trajectory import Trajectories, record
-from diffpress.compress.finish import Quantized, edits_and_tensors, plan_rows
-from diffpress.compress.layers import SAFE_BITS, choose_formats, find_layers, weights_only
+from diffpress.compress.layers import HIGH_BITS, choose_formats, find_layers, weights_only
 from diffpress.compress.options import Qalora, Rounding
-from diffpress.compress.overlay import Quantization, fake_quantized
+from diffpress.compress.overlay import QuantizedLayer, fake_quantized
 from diffpress.compress.ptq import quantize_denoiser
 from diffpress.compress.qalora import learn_layers_
 from diffpress.compress.qalora.layer import ALL, QaloraLayer
+from diffpress.compress.result import QuantizationResult, edits_and_tensors, plan_rows
 from diffpress.estimate import recorded_conditions
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.runtime import StepClock
-from diffpress.flow import own_runs
+from diffpress.flow import student_rollouts
 from diffpress.kernels import code_range, quantize
 from diffpress.models import resolve
 from diffpress.recipe import parse_recipe
@@ -49,9 +49,9 @@ WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W2A8": (2, 8), "w4": 
 LEARNED: dict[str, dict[str, Any]] = {
     "qalora": {},
     "qat": {},
-    "lora": {"scale_aware": False, "per_step": False, "own_trajectory": 0},
-    "lora-scale-aware": {"per_step": False, "own_trajectory": 0},
-    "lora-per-step": {"own_trajectory": 0},
+    "lora": {"scale_aware": False, "per_step": False, "rollout_share": 0},
+    "lora-scale-aware": {"per_step": False, "rollout_share": 0},
+    "lora-per-step": {"rollout_share": 0},
 }
 """What each learned row changes of the defaults."""
 
@@ -64,8 +64,8 @@ class FullWeightLayer(QaloraLayer):
         self.b = nn.Parameter(torch.zeros(len(self.b), self.a.shape[1]))
         del self.a
 
-    def change(self, rows: slice = ALL) -> Tensor:
-        return self.b[rows] * self.unit
+    def lora_delta(self, rows: slice = ALL) -> Tensor:
+        return self.b[rows] * self.lora_scale
 
 
 def quantized(
@@ -77,14 +77,14 @@ def quantized(
     iterations: int,
     spare_bits: float,
     work: Path,
-) -> Quantized:
+) -> QuantizationResult:
     """What the method of this row makes of the denoiser."""
     weights, activations = WIDTHS[bits]
     common: dict[str, Any] = {"weights": weights, "activations": activations}
-    if weights < SAFE_BITS and activations != "none":
+    if weights < HIGH_BITS and activations != "none":
         common["effective_bits"] = weights + spare_bits
-    if (weights, activations) == (SAFE_BITS, SAFE_BITS):
-        common["float_inputs"] = FLOAT_INPUTS
+    if (weights, activations) == (HIGH_BITS, HIGH_BITS):
+        common["float_activations"] = FLOAT_INPUTS
     learned = row in LEARNED
     method = {"method": "qalora", "iterations": iterations, **LEARNED[row]} if learned else {"method": "ptq"}
     recipe = parse_recipe(
@@ -103,27 +103,27 @@ def quantized(
         return nearest(source.denoiser, denoiser, trajectories, options)
     found = quantize_denoiser(source.denoiser, denoiser, stored, trajectories, options, recipe.seed)
     if isinstance(options, Qalora):
-        runs = own_runs(pipeline, recipe, options, work / "learned")
+        runs = student_rollouts(pipeline, recipe, options, work / "learned")
         layer_type = FullWeightLayer if row == "qat" else QaloraLayer
         learn_layers_(found, denoiser, trajectories, runs, options, recipe.seed, layer_type=layer_type)
     return found
 
 
-def nearest(component: str, denoiser: nn.Module, trajectories: Trajectories, options: Rounding) -> Quantized:
+def nearest(component: str, denoiser: nn.Module, trajectories: Trajectories, options: Rounding) -> QuantizationResult:
     """Round to nearest between the smallest and the largest value seen: what needs no search and no training."""
     layers, _ = find_layers(denoiser, options)
     layers = {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
     seen = observe_inputs(denoiser, layers, trajectories, 0)
     formats, _ = choose_formats(layers, seen, options)
     steps = len(trajectories.timesteps)
-    found = Quantized(component)
+    found = QuantizationResult(component)
     for name, layer in layers.items():
         format, weight = formats[name], layer_matrix(layer)
         if format.group_size is not None:
             format = weights_only(layer, format.weight_bits)
         scale = weight.abs().amax((1, 2)).clamp(min=1e-8) / code_range(format.weight_bits)[1]
         codes = quantize(weight, scale[:, None, None], format.weight_bits).view(layer.weight.shape)
-        own = Quantization(format, codes, scale[:, None] if format.group_size else scale)
+        own = QuantizedLayer(format, codes, scale[:, None] if format.group_size else scale)
         if format.activation_bits is not None:
             low, high = code_range(format.activation_bits)
             step = (seen[name].high.max() - seen[name].low.min()).clamp(min=1e-8) / (high - low)
@@ -133,7 +133,7 @@ def nearest(component: str, denoiser: nn.Module, trajectories: Trajectories, opt
     return found
 
 
-def stored_bytes(found: Quantized, source: PipelineFolder) -> int:
+def stored_bytes(found: QuantizationResult, source: PipelineFolder) -> int:
     """Bytes of the denoiser's tensors once `found` is stored."""
     stored = dict(source.tensors(source.denoiser))
     return sum(row.bytes for row in plan_rows(found, stored, edits_and_tensors(found)[1]))
@@ -162,9 +162,9 @@ def run(row: str, model: str, bits: str, request: Request, iterations: int, spar
         }
         overlay = fake_quantized(denoiser_of(pipeline), found.layers, StepClock(timesteps))
     with overlay:
-        pictures = draw(pipeline, request.compare, request)
+        images = draw(pipeline, request.compare, request)
     metadata = {"peer": json.dumps({"peer": f"diffpress {row}", "bits": bits, **figures})}
-    save_file({"images": pictures.images.contiguous(), "latents": pictures.latents.contiguous()}, out, metadata)
+    save_file({"images": images.images.contiguous(), "latents": images.latents.contiguous()}, out, metadata)
 
 
 def main() -> None:
