@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.calibration.sampling import device_of
-from diffpress.export.runtime import Attention, StepClock
+from diffpress.export.runtime import Attention, StepClock, step_weights
 
 from ..options import LARGE, Qalora
 from ..overlay import QuantizedLayer, overlaid, overriding_attention
@@ -22,11 +22,7 @@ class BatchClock(StepClock):
 
     def set(self, timestep: Tensor | float) -> None:
         """Move to the time steps [B] (or one for all)."""
-        now = torch.as_tensor(timestep).float().flatten()[:, None]
-        known = torch.tensor(self.timesteps, device=now.device)
-        passed = (known[:-1] - now) / (known[:-1] - known[1:])
-        position = passed.clamp(0, 1).sum(1, keepdim=True)
-        self.weights = (1 - (position - torch.arange(len(known), device=now.device)).abs()).clamp(min=0)
+        self.weights = step_weights(self.timesteps, torch.as_tensor(timestep).flatten())
 
     def select(self, table: Tensor) -> Tensor:
         """The entries [B] of `table` [steps]."""

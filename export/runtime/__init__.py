@@ -9,7 +9,7 @@ from .attention import (
     quantize_attention_,
     why_not_int8,
 )
-from .clock import StepClock, attach_clock_, find_timestep
+from .clock import StepClock, attach_clock_, find_timestep, step_weights, timestep_name
 from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, why_not_packable
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "find_timestep",
     "pack_layer",
     "quantize_attention_",
+    "step_weights",
+    "timestep_name",
     "why_not_int8",
     "why_not_packable",
 ]

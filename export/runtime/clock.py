@@ -1,11 +1,10 @@
-"""Which sampling step it is, told by the time step the denoiser is called with."""
+"""Which sampling step it is, told by the time step the denoiser is called with; every thread has its own."""
 
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -15,74 +14,43 @@ from torch.utils.hooks import RemovableHandle
 
 from diffpress.kernels import code_range
 
-ALIGNED = 16
-"""Bytes between entries that are looked up together: Triton compiles a kernel anew for addresses that are no multiples."""
-
-
-@dataclass
-class _Lookup:
-    """Entries of tables at the current step: those that the step before asked for are looked up all at once.
-
-    A layer that reads its own takes as many operations for one number as it takes for everything else.
-    """
-
-    codes: bool
-    """Whether the tables are of zero points, whose entries are codes."""
-    asked: dict[int, Tensor] = field(default_factory=dict)
-    known: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def begin(self, weights: Tensor) -> None:
-        """Another step."""
-        alike: dict[Any, list[Tensor]] = defaultdict(list)
-        for table in self.asked.values():
-            alike[table.device, table.dtype, table.shape].append(table)
-        self.asked, self.known = {}, {}
-        for tables in alike.values():
-            entries = self._entries(torch.stack(tables), weights)
-            apart = entries.expand(-1, ALIGNED // entries.element_size()).contiguous()[:, :1].unbind()
-            self.known |= {id(table): (table, entry) for table, entry in zip(tables, apart, strict=True)}
-
-    def entry(self, table: Tensor, weights: Tensor) -> Tensor:
-        """[1] of `table` [steps]."""
-        # A graph holds for all steps.
-        if torch.compiler.is_compiling():
-            return self._entries(table, weights)
-        self.asked[id(table)] = table
-        known, entry = self.known.get(id(table), (None, None))
-        return entry if known is table and entry is not None else self._entries(table, weights)
-
-    def _entries(self, tables: Tensor, weights: Tensor) -> Tensor:
-        """[..., 1] of [..., steps]."""
-        entries = (tables * weights.to(tables.device)).sum(-1, keepdim=True)
-        return entries.round().clamp(*code_range(8)).to(torch.int32) if self.codes else entries
+TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio")
+"""What denoisers call the argument that tells the time step."""
 
 
 class StepClock:
     """The current step, as interpolation weights over the steps a table was made for.
 
     The time step itself is looked up, never a counter of calls, so guidance in two calls, skipped calls and other step
-    counts cannot desynchronise it. `weights` [steps] sum to one and are one-hot at a step the table knows.
+    counts cannot desynchronise it. `weights` [steps] sum to one and are one-hot at a step the table knows. They belong to
+    the thread that set them: pipelines that share a denoiser may each be at a step of their own.
     """
 
     def __init__(self, timesteps: Sequence[float]) -> None:
-        """`timesteps`: the scheduler's time steps the tables were made for. Raises ValueError unless they fall strictly."""
+        """`timesteps`: the time steps the tables were made for. Raises ValueError unless they all fall, or all rise."""
         self.timesteps = tuple(float(value) for value in timesteps)
-        if not self.timesteps or not all(left > right for left, right in pairwise(self.timesteps)):
-            raise ValueError(f"timesteps must fall strictly, got {list(self.timesteps)}")
+        if not self.timesteps or not _monotone(self.timesteps):
+            raise ValueError(f"timesteps must fall strictly, or rise, got {list(self.timesteps)}")
         # The device is named because clocks are made while a model is built empty, on the meta device.
-        self.weights = torch.eye(1, len(self.timesteps), device="cpu")[0]
-        self._numbers, self._codes = _Lookup(codes=False), _Lookup(codes=True)
+        self.first = torch.eye(1, len(self.timesteps), device="cpu")[0]
+        self._thread = threading.local()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy follows its own denoiser, from the first step on.
+        return type(self), (self.timesteps,)
+
+    @property
+    def weights(self) -> Tensor:
+        """Of this thread; the first step's until it is set."""
+        return getattr(self._thread, "weights", self.first)
+
+    @weights.setter
+    def weights(self, value: Tensor) -> None:
+        self._thread.weights = value
 
     def set(self, timestep: Tensor | float) -> None:
         """Move to `timestep`; between two known steps the tables are interpolated, outside them held."""
-        now = torch.as_tensor(timestep).float().flatten()[:1]
-        known = torch.tensor(self.timesteps, device=now.device)
-        passed = (known[:-1] - now) / (known[:-1] - known[1:])
-        position = passed.clamp(0, 1).sum()
-        self.weights = (1 - (position - torch.arange(len(known), device=now.device)).abs()).clamp(min=0)
-        if not torch.compiler.is_compiling():
-            self._numbers.begin(self.weights)
-            self._codes.begin(self.weights)
+        self.weights = step_weights(self.timesteps, torch.as_tensor(timestep).flatten()[0])
 
     def follow(self, denoiser: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Set by the time step of a call of `denoiser` that is about to begin: a forward pre-hook."""
@@ -91,18 +59,41 @@ class StepClock:
             self.set(timestep)
 
     def select(self, table: Tensor) -> Tensor:
-        """The entry [1] of `table` [steps] for the current step."""
-        return self._numbers.entry(table, self.weights)
+        """The entry [1] of `table` [steps] for the current step.
+
+        Each layer asks for its own while it runs: before that its tensors may be on another device, or on disk.
+        """
+        return (table * self.weights.to(table.device)).sum(-1, keepdim=True)
 
     def select_code(self, table: Tensor) -> Tensor:
         """The same of zero points: an int32 that is a code of eight bits."""
-        return self._codes.entry(table, self.weights)
+        return self.select(table).round().clamp(*code_range(8)).to(torch.int32)
+
+
+def step_weights(timesteps: Sequence[float], now: Tensor) -> Tensor:
+    """Linear interpolation over `timesteps` [S] at the time steps `now` [...]: weights [..., S] that sum to one."""
+    now = now.float()[..., None]
+    known = torch.tensor(timesteps, device=now.device)
+    passed = (known[:-1] - now) / (known[:-1] - known[1:])
+    position = passed.clamp(0, 1).sum(-1, keepdim=True)
+    return (1 - (position - torch.arange(len(known), device=now.device)).abs()).clamp(min=0)
+
+
+def _monotone(timesteps: Sequence[float]) -> bool:
+    steps = list(pairwise(timesteps))
+    return all(left > right for left, right in steps) or all(left < right for left, right in steps)
+
+
+def timestep_name(denoiser: nn.Module) -> str | None:
+    """What `denoiser` calls the argument that tells the time step; None where it has none that we know."""
+    names = inspect.signature(denoiser.forward).parameters
+    return next((name for name in TIMESTEPS if name in names), None)
 
 
 def find_timestep(denoiser: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor | float | None:
     """The time step among the arguments of one call of `denoiser`."""
-    bound = inspect.signature(denoiser.forward).bind(*arguments, **options)
-    return bound.arguments.get("timestep")
+    bound = inspect.signature(denoiser.forward).bind(*arguments, **options).arguments
+    return next((bound[name] for name in TIMESTEPS if name in bound), None)
 
 
 def attach_clock_(denoiser: nn.Module, clock: StepClock) -> RemovableHandle:
