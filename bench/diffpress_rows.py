@@ -7,6 +7,7 @@ import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -21,19 +22,22 @@ from diffpress.calibration.sampling import denoiser_of, sample
 from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.compress.layers import HIGH_BITS, choose_formats, find_layers, weights_only
 from diffpress.compress.options import Qalora, Rounding
-from diffpress.compress.overlay import QuantizedLayer, fake_quantized
+from diffpress.compress.plan import plan_rows
 from diffpress.compress.ptq import quantize_denoiser
 from diffpress.compress.qalora import learn_layers_
 from diffpress.compress.qalora.layer import ALL, QaloraLayer
-from diffpress.compress.result import QuantizationResult, edits_and_tensors, plan_rows
-from diffpress.estimate import recorded_conditions
+from diffpress.compress.qalora.method import student_rollouts
+from diffpress.compress.quantized_layer import QuantizedLayer, fake_quantized
+from diffpress.compress.result import QuantizationResult, changes_of
+from diffpress.compress.stage import Subject
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.runtime import StepClock
-from diffpress.flow import student_rollouts
+from diffpress.export.source import forms_of, source_tensors
 from diffpress.kernels import code_range, quantize
 from diffpress.models import resolve
 from diffpress.recipe import parse_recipe
+from diffpress.stages import recorded_conditions, rollout_conditions
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from rss import peak_rss_bytes, reset_peak, rss_bytes
@@ -97,13 +101,24 @@ def quantized(
     trajectories = record(
         pipeline, recorded_conditions(pipeline, recipe), request.sampling, work / "recorded", request.batch
     )
-    denoiser, stored, options = denoiser_of(pipeline), dict(source.tensors(source.denoiser)), recipe.quantize
+    denoiser, options = denoiser_of(pipeline), recipe.quantize
+    forms = forms_of(source_tensors(source, source.denoiser))
     assert options is not None
     if row == "nearest":
         return nearest(source.denoiser, denoiser, trajectories, options)
-    found = quantize_denoiser(source.denoiser, denoiser, stored, trajectories, options, recipe.seed)
+    found = quantize_denoiser(source.denoiser, denoiser, forms, trajectories, options, recipe.seed)
     if isinstance(options, Qalora):
-        runs = student_rollouts(pipeline, recipe, options, work / "learned")
+        subject = Subject(
+            pipeline,
+            source.denoiser,
+            forms,
+            trajectories,
+            request.sampling,
+            partial(rollout_conditions, pipeline, recipe),
+            request.batch,
+            recipe.seed,
+        )
+        runs = student_rollouts(subject, options, work / "learned")
         layer_type = FullWeightLayer if row == "qat" else QaloraLayer
         learn_layers_(found, denoiser, trajectories, runs, options, recipe.seed, layer_type=layer_type)
     return found
@@ -135,8 +150,8 @@ def nearest(component: str, denoiser: nn.Module, trajectories: Trajectories, opt
 
 def stored_bytes(found: QuantizationResult, source: PipelineFolder) -> int:
     """Bytes of the denoiser's tensors once `found` is stored."""
-    stored = dict(source.tensors(source.denoiser))
-    return sum(row.bytes for row in plan_rows(found, stored, edits_and_tensors(found)[1]))
+    forms = forms_of(source_tensors(source, source.denoiser))
+    return sum(row.bytes for row in plan_rows(source.denoiser, forms, changes_of(found, forms)))
 
 
 def run(row: str, model: str, bits: str, request: Request, iterations: int, spare_bits: float, out: Path) -> None:

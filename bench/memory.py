@@ -24,12 +24,12 @@ from diffpress.calibration.observe import layer_matrix
 from diffpress.calibration.sampling import answer
 from diffpress.compress.layers import find_layers
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import Format, QuantizedLayer
 from diffpress.compress.qalora.blocks import learn_blocks
 from diffpress.compress.qalora.importance import StepImportance
 from diffpress.compress.qalora.layer import QaloraLayer
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import learn
+from diffpress.compress.quantized_layer import Format, QuantizedLayer
 from diffpress.kernels import code_range, quantize
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))

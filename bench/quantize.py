@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffpress.calibration.metrics import psnr_db, ssim
-from diffpress.estimate import recorded_conditions
 from diffpress.export.artifact import open_pipeline
 from diffpress.models import resolve
 from diffpress.pairs import paired_conditions
 from diffpress.recipe import Recipe, RecordSection
+from diffpress.stages import recorded_conditions
 from diffpress.zoo import PIPELINES
 from diffpress.zoo.classifier import load_classifier
 from diffpress.zoo.data import load_digits

@@ -51,7 +51,7 @@ def choose_attention(
     limit = sum(layers.values()) / max(1, len(layers))
 
     def error(name: str, products: Products) -> float:
-        with overlaid(denoiser, overriding_attention(denoiser, {name: Int8Attention(products == "all")}), clock):
+        with overlaid(denoiser, overriding_attention({name: Int8Attention(products == "all")}), clock):
             return output_error(denoiser, calls)
 
     def chosen(name: str, seen: AttentionChoice) -> AttentionChoice:
@@ -85,7 +85,7 @@ def _observe(denoiser: nn.Module, calls: Sequence[Call], clock: StepClock) -> di
 
         return attend
 
-    with overlaid(denoiser, overriding_attention(denoiser, {name: watch(name) for name in names}), clock):
+    with overlaid(denoiser, overriding_attention({name: watch(name) for name in names}), clock):
         output_error(denoiser, calls)
     return {name: replace(own, reason=refused.get(name, own.reason)) for name, own in seen.items()}
 

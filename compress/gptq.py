@@ -15,7 +15,7 @@ from diffpress.calibration.trajectory import Progress, Trajectories
 from diffpress.export.runtime import StepClock
 from diffpress.kernels import code_range
 
-from .overlay import QuantizedLayer, broadcast_scale, smoothed
+from .quantized_layer import QuantizedLayer, broadcast_scale, smoothed
 
 BLOCK = 512
 """Columns that make up for each other at most; more gain nothing, and their moments grow with the square."""

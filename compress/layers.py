@@ -10,12 +10,12 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from diffpress.calibration.observe import LayerInput
-from diffpress.export.apply import ties
 from diffpress.export.errors import RecipeError, UnsupportedModelError
 from diffpress.export.runtime import computes_attention, why_not_packable
+from diffpress.export.ties import ties
 
 from .options import Rounding
-from .overlay import Format, QuantizedLayer
+from .quantized_layer import Format, QuantizedLayer
 
 KINDS = (nn.Linear, nn.Conv2d, nn.Embedding)
 """Modules whose weights can be stored in fewer bits."""

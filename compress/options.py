@@ -147,7 +147,3 @@ class Qalora(Rounding):
     patience: int = Field(
         default=8, ge=1, description="evaluations without improvement after which learning stops early"
     )
-
-
-METHODS: list[tuple[str, str, type[Rounding]]] = [("quantize", "ptq", Ptq), ("quantize", "qalora", Qalora)]
-"""Stage, name and options of every method."""

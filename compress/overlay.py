@@ -1,118 +1,75 @@
-"""Quantization as a removable overlay: the teacher's own modules, rounding while the overlay is on."""
+"""What a method lays over the teacher's own modules, and takes off again: one copy of the weights serves both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from diffpress.export.runtime import Attention, AttentionOverride, StepClock, attach_clock_
-from diffpress.kernels import dequantize, spread_groups, to_fp8
+from diffpress.export.runtime import Attention, AttentionOverride, Forward, StepClock, Wrap, attach_clock_
 
-from .rounding import fake_quantize
+NOTHING = object()
+"""Stands where an instance has no forward of its own, and the one of its class answers."""
 
-
-@dataclass(frozen=True)
-class Format:
-    """How the numbers of one layer are stored and computed with."""
-
-    weight_bits: int
-    activation_bits: int | None
-    """None: weights only."""
-    group_size: int | None = None
-    """Columns of the weight that share a scale; None: all of a row."""
-    float8: bool = False
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """How one layer is rounded; O output channels, C input channels, S steps, G groups of columns."""
-
-    format: Format
-    codes: Tensor
-    """int8 or float8, in the shape of the weight."""
-    weight_scale: Tensor
-    """[O], or [O, G] where only weights are rounded."""
-    activation_scale: Tensor | None = None
-    """[S]"""
-    zero_point: Tensor | None = None
-    """[S] whole numbers."""
-    smoothing: Tensor | None = None
-    """[C] what inputs are multiplied by before they are rounded; the codes are of weights divided by it."""
-    bias: Tensor | None = None
-    """[O] where the method changed it."""
-
-    def weight(self) -> Tensor:
-        """The float32 weight that the codes stand for."""
-        return dequantize(self.codes, broadcast_scale(self.weight_scale, self.codes.shape, self.format.group_size))
-
-    def rounded(self, x: Tensor, clock: StepClock) -> Tensor:
-        """What the codes of the (smoothed) input stand for, in float32."""
-        if self.activation_scale is None:
-            return x
-        scale = clock.select(self.activation_scale.to(x.device))
-        if self.format.float8:
-            return to_fp8(x.float(), scale).float() * scale
-        zero_point = None if self.zero_point is None else clock.select(self.zero_point.to(x.device)).round()
-        assert self.format.activation_bits is not None
-        return fake_quantize(x.float(), scale, zero_point, self.format.activation_bits)
+_BENEATH: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+"""Per module with wraps around it, what its instance had before each of them, the innermost first."""
 
 
 @contextmanager
-def fake_quantized(denoiser: nn.Module, layers: Mapping[str, QuantizedLayer], clock: StepClock) -> Iterator[None]:
-    """Round the weights and inputs of the named layers in float while the context lasts; afterwards nothing has changed."""
+def overlaid(model: nn.Module, wraps: Mapping[str, Wrap], clock: StepClock | None = None) -> Iterator[None]:
+    """Lay `wraps` around the forwards of the named modules while the context lasts, `clock` following the model's calls.
 
-    def call(layer: nn.Module, own: QuantizedLayer) -> Callable[[Tensor], Tensor]:
-        weight = own.weight().to(layer.weight)  # type: ignore[arg-type]
-        bias = own.bias if own.bias is not None else getattr(layer, "bias", None)
-        return lambda x: run_layer(layer, own.rounded(smoothed(layer, x, own.smoothing), clock).to(x), weight, bias)
-
-    with overlaid(denoiser, {name: call(denoiser.get_submodule(name), own) for name, own in layers.items()}, clock):
+    Overlays nest: an inner one is laid around what the outer one answers. Whoever set a forward before, accelerate for
+    example, finds it again afterwards.
+    """
+    with ExitStack() as stack:
+        if clock is not None:
+            stack.callback(attach_clock_(model, clock).remove)
+        for name, wrap in wraps.items():
+            stack.enter_context(_wrapped(model.get_submodule(name), wrap))
         yield
 
 
 @contextmanager
-def overlaid(denoiser: nn.Module, calls: Mapping[str, Callable[..., Any]], clock: StepClock) -> Iterator[None]:
-    """Let `calls` answer for the named modules while the context lasts, `clock` following the denoiser's time step."""
-    handle = attach_clock_(denoiser, clock)
-    modules = [denoiser.get_submodule(name) for name in calls]
-    for module, call in zip(modules, calls.values(), strict=True):
-        # An attribute of the instance stands before the method of its class.
-        module.__dict__["forward"] = call
+def _wrapped(module: nn.Module, wrap: Wrap) -> Iterator[None]:
+    beneath = _BENEATH.setdefault(module, [])
+    beneath.append(module.__dict__.get("forward", NOTHING))
     try:
+        _set_forward(module, wrap(module.forward))
         yield
     finally:
-        handle.remove()
-        for module in modules:
-            del module.__dict__["forward"]
+        _set_forward(module, beneath.pop())
+        if not beneath:
+            del _BENEATH[module]
 
 
-def overriding_attention(denoiser: nn.Module, attention: Mapping[str, Attention]) -> dict[str, Callable[..., Any]]:
-    """Calls to overlay: the named modules as they are, but with their attention answered by `attention`."""
-    return {name: AttentionOverride(denoiser.get_submodule(name).forward, answer) for name, answer in attention.items()}
+@contextmanager
+def teacher(model: nn.Module) -> Iterator[None]:
+    """The original answers while the context lasts: every overlay of `model` is off."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module in _BENEATH:
+                stack.callback(partial(_set_forward, module, module.__dict__.get("forward", NOTHING)))
+                _set_forward(module, _BENEATH[module][0])
+        yield
 
 
-def broadcast_scale(weight_scale: Tensor, shape: torch.Size, group_size: int | None) -> Tensor:
-    """The scales [O] or [O, G] of a weight's rows or groups of columns, so that they broadcast against that weight."""
-    if group_size is None:
-        return weight_scale.view(-1, *[1] * (len(shape) - 1))
-    return spread_groups(weight_scale, group_size, shape[1:].numel()).reshape(shape)
+def _set_forward(module: nn.Module, forward: Forward | Any) -> None:
+    # An attribute of the instance stands before the method of its class.
+    if forward is NOTHING:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward
 
 
-def smoothed(layer: nn.Module, x: Tensor, smoothing: Tensor | None) -> Tensor:
-    """The input of a Linear [..., C] or Conv2d [B, C, H, W] with every channel multiplied by its entry of `smoothing` [C]."""
-    if smoothing is None:
-        return x
-    return x * (smoothing[:, None, None] if isinstance(layer, nn.Conv2d) else smoothing).to(x)
+def overriding_attention(attention: Mapping[str, Attention]) -> dict[str, Wrap]:
+    """Wraps that leave the named modules as they are, but have their attention answered by `attention`."""
 
+    def wrap(answer: Attention) -> Wrap:
+        return lambda forward: AttentionOverride(forward, answer)
 
-def run_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a Linear, Conv2d or Embedding of this geometry answers with another weight and bias."""
-    if isinstance(layer, nn.Conv2d):
-        return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-    return F.embedding(x, weight) if isinstance(layer, nn.Embedding) else F.linear(x, weight, bias)
+    return {name: wrap(answer) for name, answer in attention.items()}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffpress.calibration.observe import layer_matrix, observe_inputs
+from diffpress.calibration.observe import SHARDS, layer_matrix, observe_inputs
+from diffpress.calibration.sampling import denoiser_of
 from diffpress.calibration.trajectory import Progress, Trajectories
 from diffpress.export.errors import UnsupportedModelError
+from diffpress.export.source import Form
 
 from .attention import choose_attention
+from .changes import Changes
 from .gptq import gptq_layers
 from .layers import (
     HIGH_BITS,
@@ -23,18 +27,56 @@ from .layers import (
     weights_only,
 )
 from .options import Rounding
-from .overlay import Format, QuantizedLayer
-from .result import QuantizationResult, drop_what_does_not_shrink_
+from .quantized_layer import Format, QuantizedLayer
+from .result import QuantizationResult, changes_of, drop_what_does_not_shrink_
 from .search import measure_sensitivity, round_weight, search
+from .stage import Cost, Report, Running, Subject
+from .stage_folder import StageFolder
 
 ASK_FOR_A_DTYPE = ".wo"
 """Transformers' T5 casts what it feeds to `wo` to the dtype of that weight, unless it is int8."""
 
 
+REPLAYS = 4
+"""Passes over what was recorded that rounding takes, the search counted for its extra work."""
+
+
+def check(subject: Subject, options: Rounding) -> None:
+    """Raises RecipeError where a pattern of `keep` fits no layer, and UnsupportedModelError where no layer remains."""
+    find_layers(subject.model, options)
+
+
+def estimate(subject: Subject, options: Rounding, running: Running) -> Cost:
+    """Replaying recorded calls is what takes time; nothing but the changes is written."""
+    if subject.model is not denoiser_of(subject.pipeline):
+        return Cost({})
+    return Cost({"quantize": REPLAYS * min(SHARDS, running.recorded_batches) * running.steps * running.step_seconds})
+
+
+def run(subject: Subject, options: Rounding, folder: StageFolder, report: Report) -> Changes:
+    """The method `ptq`. Raises RecipeError where a pattern fits no layer, UnsupportedModelError where none gets smaller."""
+    return changes_of(quantize(subject, options, report), subject.forms)
+
+
+def quantize(subject: Subject, options: Rounding, report: Report) -> QuantizationResult:
+    """A denoiser by its recorded inputs, another component by its weights alone."""
+    if subject.model is not denoiser_of(subject.pipeline):
+        return quantize_weights(subject.component, subject.model, subject.forms, options)
+    return quantize_denoiser(
+        subject.component,
+        subject.model,
+        subject.forms,
+        subject.trajectories,
+        options,
+        subject.seed,
+        partial(report, "quantize"),
+    )
+
+
 def quantize_denoiser(
     component: str,
     denoiser: nn.Module,
-    stored: Mapping[str, Tensor],
+    forms: Mapping[str, Form],
     trajectories: Trajectories,
     options: Rounding,
     seed: int,
@@ -42,7 +84,7 @@ def quantize_denoiser(
 ) -> QuantizationResult:
     """Find integers for every Linear, Conv2d and Embedding of `denoiser`, which itself stays as it is.
 
-    `stored` are its weights as the source stores them. Raises RecipeError where a pattern fits no layer, and
+    `forms` are those in which the source stores its tensors. Raises RecipeError where a pattern fits no layer, and
     UnsupportedModelError where no layer can be quantized.
     """
     found = QuantizationResult(component)
@@ -69,7 +111,7 @@ def quantize_denoiser(
     found.layers |= _without_inputs(
         {name: candidates[name] for name in candidates if name not in layers}, options, found
     )
-    drop_what_does_not_shrink_(found, stored)
+    drop_what_does_not_shrink_(found, forms)
     found.attention = choose_attention(denoiser, trajectories, options, found.sensitivity)
     if not found.layers:
         raise UnsupportedModelError(f"{type(denoiser).__name__} has no layer that would be smaller than it is now.")
@@ -77,7 +119,7 @@ def quantize_denoiser(
 
 
 def quantize_weights(
-    component: str, model: nn.Module, stored: Mapping[str, Tensor], options: Rounding
+    component: str, model: nn.Module, forms: Mapping[str, Form], options: Rounding
 ) -> QuantizationResult:
     """Find integers for the weights of a model that nothing was observed of, such as a text encoder; inputs stay in float.
 
@@ -86,7 +128,7 @@ def quantize_weights(
     found = QuantizationResult(component)
     layers, found.reasons = find_layers(model, options)
     found.layers = _without_inputs(layers, options, found)
-    drop_what_does_not_shrink_(found, stored)
+    drop_what_does_not_shrink_(found, forms)
     return found
 
 

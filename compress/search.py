@@ -22,7 +22,7 @@ from diffpress.export.runtime import StepClock
 from diffpress.kernels import FP8_MAX, quantize, to_fp8
 
 from .options import Rounding
-from .overlay import Format, QuantizedLayer, broadcast_scale, fake_quantized
+from .quantized_layer import Format, QuantizedLayer, broadcast_scale, fake_quantized
 from .scales import choose_steps, range_candidates, search_group_scales, search_smoothing, search_weight_scale
 
 

@@ -199,9 +199,9 @@ def recipes() -> None:
 @app.command()
 def methods() -> None:
     """List the methods that recipes can name."""
-    from diffpress.compress.options import METHODS
+    from diffpress.compress.methods import METHODS
 
-    rows = [(stage, name, " ".join((options.__doc__ or "").split())) for stage, name, options in METHODS]
+    rows = [(entry.stage, entry.name, " ".join((entry.options.__doc__ or "").split())) for entry in METHODS]
     print_table("methods", ("stage", "method", "what it does"), rows)
 
 

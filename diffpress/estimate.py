@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
-from diffpress.calibration.conditions import Condition, conditions
 from diffpress.calibration.cost import peak_memory_bytes, weight_bytes
-from diffpress.calibration.observe import SHARDS
 from diffpress.calibration.sampling import Call, Sampling, sample, watch
-from diffpress.compress.options import Qalora
-from diffpress.compress.qalora.train import EVALUATIONS, evaluate_every
-from diffpress.compress.qalora.training_data import images_per_round
+from diffpress.compress.stage import Cost, Running
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
 
-from .order import choose_order, learning_bytes
 from .recipe import Recipe
+from .stages import Stage, component_forms, recorded_conditions, stages_of
 
-REPLAYS = 4
-"""Passes of quantization over what was recorded, the search counted for its extra work."""
 IMAGES = 48
 """Images that measuring makes, those for the timings included."""
-LEARNING = 5
-"""What learning from a call takes, over what the call itself takes: forwards, backwards, and the rounding in both."""
-ROLLOUT_CONDITIONS = 512
-"""Different conditions that a student may sample while it learns."""
 REPORT_BYTES = 8_000_000
 
 
@@ -46,64 +37,42 @@ def recorded_bytes(pipeline: Any, recipe: Recipe) -> int:
 
     with watch(pipeline, receive):
         sample(pipeline, recorded_conditions(pipeline, recipe)[:1], Sampling(1, recipe.sampling.guidance_scale))
-    return sum(sizes) * _steps(pipeline, recipe) * recipe.record.trajectories
-
-
-def recorded_conditions(pipeline: Any, recipe: Recipe) -> list[Condition]:
-    """What is recorded; its seeds are apart from those that results are reported on, which count up from the recipe's own."""
-    return conditions(pipeline, recipe.record.prompts, recipe.record.trajectories, recipe.seed + 2**31)
-
-
-def rollout_conditions(pipeline: Any, recipe: Recipe) -> list[Condition]:
-    """What a student samples while it learns: texts from where recording stopped on, with seeds of their own."""
-    recorded = recipe.record.trajectories
-    return conditions(pipeline, recipe.record.prompts, recorded + ROLLOUT_CONDITIONS, recipe.seed + 2**32)[recorded:]
+    return sum(sizes) * steps_of(pipeline, recipe) * recipe.record.trajectories
 
 
 def estimate(source: PipelineFolder, recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
     """Seconds, disk and memory of a `compress`, from one timed step of each kind; nothing is written."""
+    forms = component_forms(source, recipe)
     pipeline = open_pipeline(source).to(device)
-    sampling = Sampling(2, recipe.sampling.guidance_scale)
-    wanted = recorded_conditions(pipeline, recipe)[: recipe.record.batch]
+    stages = stages_of(source, pipeline, recipe, forms)
+    sampling, batch = Sampling(2, recipe.sampling.guidance_scale), recipe.record.batch
+    wanted = recorded_conditions(pipeline, recipe)[:batch]
     recorded = recorded_bytes(pipeline, recipe)
     start = time.perf_counter()
     sample(pipeline, wanted, sampling)
-    seconds_a_step = (time.perf_counter() - start) / 2
-    steps = _steps(pipeline, recipe)
-    seconds_a_run = seconds_a_step * steps
-    weights = weight_bytes(pipeline)
+    batches = ceil(recipe.record.trajectories / batch)
+    running = Running(steps_of(pipeline, recipe), (time.perf_counter() - start) / 2, batches)
+    costs = costs_of(stages, running)
+    weights, run_seconds = weight_bytes(pipeline), running.step_seconds * running.steps
     return {
-        "steps": steps,
+        "steps": running.steps,
         "seconds": {
-            "record": seconds_a_run * ceil(recipe.record.trajectories / recipe.record.batch),
-            "quantize": seconds_a_run * REPLAYS * min(SHARDS, ceil(recipe.record.trajectories / recipe.record.batch)),
-            **_learning_seconds(recipe, seconds_a_step, steps),
-            "measure": seconds_a_step * steps * ceil(IMAGES / recipe.record.batch),
+            "record": run_seconds * batches,
+            **{name: seconds for cost in costs for name, seconds in cost.seconds.items()},
+            "measure": run_seconds * ceil(IMAGES / batch),
         },
-        "disk_bytes": recorded + needed_bytes(source),
+        "disk_bytes": recorded + needed_bytes(source) + sum(cost.disk_bytes for cost in costs),
         "memory_bytes": (peak_memory_bytes(pipeline, wanted[0], sampling) - weights) * len(wanted) + weights,
-        **_learning_memory(pipeline, recipe),
+        **{name: value for cost in costs for name, value in cost.details.items()},
     }
 
 
-def _learning_memory(pipeline: Any, recipe: Recipe) -> dict[str, Any]:
-    """What each order of learning takes, and the one that is taken, where the recipe asks for learning."""
-    order = choose_order(pipeline, recipe)
-    return {} if order is None else {"learning_bytes": learning_bytes(pipeline, recipe), "order": order}
+def costs_of(stages: Sequence[Stage], running: Running) -> list[Cost]:
+    """What each stage takes beside."""
+    return [stage.method.estimate(stage.subject, stage.options, running) for stage in stages]
 
 
-def _learning_seconds(recipe: Recipe, seconds_a_step: float, steps: int) -> dict[str, float]:
-    """Time of learning, where the recipe asks for it."""
-    options = recipe.quantize
-    if not isinstance(options, Qalora):
-        return {}
-    seconds_a_picture = seconds_a_step / recipe.record.batch
-    images = images_per_round(evaluate_every(options.iterations), options.batch, steps)
-    rounds = EVALUATIONS * options.rollout_share * 2 * images + (EVALUATIONS + 2) * options.validation_images
-    learned = options.iterations * options.batch * LEARNING
-    return {"learn": seconds_a_picture * (learned + rounds * steps)}
-
-
-def _steps(pipeline: Any, recipe: Recipe) -> int:
+def steps_of(pipeline: Any, recipe: Recipe) -> int:
+    """Sampling steps of one image."""
     default = inspect.signature(type(pipeline).__call__).parameters["num_inference_steps"].default
     return recipe.sampling.steps or int(default)

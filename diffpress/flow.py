@@ -1,21 +1,19 @@
-"""Read this first: load, record, quantize, learn, measure, save, export, in this order (`compress`, then `_make`)."""
+"""Read this first: load, record, the recipe's stages, measure, save, export, in this order (`compress`, then `_make`)."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffpress.calibration.sampling import Sampling, denoiser_of
 from diffpress.calibration.trajectory import Trajectories, record
-from diffpress.compress.options import Qalora
-from diffpress.compress.ptq import quantize_denoiser, quantize_weights
-from diffpress.compress.qalora import StudentRollouts, learn_layers_
-from diffpress.compress.result import QuantizationResult, edits_and_tensors, plan_rows
+from diffpress.compress.changes import Changes
+from diffpress.compress.plan import plan_rows
+from diffpress.compress.stage import Report
 from diffpress.export.artifact import (
     check_output,
     check_space,
@@ -30,24 +28,22 @@ from diffpress.export.digests import digest
 from diffpress.export.errors import ArtifactError, ModelFileError, UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, Manifest, list_files, read_manifest, write_manifest
+from diffpress.export.source import Form
 
-from .estimate import needed_bytes, recorded_bytes, recorded_conditions, rollout_conditions
+from .estimate import needed_bytes, recorded_bytes
 from .exporting import export_to_onnx
 from .gates import check_gates
 from .models import resolve
-from .order import choose_order, with_order
 from .pairs import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import write_report
+from .stages import component_forms, recorded_conditions, run_stages, sampling_of, stages_of
 from .work import Work, fingerprint, work_folder
 
 logger = logging.getLogger(__name__)
 
 MEASURED = 16
 """Pairs that the report and the gates stand on."""
-
-Notify = Callable[[str, int, int], None]
-"""Called with a stage's name (a note may follow it after a comma), how much of it is done and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def compress(
     device: str = "cpu",
     fresh: bool = False,
     force: bool = False,
-    notify: Notify = lambda stage, done, total: None,
+    notify: Report = lambda stage, done, total: None,
 ) -> Artifact:
     """Run the recipe on `source` and leave an artifact at `out`. A killed run continues when called again.
 
@@ -105,12 +101,13 @@ def compress(
     exports = [out.with_name(f"{out.name}-{target}") for target in recipe.export]
     for folder in (out, *exports):
         check_output(folder, force)
-    _check_recipe_fits(source, recipe)
+    _refuse_artifact(source)
+    forms = component_forms(source, recipe)
     source.check()
     check_space(out, needed_bytes(source))
     request = _request(source, recipe)
     done = None if fresh else _finished(out, request)
-    artifact = done or _make(source, recipe, out, request, device, fresh, notify)
+    artifact = done or _make(source, recipe, forms, out, request, device, fresh, notify)
     for folder in exports:
         export_to_onnx(PipelineFolder(out, str(out)), folder, notify, force)
     return artifact
@@ -129,17 +126,24 @@ def _finished(out: Path, request: str) -> Artifact | None:
 
 
 def _make(
-    source: PipelineFolder, recipe: Recipe, out: Path, request: str, device: str, fresh: bool, notify: Notify
+    source: PipelineFolder,
+    recipe: Recipe,
+    forms: Mapping[str, Mapping[str, Form]],
+    out: Path,
+    request: str,
+    device: str,
+    fresh: bool,
+    notify: Report,
 ) -> Artifact:
-    teacher = load_pipeline(source).to(device)
-    check_space(out, needed_bytes(source) + recorded_bytes(teacher, recipe))
-    order = choose_order(teacher, recipe)
+    original = load_pipeline(source).to(device)
+    stages_of(source, original, recipe, forms)
+    check_space(out, needed_bytes(source) + recorded_bytes(original, recipe))
     with work_folder(out, request, fresh) as work:
-        recipe = with_order(recipe, work.settled_order(order))
-        trajectories = _record(teacher, recipe, work, notify)
-        quantized = _quantize(teacher, source, trajectories, recipe, work, notify)
-        manifest = _stage(source, recipe, request, trajectories, quantized, work)
-        pairs, cost = _measure(teacher, source, work, recipe, device, notify)
+        trajectories = _record(original, recipe, work, notify)
+        stages = stages_of(source, original, recipe, forms, work.recorded)
+        changes = run_stages(stages, work, notify)
+        manifest = _stage(source, recipe, request, forms, changes, trajectories.timesteps, work)
+        pairs, cost = _measure(original, source, work, recipe, device, notify)
         manifest.metrics = {**pairs.metrics(), **sizes(source, PipelineFolder(work.staged, str(out)))}
         missed = check_gates(recipe.gates, manifest.metrics, cost)
         manifest.metrics["gates_missed"] = missed
@@ -153,25 +157,12 @@ def _make(
     return Artifact(out, manifest, cost, missed)
 
 
-def _check_recipe_fits(source: PipelineFolder, recipe: Recipe) -> None:
-    for component in _quantized_components(source, recipe):
-        if not source.weight_files(component):
-            raise UnsupportedModelError(f"quantize.components: {component!r} of {source.name} has no weights.")
+def _refuse_artifact(source: PipelineFolder) -> None:
     if is_artifact(source.path):
         verify(source.path)
         raise UnsupportedModelError(
             f"{source.name} is an artifact of diffpress already. Compress its original instead."
         )
-
-
-def _quantized_components(source: PipelineFolder, recipe: Recipe) -> list[str]:
-    """Folders of the components that the recipe names, `text_encoders` standing for as many as there are."""
-    assert recipe.quantize is not None
-    names: dict[str, None] = {}
-    for component in recipe.quantize.components:
-        found = source.text_encoders if component == "text_encoders" else [source.require(component)]
-        names |= dict.fromkeys(found)
-    return list(names)
 
 
 def _request(source: PipelineFolder, recipe: Recipe) -> str:
@@ -191,93 +182,37 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("diffpress", "diffusers", "safetensors", "torch", "transformers")}
 
 
-def _sampling(recipe: Recipe) -> Sampling:
-    return Sampling(recipe.sampling.steps, recipe.sampling.guidance_scale)
-
-
-def _record(teacher: Any, recipe: Recipe, work: Work, notify: Notify) -> Trajectories:
-    wanted, sampling = recorded_conditions(teacher, recipe), _sampling(recipe)
+def _record(teacher: Any, recipe: Recipe, work: Work, notify: Report) -> Trajectories:
+    wanted, sampling = recorded_conditions(teacher, recipe), sampling_of(recipe)
     return record(
         teacher, wanted, sampling, work.recorded, recipe.record.batch, lambda done, total: notify("record", done, total)
     )
-
-
-def _quantize(
-    teacher: Any, source: PipelineFolder, trajectories: Trajectories, recipe: Recipe, work: Work, notify: Notify
-) -> list[QuantizationResult]:
-    """The denoiser by its recorded inputs, other components by their weights alone."""
-    assert recipe.quantize is not None
-    results = []
-    for component in _quantized_components(source, recipe):
-        stored = dict(source.tensors(component))
-        if component != source.denoiser:
-            results.append(quantize_weights(component, getattr(teacher, component), stored, recipe.quantize))
-            continue
-        found = quantize_denoiser(
-            component,
-            denoiser_of(teacher),
-            stored,
-            trajectories,
-            recipe.quantize,
-            recipe.seed,
-            lambda done, total: notify("quantize", done, total),
-        )
-        if isinstance(recipe.quantize, Qalora):
-            _learn_(found, teacher, trajectories, recipe, recipe.quantize, work, notify)
-        results.append(found)
-    return results
-
-
-def _learn_(
-    found: QuantizationResult,
-    teacher: Any,
-    trajectories: Trajectories,
-    recipe: Recipe,
-    options: Qalora,
-    work: Work,
-    notify: Notify,
-) -> None:
-    runs = student_rollouts(teacher, recipe, options, work.learned)
-
-    def report(done: int, total: int, loss: float) -> None:
-        notify(f"learn, loss {loss:.2e}", done, total)
-
-    learn_layers_(found, denoiser_of(teacher), trajectories, runs, options, recipe.seed, report)
-
-
-def student_rollouts(pipeline: Any, recipe: Recipe, options: Qalora, folder: Path) -> StudentRollouts:
-    """What a student samples while it learns, and what it is evaluated by: the first of its own conditions."""
-    own = rollout_conditions(pipeline, recipe)
-    validation_images, wanted = own[: options.validation_images], own[options.validation_images :]
-    return StudentRollouts(pipeline, wanted, validation_images, _sampling(recipe), folder, recipe.record.batch)
 
 
 def _stage(
     source: PipelineFolder,
     recipe: Recipe,
     request: str,
-    trajectories: Trajectories,
-    quantized: list[QuantizationResult],
+    forms: Mapping[str, Mapping[str, Form]],
+    changes: Mapping[str, Changes],
+    timesteps: list[float],
     work: Work,
 ) -> Manifest:
     """Write the pipeline files of the artifact, and its manifest without what is measured on them."""
     shutil.rmtree(work.staged, ignore_errors=True)
     work.staged.mkdir()
-    edits, plan, tensors = [], [], {}
-    for found in quantized:
-        own, tensors[found.component] = edits_and_tensors(found)
-        edits += own
-        plan += plan_rows(found, dict(source.tensors(found.component)), tensors[found.component])
-    write_pipeline(work.staged, source, edits, tensors, trajectories.timesteps)
+    edits = [edit for own in changes.values() for edit in own.edits]
+    tensors = {component: own.tensors for component, own in changes.items()}
+    write_pipeline(work.staged, source, edits, tensors, timesteps)
     manifest = Manifest(
         fingerprint=request,
         versions=_versions(),
-        recipe=recipe.model_dump(mode="json"),
+        recipe=_settled(recipe, changes),
         source={"model": source.name, "files": source.digests()},
-        timesteps=trajectories.timesteps,
+        timesteps=timesteps,
         edits=edits,
-        plan=plan,
-        learning=[row for found in quantized for row in found.history],
+        plan=[row for name, own in changes.items() for row in plan_rows(name, forms[name], own)],
+        learning=[row for own in changes.values() for row in own.history],
         metrics={},
         files={},
     )
@@ -285,12 +220,22 @@ def _stage(
     return manifest
 
 
+def _settled(recipe: Recipe, changes: Mapping[str, Changes]) -> dict[str, Any]:
+    """The recipe with what methods chose where it leaves something open."""
+    data = recipe.model_dump(mode="json")
+    for own in changes.values():
+        for path, value in own.settled.items():
+            section, key = path.split(".")
+            data[section][key] = value
+    return data
+
+
 def _measure(
-    teacher: Any, source: PipelineFolder, work: Work, recipe: Recipe, device: str, notify: Notify
+    teacher: Any, source: PipelineFolder, work: Work, recipe: Recipe, device: str, notify: Report
 ) -> tuple[Pairs, dict[str, Any]]:
     """Compare the staged artifact, loaded from disk as a user will, with the original."""
     candidate = load_pipeline(PipelineFolder(work.staged, source.name)).to(device)
     wanted = paired_conditions(teacher, MEASURED, recipe.seed)
-    sampling = _sampling(recipe)
+    sampling = sampling_of(recipe)
     pairs = compare_pairs(teacher, candidate, wanted, sampling, lambda done, total: notify("measure", done, total))
     return pairs, measure_cost(teacher, candidate, wanted[0], sampling)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffpress.compress.options import Order
+from diffpress.compress.stage_folder import StageFolder
 from diffpress.export.errors import OutputError
 
 
@@ -28,19 +28,12 @@ class Work:
         return self.folder / "recorded"
 
     @property
-    def learned(self) -> Path:
-        return self.folder / "learned"
-
-    @property
     def staged(self) -> Path:
         return self.folder / "staged"
 
-    def settled_order(self, chosen: Order | None) -> Order | None:
-        """The order that learning began in, else the one `chosen` now: what memory is free may have changed in between."""
-        path = self.folder / "order"
-        if not path.is_file():
-            path.write_text(json.dumps(chosen))
-        return json.loads(path.read_text())
+    def stage(self, name: str, component: str) -> StageFolder:
+        """Of one stage on one component."""
+        return StageFolder(self.folder / name / component)
 
     @property
     def exported(self) -> Path:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .edits import Edit, Pack, edits_of
+from .edits import Edit, edits_of, store_edits
 from .errors import ArtifactError, ModelFileError, OutputError
 from .folder import PipelineFolder
 from .load.config import EditsConfig
@@ -21,6 +21,7 @@ from .load.empty import apply_to_empty_
 from .load.libraries import empty_model, library_of
 from .manifest import MANIFEST, Manifest, check_files, read_manifest
 from .onnx.manifest import is_export
+from .source import source_tensors
 
 Tensors = Mapping[str, Tensor]
 VARIANT = ".fp16"
@@ -48,7 +49,8 @@ def write_pipeline(
             _copy_plain(source.path, folder, name)
     for component in sorted(edited):
         own = edits_of(component, edits)
-        stored = _stored_tensors(source, component, own, tensors[component])
+        stored = store_edits(source_tensors(source, component), own, tensors[component])
+        stored = {name: tensor.contiguous() for name, tensor in stored.items()}
         (folder / component).mkdir(parents=True)
         save_file(stored, folder / component / library_of(source, component).WEIGHTS, metadata={"format": "pt"})
         config = _plain_config(source.config(component))
@@ -71,20 +73,6 @@ def _copy_plain(source: Path, folder: Path, name: str) -> None:
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
     """Transformers would load the precision that is named here, diffusers loads float32: the parts must fit together."""
     return config | {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
-
-
-def _stored_tensors(
-    source: PipelineFolder, component: str, edits: Sequence[Edit], packed: Tensors
-) -> dict[str, Tensor]:
-    """Untouched tensors as the source has them (biases too), weights of edited modules as packed.
-
-    All are named as in the model, for edits are too; what the model has no place for is left out, as when it is loaded.
-    """
-    library, model = library_of(source, component), empty_model(source, component)
-    tensors = library.renamed(model, dict(source.tensors(component)))
-    kept = library.held(model).keys() - {f"{edit.module}.weight" for edit in edits if isinstance(edit, Pack)}
-    stored = {name: tensor for name, tensor in tensors.items() if name in kept} | dict(packed)
-    return {name: tensor.contiguous() for name, tensor in sorted(stored.items())}
 
 
 def publish(staged: Path, out: Path) -> None:

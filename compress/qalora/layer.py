@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffpress.export.runtime import StepClock
+from diffpress.export.runtime import Forward, StepClock
 from diffpress.kernels import code_range, pack_codes, quantize, unpack_codes
 
-from ..overlay import QuantizedLayer, broadcast_scale, run_layer, smoothed
+from ..quantized_layer import QuantizedLayer, broadcast_scale, call_with, smoothed
 from ..rounding import fake_quantize, straight_through_round
 
 PART = 2**22
@@ -93,22 +93,27 @@ class QaloraLayer(nn.Module):
         """[O]"""
         return self.log_weight_scale.exp() * self.weight_sign
 
-    def forward(self, layer: nn.Module, x: Tensor, clock: StepClock, rows: slice = ALL) -> Tensor:
-        """What the quantized `layer` will answer to `x`, in float and with gradients; `rows`: some of its outputs only."""
+    def forward(
+        self, layer: nn.Module, x: Tensor, clock: StepClock, beneath: Forward | None = None, rows: slice = ALL
+    ) -> Tensor:
+        """What the quantized `layer` will answer to `x`, in float and with gradients; `rows`: some of its outputs only.
+
+        `beneath` is the forward that this one is laid around; left out, the layer's own.
+        """
         merged = self.merged(layer, rows)
         scale = broadcast_scale(self.weight_scale()[rows], merged.shape, self.format.group_size)
         weight = fake_quantize(merged, scale, None, self.format.weight_bits)
         rounded = self._round_input(smoothed(layer, x.float(), self.smoothing), clock)
         bias = None if self.bias is None else self.bias[rows]
-        return run_layer(layer, rounded, weight, bias).to(x.dtype)
+        return call_with(layer, beneath or layer.forward, rounded, weight, bias).to(x.dtype)
 
-    def forward_in_parts(self, layer: nn.Module, x: Tensor, clock: StepClock) -> Tensor:
+    def forward_in_parts(self, layer: nn.Module, x: Tensor, clock: StepClock, beneath: Forward | None = None) -> Tensor:
         """The same, keeping `x` alone for the way back, and with few rows of a large weight in memory at a time."""
         weight = layer.weight
         assert isinstance(weight, Tensor)
         count = math.ceil(len(weight) * PART / max(weight.numel(), PART))
         parts = [
-            checkpoint(self.forward, layer, x, clock, slice(start, start + count), use_reentrant=False)
+            checkpoint(self.forward, layer, x, clock, beneath, slice(start, start + count), use_reentrant=False)
             for start in range(0, len(weight), count)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1 if isinstance(layer, nn.Conv2d) else -1)

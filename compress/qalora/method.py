@@ -3,22 +3,82 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from diffpress.calibration.guidance import find_guidance
+from diffpress.calibration.sampling import denoiser_of
 from diffpress.calibration.trajectory import Trajectories
 
+from .. import ptq
 from ..attention import learnable
+from ..changes import Changes
 from ..options import Qalora
-from ..result import QuantizationResult
+from ..result import QuantizationResult, changes_of
+from ..stage import Cost, Running, Subject
+from ..stage import Report as StageReport
+from ..stage_folder import StageFolder
 from .blocks import learn_blocks
 from .importance import step_importance
 from .layer import QaloraLayer
+from .order import check_order, choose_order, learning_bytes, settle_order
 from .student import Student
-from .train import Report, evaluate_every, learn
+from .train import EVALUATIONS, Report, evaluate_every, learn
 from .training_data import StudentRollouts, TrainingData, images_per_round
+
+ROLLOUT_CONDITIONS = 512
+"""Different conditions that a student may sample while it learns."""
+LEARNING = 5
+"""What learning from a call takes, over what the call itself takes: forwards, backwards, and the rounding in both."""
+
+
+def check(subject: Subject, options: Qalora) -> None:
+    """Raises RecipeError or UnsupportedModelError where `ptq` does, or where an order is asked for that there is not."""
+    ptq.check(subject, options)
+    if _learns(subject):
+        check_order(subject.model, options)
+
+
+def estimate(subject: Subject, options: Qalora, running: Running) -> Cost:
+    """What `ptq` takes, and what learning takes beside: optimizer steps, rollouts and whole runs to evaluate by."""
+    start = ptq.estimate(subject, options, running)
+    if not _learns(subject):
+        return start
+    image_seconds = running.step_seconds / subject.batch
+    images = images_per_round(evaluate_every(options.iterations), options.batch, running.steps)
+    runs = EVALUATIONS * options.rollout_share * 2 * images + (EVALUATIONS + 2) * options.validation_images
+    seconds = image_seconds * (options.iterations * options.batch * LEARNING + runs * running.steps)
+    details = {"learning_bytes": learning_bytes(subject, options), "order": choose_order(subject, options)}
+    return Cost({**start.seconds, "learn": seconds}, start.disk_bytes, details)
+
+
+def run(subject: Subject, options: Qalora, folder: StageFolder, report: StageReport) -> Changes:
+    """The method `qalora`. Raises UserError as `ptq` does, and LearningError where the loss is not finite."""
+    found = ptq.quantize(subject, options, report)
+    if not _learns(subject):
+        return changes_of(found, subject.forms)
+    options = options.model_copy(update={"order": settle_order(subject, options, folder.path)})
+
+    def progress(done: int, total: int, loss: float) -> None:
+        report(f"learn, loss {loss:.2e}", done, total)
+
+    runs = student_rollouts(subject, options, folder.path)
+    learn_layers_(found, subject.model, subject.trajectories, runs, options, subject.seed, progress)
+    return replace(changes_of(found, subject.forms), settled={"quantize.order": options.order})
+
+
+def _learns(subject: Subject) -> bool:
+    """Only a denoiser can be asked what it should have answered."""
+    return subject.model is denoiser_of(subject.pipeline)
+
+
+def student_rollouts(subject: Subject, options: Qalora, folder: Path) -> StudentRollouts:
+    """What a student samples while it learns, and what it is evaluated by: the first of the subject's conditions."""
+    conditions = subject.conditions(options.validation_images + ROLLOUT_CONDITIONS)
+    validation, wanted = conditions[: options.validation_images], conditions[options.validation_images :]
+    return StudentRollouts(subject.pipeline, wanted, validation, subject.sampling, folder, subject.batch)
 
 
 def learn_layers_(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.calibration.sampling import device_of
-from diffpress.export.runtime import Attention, StepClock, step_weights
+from diffpress.export.runtime import Attention, StepClock, Wrap, step_weights
 
 from ..options import LARGE, Qalora
-from ..overlay import QuantizedLayer, overlaid, overriding_attention
+from ..overlay import overlaid, overriding_attention, teacher
+from ..quantized_layer import QuantizedLayer
 from .layer import QaloraLayer
 
 
@@ -65,17 +66,14 @@ class Student:
     @contextmanager
     def on(self) -> Iterator[None]:
         """The denoiser answers as the quantized one will; gradients have to be taken while it is on."""
-        calls = {name: self._call(name) for name in self.layers}
-        with (
-            overlaid(self.denoiser, calls | overriding_attention(self.denoiser, self.attention), self.clock),
-            self._checkpointed(),
-        ):
+        wraps = {name: self._wrap(name) for name in self.layers} | overriding_attention(self.attention)
+        with overlaid(self.denoiser, wraps, self.clock), self._checkpointed():
             yield
 
-    def _call(self, name: str) -> Callable[[Tensor], Tensor]:
-        layer = self.layers[name]
-        forward = layer.forward_in_parts if self.checkpointing else layer.forward
-        return partial(forward, self.denoiser.get_submodule(name), clock=self.clock)
+    def _wrap(self, name: str) -> Wrap:
+        learner, layer = self.layers[name], self.denoiser.get_submodule(name)
+        forward = learner.forward_in_parts if self.checkpointing else learner.forward
+        return lambda beneath: partial(forward, layer, clock=self.clock, beneath=beneath)
 
     @contextmanager
     def _checkpointed(self) -> Iterator[None]:
@@ -94,14 +92,8 @@ class Student:
     @contextmanager
     def off(self) -> Iterator[None]:
         """The teacher answers, also where the student is on."""
-        modules = [self.denoiser.get_submodule(name) for name in (*self.layers, *self.attention)]
-        calls = [module.__dict__.pop("forward", None) for module in modules]
-        try:
+        with teacher(self.denoiser):
             yield
-        finally:
-            for module, call in zip(modules, calls, strict=True):
-                if call is not None:
-                    module.__dict__["forward"] = call
 
     @property
     def device(self) -> torch.device:

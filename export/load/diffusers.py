@@ -22,7 +22,7 @@ class EditsQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         apply_to_empty_(model, self.quantization_config)
-        self.exact = exact_names(model)
+        self.exact = exact_names(self.quantization_config)
         model.config["quantization_config"] = self.quantization_config
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:

@@ -10,7 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.base import HfQuantizer
 
-from ..apply import ties
+from ..ties import ties
 from .config import EditsConfig
 from .empty import apply_to_empty_, exact_names
 
@@ -24,7 +24,7 @@ class EditsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         apply_to_empty_(model, self.quantization_config)
-        self.exact = exact_names(model)
+        self.exact = exact_names(self.quantization_config)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None keeps what is stored."""

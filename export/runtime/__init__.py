@@ -10,17 +10,20 @@ from .attention import (
     why_not_int8,
 )
 from .clock import StepClock, attach_clock_, find_timestep, step_weights, timestep_name
+from .forwards import Forward, Wrap
 from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, why_not_packable
 
 __all__ = [
     "Attention",
     "AttentionOverride",
+    "Forward",
     "Int8Attention",
     "PackedConv2d",
     "PackedEmbedding",
     "PackedLayer",
     "PackedLinear",
     "StepClock",
+    "Wrap",
     "attach_clock_",
     "attention_overrides",
     "computes_attention",

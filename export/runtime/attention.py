@@ -12,8 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from diffpress.kernels import LARGEST_HEAD, int8_attention
 
-from ..edits import QuantizeAttention
-
 Attention = Callable[..., Tensor]
 """Stands for `scaled_dot_product_attention`, and takes its arguments."""
 
@@ -96,13 +94,13 @@ def why_not_int8(
     return None
 
 
-def quantize_attention_(module: nn.Module, edit: QuantizeAttention) -> None:
-    """Have the attention of `module` computed as `edit` says. Raises ValueError where it has none, or has it already."""
+def quantize_attention_(module: nn.Module, integer_values: bool) -> None:
+    """Have the attention of `module` computed by `Int8Attention`. Raises ValueError where it has none, or has it already."""
     if not computes_attention(module):
         raise ValueError(f"{type(module).__name__} has no attention processor")
     if isinstance(module.forward, AttentionOverride):
         raise ValueError("its attention is computed on integers already")
-    module.forward = AttentionOverride(module.forward, Int8Attention(edit.integer_values))
+    module.forward = AttentionOverride(module.forward, Int8Attention(integer_values))
 
 
 def computes_attention(module: nn.Module) -> bool:
@@ -111,5 +109,5 @@ def computes_attention(module: nn.Module) -> bool:
 
 
 def attention_overrides(model: nn.Module) -> list[AttentionOverride]:
-    """The forwards in a model that an QuantizeAttention edit has changed."""
+    """The forwards in a model that answer for attention."""
     return [module.forward for module in model.modules() if isinstance(module.forward, AttentionOverride)]

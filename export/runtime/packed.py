@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from diffpress.kernels import (
     weight_only_linear,
 )
 
-from ..edits import Pack
 from .clock import StepClock
+
+if TYPE_CHECKING:
+    from ..edits import Pack
 
 
 class Operations(NamedTuple):
@@ -63,7 +65,7 @@ class PackedLayer(nn.Module):
         self.register_buffer("bias", torch.zeros(rows) if has_bias else None)
 
     def extra_repr(self) -> str:
-        return f"{len(self.weight)}, {self.columns}, {self.edit.format}"
+        return f"{len(self.weight)}, {self.columns}, {self.edit.words()}"
 
     def compute(self, x: Tensor, operations: Operations, *geometry: Sequence[int]) -> Tensor:
         """The layer's output, from an input that is smoothed already."""
@@ -159,7 +161,7 @@ def pack_layer(layer: nn.Module, edit: Pack, clock: StepClock | None) -> PackedL
 def _why_not_so(layer: nn.Module, edit: Pack, clock: StepClock | None) -> str | None:
     """The reason why a layer that can be packed cannot be in the format of `edit`."""
     if isinstance(layer, nn.Embedding) and (edit.activation_bits is not None or edit.smoothed):
-        return f"an embedding has no input that {edit.format} could round or smooth"
+        return f"an embedding has no input that {edit.words()} could round or smooth"
     if edit.activation_bits is not None and clock is None:
-        return f"{edit.format} has a scale for every step, and no clock tells the step"
+        return f"{edit.words()} has a scale for every step, and no clock tells the step"
     return None

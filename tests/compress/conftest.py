@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
-from torch import Tensor, nn
+from torch import nn
 
 from diffpress.calibration.conditions import conditions
 from diffpress.calibration.sampling import Sampling, denoiser_of
@@ -16,6 +16,7 @@ from diffpress.compress.ptq import quantize_denoiser
 from diffpress.compress.result import QuantizationResult
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
+from diffpress.export.source import Form, forms_of, source_tensors
 
 SAMPLING = Sampling(3, 3.0)
 
@@ -26,7 +27,7 @@ class Recorded(NamedTuple):
     pipeline: Any
     source: PipelineFolder
     denoiser: nn.Module
-    stored: dict[str, Tensor]
+    forms: dict[str, Form]
     trajectories: Trajectories
     sampling: Sampling
 
@@ -42,8 +43,8 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             pipeline = load_pipeline(source)
             folder = tmp_path_factory.mktemp(f"recorded-{name}")
             runs = record(pipeline, conditions(pipeline, "builtin", 4, 0), SAMPLING, folder, batch=2)
-            stored = dict(source.tensors(source.denoiser))
-            made[name] = Recorded(pipeline, source, denoiser_of(pipeline), stored, runs, SAMPLING)
+            forms = forms_of(source_tensors(source, source.denoiser))
+            made[name] = Recorded(pipeline, source, denoiser_of(pipeline), forms, runs, SAMPLING)
         return made[name]
 
     return get
@@ -60,7 +61,7 @@ def quantized(recorded: Callable[[str], Recorded]) -> Callable[..., Quantization
         if key not in found:
             own = recorded(name)
             found[key] = quantize_denoiser(
-                own.source.denoiser, own.denoiser, own.stored, own.trajectories, chosen, seed=0
+                own.source.denoiser, own.denoiser, own.forms, own.trajectories, chosen, seed=0
             )
         return found[key]
 

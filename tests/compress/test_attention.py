@@ -16,7 +16,8 @@ from diffpress.compress.attention import AttentionChoice, choose_attention, stra
 from diffpress.compress.layers import find_layers
 from diffpress.compress.options import Ptq
 from diffpress.compress.overlay import overlaid, overriding_attention
-from diffpress.compress.result import QuantizationResult, edits_and_tensors, plan_rows
+from diffpress.compress.plan import plan_rows
+from diffpress.compress.result import QuantizationResult, changes_of, edits_and_tensors
 from diffpress.compress.search import evaluation_calls, output_error
 from diffpress.export.artifact import load_pipeline, write_pipeline
 from diffpress.export.errors import RecipeError
@@ -42,7 +43,7 @@ def errors_of(own: Any, integer_values: bool) -> dict[str, float]:
     found = {}
     for name in names_of(own.denoiser):
         with (
-            overlaid(own.denoiser, overriding_attention(own.denoiser, {name: Int8Attention(integer_values)}), clock),
+            overlaid(own.denoiser, overriding_attention({name: Int8Attention(integer_values)}), clock),
             torch.no_grad(),
         ):
             found[name] = output_error(own.denoiser, calls)
@@ -174,14 +175,14 @@ def test_edits_and_plan_name_every_attention(
 ) -> None:
     own, found = recorded("tiny_class"), quantized("tiny_class", weights=4, attention="all")
     plain = quantized("tiny_class", weights=4)
-    edits, packed = edits_and_tensors(found)
+    edits, _ = edits_and_tensors(found)
     attends = {edit.module: edit for edit in edits if edit.kind == "quantize_attention"}
     assert set(attends) == {name for name, choice in found.attention.items() if choice.products != "none"} != set()
     assert [edit for edit in edits if edit.kind == "pack"] == edits_and_tensors(plain)[0]
-    rows = plan_rows(found, own.stored, packed)
-    assert rows[: -len(found.attention)] == plan_rows(plain, own.stored, packed)
+    rows, plain_rows = (plan_rows("transformer", own.forms, changes_of(each, own.forms)) for each in (found, plain))
+    assert rows[: -len(found.attention)] == plain_rows
     for row, (name, choice) in zip(rows[-len(found.attention) :], found.attention.items(), strict=True):
-        word = attends[name].format if name in attends else "attention float"
+        word = attends[name].words() if name in attends else "attention float"
         assert (row.module, row.format, row.shape, row.bytes, row.source_bytes) == (name, word, (2, 8), 0, 0)
         assert (row.reason, row.error) == (choice.reason, choice.error)
 

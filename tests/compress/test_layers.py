@@ -18,7 +18,7 @@ from diffpress.compress.layers import (
     weights_only,
 )
 from diffpress.compress.options import Ptq
-from diffpress.compress.overlay import Format, QuantizedLayer
+from diffpress.compress.quantized_layer import Format, QuantizedLayer
 from diffpress.export.errors import RecipeError, UnsupportedModelError
 
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from diffpress.calibration.examples import Batch, Examples
 from diffpress.calibration.sampling import answer
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import Format, QuantizedLayer
 from diffpress.compress.qalora import layer as layers
 from diffpress.compress.qalora import student as students
 from diffpress.compress.qalora.checkpoint import Progress, load_checkpoint, save_checkpoint
 from diffpress.compress.qalora.layer import QaloraLayer
 from diffpress.compress.qalora.optimizer import make_optimizer
 from diffpress.compress.qalora.student import BatchClock, Student
+from diffpress.compress.quantized_layer import Format, QuantizedLayer
 from diffpress.compress.result import QuantizationResult
 from diffpress.export.errors import UserError
 

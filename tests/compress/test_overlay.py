@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
 from diffpress.calibration.sampling import replay
-from diffpress.compress.overlay import Format, QuantizedLayer, broadcast_scale, fake_quantized, run_layer, smoothed
+from diffpress.compress.overlay import overlaid, teacher
+from diffpress.compress.quantized_layer import (
+    Format,
+    QuantizedLayer,
+    broadcast_scale,
+    call_with,
+    fake_quantized,
+    smoothed,
+)
 from diffpress.compress.result import QuantizationResult
-from diffpress.export.runtime import StepClock
+from diffpress.export.runtime import Forward, StepClock
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -149,5 +158,69 @@ def test_spread_lays_groups_over_flattened_columns() -> None:
 def test_layers_run_as_themselves(layer: nn.Module, x: Tensor) -> None:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    assert torch.equal(run_layer(layer, x, weight, getattr(layer, "bias", None)), layer(x))
+    assert torch.equal(call_with(layer, layer.forward, x, weight, getattr(layer, "bias", None)), layer(x))
     assert smoothed(layer, x, None) is x
+
+
+def doubled(beneath: Forward) -> Forward:
+    return lambda x: 2 * beneath(x)
+
+
+def shifted(beneath: Forward) -> Forward:
+    return lambda x: beneath(x) + 1
+
+
+def test_overlays_nest_in_the_order_in_which_they_are_laid() -> None:
+    toy, x = Toy(nn.Linear(3, 3)), torch.ones(1, 3)
+    before, plain = state(toy), toy(x, 0)
+    with overlaid(toy, {"layer": doubled}):
+        with overlaid(toy, {"layer": shifted}):
+            assert torch.equal(toy(x, 0), 2 * plain + 1)
+            with teacher(toy):
+                assert torch.equal(toy(x, 0), plain)
+                with overlaid(toy, {"layer": shifted}):
+                    assert torch.equal(toy(x, 0), plain + 1)
+                assert torch.equal(toy(x, 0), plain)
+            assert torch.equal(toy(x, 0), 2 * plain + 1)
+        assert torch.equal(toy(x, 0), 2 * plain)
+    assert_untouched(toy, before)
+
+
+def test_a_forward_that_another_library_has_set_stays() -> None:
+    """As accelerate does it: the hook's forward is an attribute of the instance."""
+    toy, x, calls = Toy(nn.Linear(3, 3)), torch.ones(1, 3), []
+
+    class Counting(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            calls.append(module)
+            return args, kwargs
+
+    plain = toy(x, 0)
+    add_hook_to_module(toy.layer, Counting())
+    own = toy.layer.forward
+    with overlaid(toy, {"layer": doubled}):
+        assert torch.equal(toy(x, 0), 2 * plain)
+        assert len(calls) == 1
+        with teacher(toy):
+            assert toy.layer.forward is own
+    assert toy.layer.forward is own
+    toy(x, 0)
+    assert len(calls) == 2
+
+
+def test_fake_quantization_computes_through_what_lies_beneath() -> None:
+    """A mask of an earlier stage, laid around the input, still holds: the result is that of the cut layer."""
+    layer = nn.Linear(4, 2)
+    mask = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    own = QuantizedLayer(
+        Format(8, 8),
+        torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=torch.int8),
+        torch.tensor([0.5, 0.25]),
+        torch.tensor([1.0]),
+    )
+    toy, x = Toy(layer), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    masked = {"layer": lambda beneath: lambda x: beneath(x * mask)}
+    with overlaid(toy, masked), fake_quantized(toy, {"layer": own}, StepClock([1.0])):
+        found = toy(x, 1.0)
+    expected = torch.tensor([[(1 * 1 + 3 * 3) * 0.5, (5 * 1 + 7 * 3) * 0.25]]) + layer.bias
+    assert torch.equal(found, expected)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from diffpress.calibration.observe import observe_inputs
 from diffpress.compress.layers import KINDS
 from diffpress.compress.options import Ptq
-from diffpress.compress.overlay import Format, QuantizedLayer
 from diffpress.compress.ptq import quantize_denoiser, quantize_weights
+from diffpress.compress.quantized_layer import Format, QuantizedLayer
 from diffpress.compress.result import QuantizationResult, edits_and_tensors
 from diffpress.export.apply import apply_edits_
 from diffpress.export.errors import RecipeError, UnsupportedModelError
+from diffpress.export.source import Form, forms_of, source_tensors
 
 CONVOLUTIONS = {"keep": ["down_blocks.*", "up_blocks.*"]}
 W4A4: dict[str, Any] = {"weights": 4, "activations": 4}
@@ -61,7 +62,7 @@ def test_same_seed_finds_the_same_integers_and_the_denoiser_stays_as_it_is(
     before = {name: value.clone() for name, value in own.denoiser.state_dict().items()}
     attributes = {name: sorted(vars(module)) for name, module in own.denoiser.named_modules()}
     second = quantize_denoiser(
-        own.source.denoiser, own.denoiser, own.stored, own.trajectories, Ptq(method="ptq", **W4A4), seed=0
+        own.source.denoiser, own.denoiser, own.forms, own.trajectories, Ptq(method="ptq", **W4A4), seed=0
     )
     assert first.layers.keys() == second.layers.keys()
     assert all(equal(layer, second.layers[name]) for name, layer in first.layers.items())
@@ -162,9 +163,9 @@ def test_effective_bits_can_be_had_in_full(quantized: Callable[..., Quantization
 
 def test_weights_of_a_text_encoder(recorded: Callable[[str], Any]) -> None:
     own = recorded("tiny_text")
-    encoder, stored = own.pipeline.text_encoder, dict(own.source.tensors("text_encoder"))
+    encoder, forms = own.pipeline.text_encoder, forms_of(source_tensors(own.source, "text_encoder"))
     options = Ptq(method="ptq", weights=4, activations="none", group_size=8, components=["text_encoders"])
-    found = quantize_weights("text_encoder", encoder, stored, options)
+    found = quantize_weights("text_encoder", encoder, forms, options)
     words = [name for name in found.layers if isinstance(encoder.get_submodule(name), nn.Embedding)]
     assert any(name.endswith("token_embedding") for name in words)
     for name, layer in found.layers.items():
@@ -194,7 +195,7 @@ class T5(nn.Module):
 def test_layers_that_are_asked_for_their_dtype_get_eight_bits() -> None:
     model = T5()
     options = Ptq(method="ptq", weights=4, activations="none")
-    found = quantize_weights("text_encoder_3", model, model.state_dict(), options)
+    found = quantize_weights("text_encoder_3", model, forms_of(model.state_dict()), options)
     assert found.layers["ff.wi"].format == Format(4, None, 32)
     assert found.layers["ff.wo"].format == Format(8, None, 64)
     assert found.reasons == {"ff.wo": "its model asks for 8 bits"}
@@ -225,8 +226,8 @@ class Partly(nn.Module):
 def test_layers_that_are_never_called_or_would_not_shrink_are_left_alone(recorded: Callable[[str], Any]) -> None:
     torch.manual_seed(0)
     model, runs = Partly(), recorded("tiny_pixels").trajectories
-    stored = {name: value.half() for name, value in model.state_dict().items()}
-    found = quantize_denoiser("unet", model, stored, runs, Ptq(method="ptq", weights=4, per_step=True), seed=0)
+    forms = {name: Form(tuple(value.shape), torch.float16) for name, value in model.state_dict().items()}
+    found = quantize_denoiser("unet", model, forms, runs, Ptq(method="ptq", weights=4, per_step=True), seed=0)
     assert found.reasons["unused"] == "never called while recording"
     # Eight bytes of weights saved, one scale and a table of three scales spent.
     assert found.reasons["small"] == "would not be smaller"
@@ -256,6 +257,6 @@ def test_progress_is_told(recorded: Callable[[str], Any]) -> None:
     told: list[tuple[int, int]] = []
     options = Ptq(method="ptq", keep=["transformer_blocks.*"])
     quantize_denoiser(
-        own.source.denoiser, own.denoiser, own.stored, own.trajectories, options, 0, lambda *step: told.append(step)
+        own.source.denoiser, own.denoiser, own.forms, own.trajectories, options, 0, lambda *step: told.append(step)
     )
     assert told[:2] == [(1, 2), (2, 2)]

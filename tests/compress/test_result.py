@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from diffpress.compress.overlay import Format, QuantizedLayer
-from diffpress.compress.result import QuantizationResult, drop_what_does_not_shrink_, edits_and_tensors, plan_rows
+from diffpress.compress.changes import Changes
+from diffpress.compress.plan import plan_rows
+from diffpress.compress.quantized_layer import Format, QuantizedLayer
+from diffpress.compress.result import QuantizationResult, changes_of, drop_what_does_not_shrink_, edits_and_tensors
+from diffpress.export.source import Form, forms_of
 from diffpress.kernels import unpack_codes
 
 
-def nbytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def nbytes(forms: Mapping[str, Form]) -> int:
+    return sum(form.size_bytes for form in forms.values())
 
 
 CASES: list[tuple[str, dict[str, Any], str]] = [
@@ -36,19 +38,20 @@ def test_plan_rows_add_up(
     quantized: Callable[..., QuantizationResult],
 ) -> None:
     own, found = recorded(source), quantized(source, **options)
-    edits, packed = edits_and_tensors(found)
-    rows = plan_rows(found, own.stored, packed)
-    assert sum(row.source_bytes for row in rows) == nbytes(own.stored)
-    assert sum(row.bytes for row in rows) == nbytes({**own.stored, **packed})
+    changes = changes_of(found, own.forms)
+    rows = plan_rows(own.source.denoiser, own.forms, changes)
+    before, packed = own.forms, forms_of(changes.tensors)
+    assert sum(row.source_bytes for row in rows) == nbytes(before)
+    assert sum(row.bytes for row in rows) == nbytes({**before, **packed})
     assert len({row.module for row in rows}) == len(rows)
     assert {row.component for row in rows} == {own.source.denoiser}
     by_module = {row.module: row for row in rows}
-    formats = {edit.module: edit for edit in edits}
+    formats = {edit.module: edit for edit in changes.edits}
     for module, row in by_module.items():
         if module in found.layers:
             assert row.bytes < row.source_bytes
             assert row.shape == found.layers[module].codes.shape
-            assert row.format.split(" ")[0] == formats[module].format.split(" ")[0]
+            assert row.format.split(" ")[0] == formats[module].words().split(" ")[0]
         else:
             assert (row.format, row.bytes) == ("float16", row.source_bytes)
             assert row.reason
@@ -59,8 +62,8 @@ def test_plan_rows_add_up(
 
 
 def test_a_parameter_of_the_model_itself_stands_for_its_own() -> None:
-    stored = {"table": torch.zeros(3, 4), "a.weight": torch.zeros(2, 5, dtype=torch.bfloat16)}
-    rows = plan_rows(QuantizationResult("x"), stored, {})
+    forms = {"table": Form((3, 4), torch.float32), "a.weight": Form((2, 5), torch.bfloat16)}
+    rows = plan_rows("x", forms, Changes())
     assert [(row.module, row.shape, row.format, row.bytes) for row in rows] == [
         ("table", (3, 4), "float32", 48),
         ("a", (2, 5), "bfloat16", 20),
@@ -87,7 +90,7 @@ def full(bits: int, activation_bits: int | None, group_size: int | None = None, 
 )
 def test_one_edit_a_layer_with_the_tensors_it_names(layer: QuantizedLayer, word: str) -> None:
     (edit,), tensors = edits_and_tensors(QuantizationResult("unet", {"a.b": layer}))
-    assert (edit.component, edit.module, edit.format) == ("unet", "a.b", word)
+    assert (edit.component, edit.module, edit.words()) == ("unet", "a.b", word)
     assert (edit.asymmetric, edit.smoothed) == (False, False)
     expected = {"a.b.weight", "a.b.weight_scale"}
     assert tensors.keys() == (expected if layer.activation_scale is None else expected | {"a.b.activation_scale"})
@@ -125,6 +128,6 @@ def test_layers_that_do_not_shrink_are_dropped(columns: int, shrinks: bool) -> N
     """8 bits against float16 save a byte a weight; a float32 scale a row costs four, a table of four steps sixteen."""
     layer = QuantizedLayer(Format(8, 8), torch.zeros(4, columns, dtype=torch.int8), torch.ones(4), torch.ones(4))
     found = QuantizationResult("unet", {"a": layer})
-    drop_what_does_not_shrink_(found, {"a.weight": torch.zeros(4, columns, dtype=torch.float16)})
+    drop_what_does_not_shrink_(found, {"a.weight": Form((4, columns), torch.float16)})
     assert ("a" in found.layers) == shrinks
     assert found.reasons == ({} if shrinks else {"a": "would not be smaller"})

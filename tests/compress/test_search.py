@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from diffpress.calibration.observe import layer_matrix, quantize_dequantize
 from diffpress.calibration.sampling import replay
-from diffpress.compress.overlay import Format, QuantizedLayer, fake_quantized, run_layer, smoothed
+from diffpress.compress.quantized_layer import Format, QuantizedLayer, call_with, fake_quantized, smoothed
 from diffpress.compress.result import QuantizationResult, edits_and_tensors
 from diffpress.compress.search import measure_sensitivity, round_weight
 from diffpress.export.apply import apply_edits_
 from diffpress.export.runtime import StepClock
+from diffpress.export.source import source_tensors
 from diffpress.kernels import FP8_MAX
 
 HALF_UNIT = torch.finfo(torch.float32).eps / 2
@@ -43,7 +44,9 @@ def packed_outputs(own: Any, found: QuantizationResult) -> dict[str, tuple[Tenso
     denoiser = copy.deepcopy(own.denoiser)
     edits, tensors = edits_and_tensors(found)
     apply_edits_(denoiser, edits, own.trajectories.timesteps)
-    assert not denoiser.load_state_dict({**own.stored, **tensors}, strict=False).unexpected_keys
+    assert not denoiser.load_state_dict(
+        {**source_tensors(own.source, own.source.denoiser), **tensors}, strict=False
+    ).unexpected_keys
     outputs: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -86,12 +89,14 @@ def test_packed_layers_compute_what_fake_quantization_measures(
         layer, (x, packed) = own.denoiser.get_submodule(module), outputs[module]
         weight = quantization.weight()
         if isinstance(layer, nn.Embedding):
-            assert torch.equal(packed, run_layer(layer, x, weight, None))
+            assert torch.equal(packed, call_with(layer, layer.forward, x, weight, None))
             continue
         rounded = quantization.rounded(smoothed(layer, x, quantization.smoothing), clock).double()
         bias = None if layer.bias is None else layer.bias.detach().double()
-        simulated = run_layer(layer, rounded, weight.double(), bias)
-        magnitude = run_layer(layer, rounded.abs(), weight.double().abs(), None if bias is None else bias.abs())
+        simulated = call_with(layer, layer.forward, rounded, weight.double(), bias)
+        magnitude = call_with(
+            layer, layer.forward, rounded.abs(), weight.double().abs(), None if bias is None else bias.abs()
+        )
         exact = quantization.activation_scale is not None and not quantization.format.float8
         roundings = 6 if exact else 6 + weight[0].numel()
         assert ((packed - simulated).abs() <= roundings * HALF_UNIT * magnitude).all(), module

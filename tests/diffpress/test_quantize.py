@@ -96,7 +96,7 @@ def test_few_bits_go_the_whole_way(weights: int, tiny_class: Path, tmp_path: Pat
 
 def test_float8_goes_the_whole_way(tiny_class: Path, tmp_path: Path):
     artifact = compress(PipelineFolder(tiny_class, "tiny"), recipe_of(method="ptq", format="float8"), tmp_path / "out")
-    assert "FP8" in {edit.format for edit in verify(artifact.path).edits}
+    assert "FP8" in {edit.words() for edit in verify(artifact.path).edits}
     assert artifact.manifest.metrics["psnr_db"] > 30
 
 
@@ -109,7 +109,7 @@ def test_attention_goes_the_whole_way(method: dict, diffpress, tiny_class: Path,
     attends = [edit for edit in manifest.edits if edit.kind == "quantize_attention"]
     rows = [row for row in manifest.plan if row.format.startswith("attention ")]
     assert len(attends) == len(rows) == 2
-    assert [row.format for row in rows] == [edit.format for edit in attends]
+    assert [row.format for row in rows] == [edit.words() for edit in attends]
     assert len(attention_overrides(load(out).transformer)) == 2
     assert rows[0].format in (out / REPORT).read_text()
     assert rows[0].format in " ".join(diffpress("inspect", out).output.split())

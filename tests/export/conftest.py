@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from torch import Tensor, nn
 
-from diffpress.export.apply import apply_edits_, ties
+from diffpress.export.apply import apply_edits_
 from diffpress.export.artifact import write_pipeline
 from diffpress.export.edits import Pack
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import Manifest, list_files, write_manifest
+from diffpress.export.ties import ties
 
 Packed = tuple[list[Pack], dict[str, Tensor]]
 

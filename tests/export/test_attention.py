@@ -251,4 +251,4 @@ def test_configs_written_before_there_was_attention_are_read() -> None:
     old = {"edits": [pack], "quant_method": "diffpress", "timesteps": [961.0, 1.0]}
     read = EditsConfig.from_dict(old)
     assert read.to_dict() == old
-    assert [edit.format for edit in read.edits] == ["W4A8"]
+    assert [edit.words() for edit in read.edits] == ["W4A8"]

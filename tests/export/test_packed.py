@@ -180,7 +180,7 @@ def test_embeddings_look_up_their_rows(bits: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("options", [FORMATS["W8A8"], FORMATS["FP8"], FORMATS["W2 g100 smoothed"]], ids=str)
 def test_embeddings_are_weight_only(options: dict[str, Any]) -> None:
     edit = Pack(component="text_encoder", module="a.b", **options)
-    with pytest.raises(ValueError, match=rf"a\.b cannot be packed: an embedding has no input that {edit.format}"):
+    with pytest.raises(ValueError, match=rf"a\.b cannot be packed: an embedding has no input that {edit.words()}"):
         pack_layer(nn.Embedding(5, 4), edit, StepClock(STEPS))
 
 

@@ -65,7 +65,7 @@ class Fusions:
             if type(module) is type(self._regions[home or ""]) and twin in self._found:
                 other = self._denoiser.get_submodule(twin)
                 assert isinstance(other, PackedLayer)
-                if (other.edit.format, other.weight.shape) == (layer.edit.format, layer.weight.shape):
+                if (other.edit.words(), other.weight.shape) == (layer.edit.words(), layer.weight.shape):
                     yield self._found[twin]
 
     def counts(self) -> dict[str, int]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from diffpress.calibration.conditions import conditions
 from diffpress.calibration.observe import layer_matrix
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import Format, QuantizedLayer
 from diffpress.compress.qalora import StudentRollouts
+from diffpress.compress.quantized_layer import Format, QuantizedLayer
 from diffpress.compress.result import QuantizationResult
 from diffpress.compress.search import round_weight
 from diffpress.kernels import code_range

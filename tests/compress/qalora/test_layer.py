@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpress.compress.overlay import QuantizedLayer, broadcast_scale, fake_quantized, run_layer, smoothed
 from diffpress.compress.qalora.layer import QaloraLayer
 from diffpress.compress.qalora.student import BatchClock
+from diffpress.compress.quantized_layer import QuantizedLayer, broadcast_scale, call_with, fake_quantized, smoothed
 from diffpress.export.runtime import StepClock
 from diffpress.kernels import code_range, quantize
 
@@ -163,12 +163,12 @@ def test_the_merged_change_is_that_of_two_layers_after_each_other(layer_name: st
     a = layer.a.detach().view(-1, *module.weight.shape[1:])
     b = (layer.b * layer.lora_scale).detach().view(*layer.b.shape, *[1] * (module.weight.ndim - 2))
     with torch.no_grad():
-        merged = run_layer(module, x, layer.merged(module), module.bias)
-        inner = run_layer(module, x, a, None)
+        merged = call_with(module, module.forward, x, layer.merged(module), module.bias)
+        inner = call_with(module, module.forward, x, a, None)
         change = F.conv2d(inner, b) if isinstance(module, nn.Conv2d) else F.linear(inner, b)
         apart = module(x) + change
-        magnitude = run_layer(module, x.abs(), module.weight.abs(), module.bias.abs())
-        inner = run_layer(module, x.abs(), a.abs(), None)
+        magnitude = call_with(module, module.forward, x.abs(), module.weight.abs(), module.bias.abs())
+        inner = call_with(module, module.forward, x.abs(), a.abs(), None)
         magnitude += F.conv2d(inner, b.abs()) if isinstance(module, nn.Conv2d) else F.linear(inner, b.abs())
     # Sums of K products, of r products of such sums, and the merging's own r.
     roundings = 2 * (a[0].numel() + len(a) + 4)
@@ -236,7 +236,9 @@ def bound(case: Any, layer: QaloraLayer, x: Tensor) -> Tensor:
     weight, bias = own.weight().abs(), None if own.bias is None else own.bias.abs()
     # Rounding moves an input by half a step or to a limit, which lies within its own magnitude and a step.
     step = 0.0 if own.activation_scale is None else float(own.activation_scale.max())
-    magnitude = run_layer(case.toy.layer, smoothed(case.toy.layer, x, own.smoothing).abs() + step, weight, bias)
+    magnitude = call_with(
+        case.toy.layer, case.toy.layer.forward, smoothed(case.toy.layer, x, own.smoothing).abs() + step, weight, bias
+    )
     return 2 * (weight[0].numel() + 2) * HALF_UNIT * magnitude
 
 
@@ -285,7 +287,7 @@ def test_gradients_of_the_change_are_those_of_the_weight(named_case: Any) -> Non
     weight = finished.weight().requires_grad_()
     fixed = StepClock(TIMESTEPS)
     fixed.set(4.0)
-    run_layer(module, finished.rounded(case.x, fixed), weight, finished.bias).square().sum().backward()
+    call_with(module, module.forward, finished.rounded(case.x, fixed), weight, finished.bias).square().sum().backward()
     assert weight.grad is not None
     gradient = weight.grad.flatten(1).double()
     a, b, unit = layer.a.detach().double(), layer.b.detach().double(), float(layer.lora_scale)

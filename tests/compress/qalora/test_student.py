@@ -13,9 +13,10 @@ from diffpress.calibration.examples import Examples
 from diffpress.calibration.sampling import answer, replay
 from diffpress.compress.attention import AttentionChoice, learnable
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import Format, QuantizedLayer, fake_quantized, overlaid, overriding_attention
+from diffpress.compress.overlay import overlaid, overriding_attention
 from diffpress.compress.qalora.student import BatchClock, Student, lora_scales
 from diffpress.compress.qalora.trainer import rate_groups
+from diffpress.compress.quantized_layer import Format, QuantizedLayer, fake_quantized
 from diffpress.compress.result import QuantizationResult
 from diffpress.export.runtime import Int8Attention, StepClock, computes_attention
 
@@ -83,9 +84,7 @@ def test_a_student_attends_as_its_artifact_will(attentive: tuple[Any, Student]) 
     clock = StepClock(own.trajectories.timesteps)
     with fake_quantized(own.denoiser, layers, clock):
         floats = replay(own.denoiser, call)
-        with overlaid(
-            own.denoiser, overriding_attention(own.denoiser, dict(zip(student.attention, stored, strict=True))), clock
-        ):
+        with overlaid(own.denoiser, overriding_attention(dict(zip(student.attention, stored, strict=True))), clock):
             assert torch.equal(replay(own.denoiser, call), learned)
     assert not torch.equal(floats, learned)
     assert torch.equal(replay(own.denoiser, call), call.output)

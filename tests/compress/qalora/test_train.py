@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from diffpress.calibration.guidance import find_guidance
 from diffpress.calibration.sampling import sample
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import fake_quantized
 from diffpress.compress.qalora import LearningError, StudentRollouts, learn_layers_, train
 from diffpress.compress.qalora.importance import StepImportance
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import Report, learn
 from diffpress.compress.qalora.training_data import TrainingData
+from diffpress.compress.quantized_layer import fake_quantized
 from diffpress.compress.result import QuantizationResult
 from diffpress.export.runtime import StepClock
 

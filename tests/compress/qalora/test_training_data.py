@@ -13,7 +13,6 @@ import torch
 from diffpress.calibration.sampling import Call, answer, replay, sample, watch
 from diffpress.calibration.trajectory import Trajectories
 from diffpress.compress.options import Qalora
-from diffpress.compress.overlay import QuantizedLayer
 from diffpress.compress.qalora import StudentRollouts
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.training_data import (
@@ -23,6 +22,7 @@ from diffpress.compress.qalora.training_data import (
     images_per_round,
     steps_per_image,
 )
+from diffpress.compress.quantized_layer import QuantizedLayer
 from diffpress.compress.result import QuantizationResult
 
 School = Callable[..., tuple[Any, QuantizationResult, StudentRollouts, Qalora]]

@@ -35,7 +35,7 @@ class Attention(nn.Module):
 @pytest.fixture(params=[False, True], ids=["scores", "all"])
 def part(request: pytest.FixtureRequest) -> Part:
     module = Attention().eval()
-    quantize_attention_(module, QuantizeAttention(component="unet", module="", integer_values=request.param))
+    quantize_attention_(module, request.param)
     sizes = {"query": QUERIES, "key": KEYS, "value": KEYS}
     inputs = tuple(Input(name, (HEADS, tokens, COLUMNS)) for name, tokens in sizes.items())
     return Part("attention", module, inputs, "output")

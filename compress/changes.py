@@ -1,0 +1,66 @@
+"""What a stage leaves behind: edits, their tensors, and what the plan and the report say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffpress.export.edits import Edit, own_tensors
+from diffpress.export.runtime import StepClock
+
+from .overlay import overlaid
+
+
+@dataclass(frozen=True)
+class Note:
+    """What the plan says of one module beside its bytes."""
+
+    reason: str = ""
+    """Why it was left alone or got another format than asked."""
+    error: float | None = None
+    """Relative squared error of the denoiser's output when only this module is changed."""
+    format: str | None = None
+    """Where neither an edit nor the stored dtype says it."""
+    shape: tuple[int, ...] = ()
+    """Of what has no weight, such as attention."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What became of one component, by one stage or by several."""
+
+    edits: tuple[Edit, ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of all edits, named `MODULE.TENSOR`."""
+    notes: Mapping[str, Note] = field(default_factory=dict)
+    """Per module."""
+    history: tuple[dict[str, float], ...] = ()
+    """How learning went: iteration, loss, evaluation."""
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    """Options that the recipe left open, as the method chose them, such as `quantize.order`."""
+
+    def then(self, later: Changes) -> Changes:
+        """Both, one after the other."""
+        return Changes(
+            self.edits + later.edits,
+            {**self.tensors, **later.tensors},
+            {**self.notes, **later.notes},
+            self.history + later.history,
+            {**self.settled, **later.settled},
+        )
+
+
+@contextmanager
+def worn(model: nn.Module, changes: Changes, timesteps: Sequence[float]) -> Iterator[None]:
+    """`model` answers as it will with its `changes` while the context lasts; its own weights stay."""
+    clock = StepClock(timesteps) if any(edit.per_step() for edit in changes.edits) else None
+    wraps = {
+        edit.module: edit.wrap(model.get_submodule(edit.module), own_tensors(edit, changes.tensors), clock)
+        for edit in changes.edits
+    }
+    with overlaid(model, wraps, clock):
+        yield

@@ -1,0 +1,38 @@
+"""The table of methods: a new one is a new file, options in `options.py`, and a line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
+
+from .options import Ptq, Qalora
+
+if TYPE_CHECKING:
+    from .stage import Method
+
+STAGES = ("prune", "quantize", "steps")
+"""In the order in which they are run; recipes call them so."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a recipe may name."""
+
+    stage: str
+    name: str
+    options: type[Any]
+    module: str
+    """Imported when it is needed, so that a recipe is checked without torch."""
+
+
+METHODS = (
+    Entry("quantize", "ptq", Ptq, "diffpress.compress.ptq"),
+    Entry("quantize", "qalora", Qalora, "diffpress.compress.qalora.method"),
+)
+
+
+def method_of(options: Any) -> Method:
+    """The method that takes these options."""
+    (module,) = (entry.module for entry in METHODS if entry.options is type(options))
+    return cast("Method", import_module(module))

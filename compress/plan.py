@@ -1,0 +1,71 @@
+"""The plan: what became of every module of a component, and what it weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from diffpress.export.edits import Edit, store_edits
+from diffpress.export.manifest import PlanRow
+from diffpress.export.source import Form, forms_of
+
+from .changes import Changes, Note
+
+
+def plan_rows(component: str, forms: Mapping[str, Form], changes: Changes) -> list[PlanRow]:
+    """One row a weighted module, of the source's `forms`: its format, bytes before and after, and the reason for both.
+
+    After them one row for everything else that a stage has said something of, such as attention.
+    """
+    edits = {edit.module: edit for edit in changes.edits}
+    before, after = _by_module(forms), _by_module(store_edits(forms, changes.edits, forms_of(changes.tensors)))
+    rows = [
+        _row(component, module, own, after.get(module, {}), edits.get(module), changes.notes.get(module, Note()))
+        for module, own in before.items()
+    ]
+    return rows + [
+        PlanRow(
+            component=component,
+            module=module,
+            shape=note.shape,
+            format=note.format,
+            source_bytes=0,
+            bytes=0,
+            reason=note.reason,
+            error=note.error,
+        )
+        for module, note in changes.notes.items()
+        if module not in before and note.format is not None
+    ]
+
+
+def _row(
+    component: str,
+    module: str,
+    before: Mapping[str, Form],
+    after: Mapping[str, Form],
+    edit: Edit | None,
+    note: Note,
+) -> PlanRow:
+    first = before.get(f"{module}.weight", next(iter(before.values())))
+    return PlanRow(
+        component=component,
+        module=module,
+        shape=first.shape,
+        format=note.format or (str(first.dtype)[6:] if edit is None else edit.words()),
+        source_bytes=_bytes(before),
+        bytes=_bytes(after),
+        reason=note.reason,
+        error=note.error,
+    )
+
+
+def _by_module(forms: Mapping[str, Form]) -> dict[str, dict[str, Form]]:
+    """The tensors of each module; a parameter of the model itself stands for its own."""
+    modules: dict[str, dict[str, Form]] = {}
+    for name, form in forms.items():
+        modules.setdefault(name.rpartition(".")[0] or name, {})[name] = form
+    return modules
+
+
+def _bytes(forms: Mapping[str, Form]) -> int:
+    return sum(form.size_bytes for form in forms.values())

@@ -1,0 +1,70 @@
+"""What learns at a time: all layers together, or, where memory is short, one block of the denoiser after the other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from diffpress.calibration.cost import peak_memory_bytes, weight_bytes
+from diffpress.calibration.sampling import Call, Sampling, denoiser_of, device_of, sample, watch
+from diffpress.export.errors import RecipeError
+
+from ..options import Order, Qalora
+from ..stage import Subject
+from .blocks import find_blocks
+from .memory import learning_needs
+
+SPARE = 0.9
+"""Share of the free memory that learning may count on."""
+
+
+def settle_order(subject: Subject, options: Qalora, folder: Path) -> Order:
+    """The order that learning in `folder` began in, else that of `choose_order`: what memory is free changes in between."""
+    path = folder / "order.json"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(choose_order(subject, options)), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def choose_order(subject: Subject, options: Qalora) -> Order:
+    """What the recipe says or, where it leaves that open, `whole` where the device has the memory for it."""
+    if options.order is not None:
+        return options.order
+    needed, free = learning_bytes(subject, options), free_bytes(subject.pipeline)
+    return "whole" if needed["whole"] <= SPARE * free or "blocks" not in needed else "blocks"
+
+
+def check_order(denoiser: nn.Module, options: Qalora) -> None:
+    """Raises RecipeError where the recipe asks for blocks and the denoiser has none."""
+    if options.order == "blocks" and not find_blocks(denoiser):
+        raise RecipeError(
+            f"quantize.order: blocks needs a denoiser of repeated modules, and {type(denoiser).__name__} has none. Give "
+            "whole; quantize.accumulate and quantize.checkpointing save memory too."
+        )
+
+
+def learning_bytes(subject: Subject, options: Qalora) -> dict[Order, int]:
+    """The most memory that each order takes, weights and the sampling of rollouts included; predicted, not measured."""
+    pipeline, sampling = subject.pipeline, Sampling(2, subject.sampling.guidance_scale)
+    (condition,) = subject.conditions(1)
+    calls: list[Call] = []
+    with watch(pipeline, calls.append):
+        sample(pipeline, [condition], sampling)
+    weights = weight_bytes(pipeline)
+    running = (peak_memory_bytes(pipeline, condition, sampling) - weights) * subject.batch
+    needs = learning_needs(denoiser_of(pipeline), calls[0], options)
+    return {order: weights + own.state + max(own.graph, running) for order, own in needs.items()}
+
+
+def free_bytes(pipeline: Any) -> int:
+    """Memory of the pipeline's device that is free, or is taken by the pipeline itself."""
+    device = device_of(denoiser_of(pipeline))
+    if device.type == "cuda":
+        return weight_bytes(pipeline) + torch.cuda.mem_get_info(device)[0]
+    return weight_bytes(pipeline) + psutil.virtual_memory().available

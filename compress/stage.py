@@ -1,0 +1,102 @@
+"""A stage: from a subject to changes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import nn
+
+from diffpress.calibration.conditions import Condition
+from diffpress.calibration.sampling import Sampling
+from diffpress.calibration.trajectory import Trajectories
+from diffpress.export.source import Form
+
+from .changes import Changes, worn
+from .stage_folder import StageFolder
+
+Report = Callable[[str, int, int], None]
+"""Called with what is being done (a note may follow it after a comma), how much of it is done and how much there is."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a stage works on: one component of a pipeline, and everything that is known of it."""
+
+    pipeline: Any
+    component: str
+    """Its name in the pipeline, such as `unet`."""
+    forms: Mapping[str, Form]
+    """How the source stores its tensors, by the model's names."""
+    trajectories: Trajectories
+    """Recorded runs of the original."""
+    sampling: Sampling
+    conditions: Callable[[int], list[Condition]]
+    """So many conditions that nothing was recorded of, always the same ones first."""
+    batch: int
+    """Images that may be sampled at a time."""
+    seed: int
+    before: Changes = field(default_factory=Changes)
+    """Of earlier stages: worn while a later one works."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The teacher: there is one copy of the weights, and what is laid over it comes off again."""
+        return getattr(self.pipeline, self.component)
+
+    @property
+    def timesteps(self) -> list[float]:
+        """That the denoiser was asked for while it was recorded."""
+        return self.trajectories.timesteps
+
+    def after(self, changes: Changes) -> Subject:
+        """The subject of the next stage."""
+        return replace(self, before=self.before.then(changes))
+
+
+@dataclass(frozen=True)
+class Running:
+    """What the pipeline itself takes, measured before anything is started."""
+
+    steps: int
+    """Of one image."""
+    step_seconds: float
+    """Of a batch of images."""
+    recorded_batches: int
+    """That the recipe asks for."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method will take, beside what the pipeline takes to run."""
+
+    seconds: Mapping[str, float]
+    """By what is reported while it works."""
+    disk_bytes: int = 0
+    """Of everything that it writes into its folder, at the most."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What else a user wants to know before, by name."""
+
+
+class Method(Protocol):
+    """A file that is a method, by the functions in it."""
+
+    def check(self, subject: Subject, options: Any) -> None:
+        """Raises UserError where the options do not fit the subject; asked before any work."""
+
+    def estimate(self, subject: Subject, options: Any, running: Running) -> Cost:
+        """Told from a look at the model, nothing being recorded yet."""
+
+    def run(self, subject: Subject, options: Any, folder: StageFolder, report: Report) -> Changes:
+        """Work on the subject, which wears what earlier stages changed; a killed run continues in `folder`."""
+
+
+def run_stage(method: Method, subject: Subject, options: Any, folder: StageFolder, report: Report) -> Changes:
+    """What the method changes; read from `folder` where it was finished there before."""
+    changes = folder.finished()
+    if changes is None:
+        with worn(subject.model, subject.before, subject.timesteps):
+            changes = method.run(subject, options, folder, report)
+        folder.finish(changes)
+    return changes

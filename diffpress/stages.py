@@ -1,0 +1,121 @@
+"""From a recipe to the stages that it asks for, each with what it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffpress.calibration.conditions import Condition, conditions
+from diffpress.calibration.sampling import Sampling
+from diffpress.calibration.trajectory import Trajectories
+from diffpress.compress.changes import Changes
+from diffpress.compress.methods import STAGES, method_of
+from diffpress.compress.stage import Method, Report, Subject, run_stage
+from diffpress.export.errors import UnsupportedModelError
+from diffpress.export.folder import PipelineFolder
+from diffpress.export.source import Form, forms_of, source_tensors
+
+from .recipe import Recipe
+from .work import Work
+
+NOWHERE = Path()
+"""Where nothing is recorded yet."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the recipe on one component."""
+
+    name: str
+    options: Any
+    subject: Subject
+
+    @property
+    def method(self) -> Method:
+        return method_of(self.options)
+
+
+def stages_of(
+    source: PipelineFolder,
+    pipeline: Any,
+    recipe: Recipe,
+    forms: Mapping[str, Mapping[str, Form]],
+    recorded: Path = NOWHERE,
+) -> list[Stage]:
+    """In the order in which they are run. Raises UserError where a method does not fit what it is to work on."""
+    stages = [
+        Stage(
+            name,
+            options,
+            Subject(
+                pipeline,
+                component,
+                forms[component],
+                Trajectories(recorded),
+                sampling_of(recipe),
+                partial(rollout_conditions, pipeline, recipe),
+                recipe.record.batch,
+                recipe.seed,
+            ),
+        )
+        for name, options in _chosen(recipe)
+        for component in _components(source, options)
+    ]
+    for stage in stages:
+        stage.method.check(stage.subject, stage.options)
+    return stages
+
+
+def _chosen(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    return ((name, options) for name in STAGES if (options := getattr(recipe, name, None)) is not None)
+
+
+def _components(source: PipelineFolder, options: Any) -> list[str]:
+    """Folders of the components that a stage names, `text_encoders` standing for as many as there are."""
+    names: dict[str, None] = {}
+    for component in getattr(options, "components", ["denoiser"]):
+        found = source.text_encoders if component == "text_encoders" else [source.require(component)]
+        names |= dict.fromkeys(found)
+    return list(names)
+
+
+def component_forms(source: PipelineFolder, recipe: Recipe) -> dict[str, dict[str, Form]]:
+    """How every component that is changed is stored. Raises UserError where one is not what its model needs."""
+    forms = {}
+    for name, options in _chosen(recipe):
+        for component in _components(source, options):
+            if not source.weight_files(component):
+                raise UnsupportedModelError(f"{name}.components: {component!r} of {source.name} has no weights.")
+            forms[component] = forms_of(source_tensors(source, component))
+    return forms
+
+
+def run_stages(stages: list[Stage], work: Work, report: Report) -> dict[str, Changes]:
+    """What became of each component; stages that were finished before a run was killed are read from `work`."""
+    changes: dict[str, Changes] = {}
+    for stage in stages:
+        component = stage.subject.component
+        before = changes.get(component, Changes())
+        folder = work.stage(stage.name, component)
+        found = run_stage(stage.method, stage.subject.after(before), stage.options, folder, report)
+        changes[component] = before.then(found)
+    return changes
+
+
+def sampling_of(recipe: Recipe) -> Sampling:
+    """How the pipeline samples while it is recorded and compared."""
+    return Sampling(recipe.sampling.steps, recipe.sampling.guidance_scale)
+
+
+def recorded_conditions(pipeline: Any, recipe: Recipe) -> list[Condition]:
+    """What is recorded; its seeds are apart from those that results are reported on, which count up from the recipe's own."""
+    return conditions(pipeline, recipe.record.prompts, recipe.record.trajectories, recipe.seed + 2**31)
+
+
+def rollout_conditions(pipeline: Any, recipe: Recipe, count: int) -> list[Condition]:
+    """What a student samples while it learns: texts from where recording stopped on, with seeds of their own."""
+    recorded = recipe.record.trajectories
+    return conditions(pipeline, recipe.record.prompts, recorded + count, recipe.seed + 2**32)[recorded:]

@@ -1,0 +1,52 @@
+"""What every kind of edit can be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ..runtime import StepClock, Wrap
+
+Stored = TypeVar("Stored")
+"""A tensor, or its form alone."""
+
+
+class EditBase(BaseModel):
+    """One change of one module, as plain frozen data; saving, loading, the report and the exporters know no more of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    component: str
+    """Folder of the pipeline component, such as `unet`."""
+    module: str
+    """Dotted path inside the component."""
+
+    def words(self) -> str:
+        """What the report calls it."""
+        raise NotImplementedError
+
+    def per_step(self) -> bool:
+        """Whether it has to know the current sampling step."""
+        return False
+
+    def apply_(self, model: nn.Module, clock: StepClock | None) -> None:
+        """Change the empty `model` in place, in the order of the edits; `clock` tells the step to those that are `per_step`.
+
+        Raises ValueError or AttributeError where it does not fit.
+        """
+        raise NotImplementedError
+
+    def wrap(self, module: nn.Module, own: Mapping[str, Tensor], clock: StepClock | None) -> Wrap:
+        """The same on a model that has its weights and keeps them: around the forward of `module`, by the edit's tensors."""
+        raise NotImplementedError
+
+    def store(self, tensors: Mapping[str, Stored], own: Mapping[str, Stored]) -> dict[str, Stored]:
+        """What is stored of the component's `tensors` once the edit is made, whose `own` are named `MODULE.TENSOR`."""
+        return {**tensors, **own}
+
+    def exact(self) -> frozenset[str]:
+        """Tensors whose dtype no loader may change."""
+        return frozenset()

@@ -1,0 +1,34 @@
+"""Every kind of edit, and what is done with a list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated
+
+from pydantic import Field
+
+from .attention import QuantizeAttention
+from .base import Stored
+from .pack import Pack
+
+Edit = Annotated[Pack | QuantizeAttention, Field(discriminator="kind")]
+"""What a finished method leaves behind. A new kind is a new file here, and its name in this line."""
+
+
+def edits_of(component: str, edits: Iterable[Edit]) -> list[Edit]:
+    """The edits of one component, in their order."""
+    return [edit for edit in edits if edit.component == component]
+
+
+def own_tensors(edit: Edit, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Those of the edits' `tensors` that are this one's."""
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] == edit.module}
+
+
+def store_edits(
+    tensors: Mapping[str, Stored], edits: Iterable[Edit], changed: Mapping[str, Stored]
+) -> dict[str, Stored]:
+    """What is stored of one component: its source's `tensors` after all its `edits`, whose own are `changed`; sorted."""
+    for edit in edits:
+        tensors = edit.store(tensors, own_tensors(edit, changed))
+    return dict(sorted(tensors.items()))
