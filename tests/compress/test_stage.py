@@ -1,0 +1,177 @@
+"""What stages hand on: written down and read back as it was, and worn as it will be loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffpress.calibration.conditions import conditions
+from diffpress.calibration.sampling import denoiser_of, replay
+from diffpress.compress.changes import Changes, Note, worn
+from diffpress.compress.methods import METHODS, STAGES, method_of
+from diffpress.compress.plan import plan_rows
+from diffpress.compress.result import changes_of
+from diffpress.compress.stage import Cost, Running, Subject, run_stage
+from diffpress.compress.stage_folder import StageFolder
+from diffpress.export.artifact import load_pipeline, write_pipeline
+from diffpress.export.errors import RecipeError
+from diffpress.export.folder import PipelineFolder
+
+QUICK: dict[str, dict[str, Any]] = {
+    "ptq": {"weights": 4, "attention": "scores"},
+    "qalora": {"weights": 4, "iterations": 2, "batch": 2, "rank": 2, "validation_images": 1, "order": "whole"},
+}
+"""Options with which a method is done in seconds; the rest as they are left out."""
+
+
+@pytest.fixture
+def subject(recorded: Callable[[str], Any]) -> Subject:
+    """The transformer of the tiny pipeline that draws classes."""
+    own = recorded("tiny_class")
+    draw = lambda count: conditions(own.pipeline, "builtin", count, 100)  # noqa: E731
+    return Subject(own.pipeline, "transformer", own.forms, own.trajectories, own.sampling, draw, 2, 0)
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The report of those who want none."""
+
+
+def assert_same(found: Changes, expected: Changes) -> None:
+    assert (found.edits, found.notes, found.history, found.settled) == (
+        expected.edits,
+        expected.notes,
+        expected.history,
+        expected.settled,
+    )
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+@pytest.fixture
+def changes(recorded: Callable[[str], Any], quantized: Callable[..., Any]) -> Changes:
+    """Of every kind of edit."""
+    return changes_of(quantized("tiny_class", weights=4, attention="all"), recorded("tiny_class").forms)
+
+
+def test_changes_are_read_back_as_they_were_written(changes: Changes, tmp_path: Path) -> None:
+    assert {edit.kind for edit in changes.edits} == {"pack", "quantize_attention"}
+    folder = StageFolder(tmp_path / "quantize")
+    assert folder.finished() is None
+    folder.finish(changes)
+    found = folder.finished()
+    assert found is not None
+    assert_same(found, changes)
+
+
+@pytest.mark.parametrize("damage", ["words", "tensors", "absent"])
+def test_a_damaged_stage_counts_as_unfinished(changes: Changes, tmp_path: Path, damage: str) -> None:
+    folder = StageFolder(tmp_path)
+    folder.finish(changes)
+    if damage == "words":
+        (tmp_path / "changes.json").write_text("{")
+    elif damage == "tensors":
+        (tmp_path / "changes.safetensors").write_bytes(b"nonsense")
+    else:
+        (tmp_path / "changes.safetensors").unlink()
+    assert folder.finished() is None
+
+
+def test_one_stage_after_the_other() -> None:
+    first = Changes(notes={"a": Note("first"), "b": Note("first")}, history=({"loss": 1.0},), settled={"x.y": 1})
+    later = Changes(notes={"b": Note("later")}, history=({"loss": 0.5},))
+    both = first.then(later)
+    assert both.notes == {"a": Note("first"), "b": Note("later")}
+    assert both.history == ({"loss": 1.0}, {"loss": 0.5})
+    assert both.settled == {"x.y": 1}
+
+
+def test_worn_changes_answer_as_the_loaded_artifact(subject: Subject, changes: Changes, tmp_path: Path) -> None:
+    """Bit for bit, at every step; and off again, nothing is left of them."""
+    source = PipelineFolder(Path(subject.pipeline.config._name_or_path), "tiny")
+    write_pipeline(tmp_path / "out", source, changes.edits, {"transformer": changes.tensors}, subject.timesteps)
+    loaded = denoiser_of(load_pipeline(PipelineFolder(tmp_path / "out", "out")))
+    calls = list(subject.trajectories.calls(subject.trajectories.shards[:1]))
+    with worn(subject.model, changes, subject.timesteps):
+        found = [replay(subject.model, call) for call in calls]
+    for call, answer in zip(calls, found, strict=True):
+        assert torch.equal(answer, replay(loaded, call))
+        assert torch.equal(replay(subject.model, call), call.output)
+
+
+class Recording:
+    """A method that remembers what it saw."""
+
+    def __init__(self, changes: Changes) -> None:
+        self.changes, self.runs, self.seen = changes, 0, torch.empty(0)
+
+    def check(self, subject: Subject, options: Any) -> None:
+        pass
+
+    def estimate(self, subject: Subject, options: Any, running: Running) -> Cost:
+        return Cost({})
+
+    def run(self, subject: Subject, options: Any, folder: StageFolder, report: Any) -> Changes:
+        self.runs += 1
+        self.seen = replay(subject.model, next(iter(subject.trajectories.calls())))
+        return self.changes
+
+
+def test_a_later_stage_works_on_what_wears_the_changes_of_earlier_ones(
+    subject: Subject, changes: Changes, tmp_path: Path
+) -> None:
+    call = next(iter(subject.trajectories.calls()))
+    plain, later = Recording(Changes()), Recording(Changes())
+    run_stage(plain, subject, None, StageFolder(tmp_path / "plain"), silent)
+    run_stage(later, subject.after(changes), None, StageFolder(tmp_path / "later"), silent)
+    assert torch.equal(plain.seen, call.output)
+    with worn(subject.model, changes, subject.timesteps):
+        assert torch.equal(later.seen, replay(subject.model, call))
+    assert not torch.equal(later.seen, plain.seen)
+
+
+def test_a_finished_stage_is_not_run_again(subject: Subject, changes: Changes, tmp_path: Path) -> None:
+    method, folder = Recording(changes), StageFolder(tmp_path / "stage")
+    first = run_stage(method, subject, None, folder, silent)
+    again = run_stage(method, subject, None, folder, silent)
+    assert method.runs == 1
+    assert_same(again, first)
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_every_method_keeps_the_contract(entry: Any, subject: Subject, tmp_path: Path) -> None:
+    """Checks, estimates, runs, and leaves changes that a plan, a folder and an artifact can be made of."""
+    assert entry.stage in STAGES
+    options = entry.options(method=entry.name, **QUICK[entry.name])
+    method = method_of(options)
+    method.check(subject, options)
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        told.setdefault(stage.split(",")[0], []).append((done, total))
+
+    cost = method.estimate(subject, options, Running(3, 0.1, 2))
+    changes = run_stage(method, subject, options, StageFolder(tmp_path / "work"), report)
+    assert set(told) == set(cost.seconds)
+    assert all(0 < done <= total for steps in told.values() for done, total in steps)
+    assert changes.edits
+    rows = plan_rows("transformer", subject.forms, changes)
+    assert sum(row.bytes for row in rows) < sum(row.source_bytes for row in rows)
+    assert json.dumps([row.model_dump(mode="json") for row in rows])
+    source = PipelineFolder(Path(subject.pipeline.config._name_or_path), "tiny")
+    write_pipeline(tmp_path / "out", source, changes.edits, {"transformer": changes.tensors}, subject.timesteps)
+    loaded = denoiser_of(load_pipeline(PipelineFolder(tmp_path / "out", "out")))
+    call = next(iter(subject.trajectories.calls()))
+    with worn(subject.model, changes, subject.timesteps):
+        assert torch.equal(replay(subject.model, call), replay(loaded, call))
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_every_method_refuses_what_does_not_fit_before_any_work(entry: Any, subject: Subject) -> None:
+    options = entry.options(method=entry.name, **QUICK[entry.name] | {"keep": ["nothing.*"]})
+    with pytest.raises(RecipeError, match=r"'nothing.\*' fits no layer"):
+        method_of(options).check(subject, options)
