@@ -14,9 +14,9 @@ from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 import torch
+from diffpress_rows import FullWeightLayer
 from diffusers import UNet2DConditionModel
 from machine import machine
-from own import FullWeightLayer
 from torch import nn
 
 from diffpress.calibration.examples import Batch

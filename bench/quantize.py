@@ -32,8 +32,8 @@ from diffpress.zoo.classifier import load_classifier
 from diffpress.zoo.data import load_digits
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from diffpress_rows import SPARE_BITS
 from environment import PEERS, python_for
-from own import SPARE_BITS
 
 STEPS = 25
 GUIDANCE = 3.0

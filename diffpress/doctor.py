@@ -30,6 +30,7 @@ from diffpress.kernels import (
 )
 from diffpress.kernels.cpu import why_no_library
 from diffpress.kernels.library import CHOICE, only_reference
+from diffpress.kernels.processor import why_no_byte_products
 
 PACKAGES = ("diffpress", "torch", "triton", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 SIZE = 64
@@ -43,6 +44,7 @@ def examine() -> dict[str, str]:
     findings = {"machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"}
     findings |= {name: _version(name) for name in PACKAGES}
     findings["kernels"] = _answering()
+    findings["integer products of the references"] = _products()
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for bits in (8, 4, 3, 2):
             findings[f"quantized layers W{bits}A8 on {device}"] = _try(partial(_quantized, bits, device))
@@ -61,6 +63,12 @@ def _answering() -> str:
         return f"reference everywhere ({CHOICE})"
     reason = why_no_library()
     return f"{'C++' if reason is None else f'reference ({reason})'} on cpu, Triton on cuda"
+
+
+def _products() -> str:
+    """Which of two exact forms computes them on the CPU."""
+    reason = why_no_byte_products()
+    return "in bytes" if reason is None else f"in float32, exact by chunks of columns ({reason})"
 
 
 def _version(name: str) -> str:

@@ -49,5 +49,6 @@ def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
 
 def scale_sums(sums: Tensor, activation_scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Float32 output [..., N] of a layer from sums of products of codes, its scales [1] and [N], and its bias [N]."""
-    output = sums.float() * (activation_scale * weight_scale)
-    return output if bias is None else output + bias.float()
+    # A product is a new tensor, so the sum may work in place.
+    output = sums * (activation_scale * weight_scale)
+    return output if bias is None else output.add_(bias)

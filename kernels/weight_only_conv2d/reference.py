@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import unpack_codes
+from ..processor import fast_dtype
 from ..quantization import dequantize_groups
 
 
@@ -23,8 +24,9 @@ def weight_only_conv2d_reference(
     weight_bits: int,
     group_size: int,
 ) -> Tensor:
-    """y = x * (W s_w) + b, the weights dequantized in float32 and cast (see `weight_only_conv2d` for the shapes)."""
-    shape = (len(weight), x.shape[1], *kernel_size)
+    """y = x * (W s_w) + b, the weights cast to the dtype of x (see `weight_only_conv2d`, and `fast_dtype`)."""
+    dtype, shape = fast_dtype(x), (len(weight), x.shape[1], *kernel_size)
     codes = unpack_codes(weight, shape[1] * shape[2] * shape[3], weight_bits)
-    weights = dequantize_groups(codes, weight_scale, group_size).to(x.dtype).view(shape)
-    return F.conv2d(x, weights, None if bias is None else bias.to(x.dtype), stride, padding, dilation)
+    weights = dequantize_groups(codes, weight_scale, group_size).to(x.dtype).to(dtype).view(shape)
+    offset = None if bias is None else bias.to(x.dtype).to(dtype)
+    return F.conv2d(x.to(dtype), weights, offset, stride, padding, dilation).to(x.dtype)

@@ -31,3 +31,13 @@ def test_it_says_which_implementation_answers(monkeypatch: pytest.MonkeyPatch) -
     assert doctor.examine()["kernels"] == "reference (no C++ library was built) on cpu, Triton on cuda"
     monkeypatch.setenv("DIFFPRESS_KERNELS", "reference")
     assert doctor.examine()["kernels"] == "reference everywhere (DIFFPRESS_KERNELS)"
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_it_says_how_integers_are_multiplied_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "why_no_byte_products", lambda: None)
+    assert doctor.examine()["integer products of the references"] == "in bytes"
+    monkeypatch.undo()
+    with torch.backends.mkldnn.flags(enabled=False):
+        found = doctor.examine()["integer products of the references"]
+    assert found == "in float32, exact by chunks of columns (torch runs without oneDNN)"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffpress.kernels import code_range, pack_codes, unpack_codes, weight_only_conv2d
+from diffpress.kernels.processor import fast_dtype
 
 
 class Case(NamedTuple):
@@ -81,7 +82,8 @@ def test_matches_float64(case: Case, bits: int, bias: bool) -> None:
 def test_is_a_convolution_of_the_inputs_dtype(dtype: torch.dtype) -> None:
     case = CASES[4]
     x, weight, scale, bias, *rest = given = arguments(case, 3, dtype)
-    expected = F.conv2d(x, dequantized(case, given).float().to(dtype), bias, *case[4:])
+    weights, wide = dequantized(case, given).float().to(dtype), fast_dtype(x)
+    expected = F.conv2d(x.to(wide), weights.to(wide), bias.to(wide), *case[4:]).to(dtype)
     # A float32 bias, as a model that keeps its small tensors exact has it, is cast like the weights.
     for offset in (bias, bias.float()):
         assert torch.equal(weight_only_conv2d(x, weight, scale, offset, *rest), expected)

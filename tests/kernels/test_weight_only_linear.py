@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffpress.kernels import code_range, pack_codes, unpack_codes, weight_only_linear
+from diffpress.kernels.processor import fast_dtype
 from diffpress.kernels.weight_only_linear.triton_kernel import columns_of_a_part, launch
 
 SHAPES = [
@@ -73,10 +74,11 @@ def test_matches_float64(lead: tuple[int, ...], depth: int, rows: int, group_siz
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_is_a_linear_layer_of_the_inputs_dtype(bits: int, dtype: torch.dtype) -> None:
     x, weight, scale, bias, *rest = arguments((9,), 63, 10, 16, bits, dtype)
-    weights = dequantized((x, weight, scale, bias, *rest)).float().to(dtype)
+    weights, wide = dequantized((x, weight, scale, bias, *rest)).float().to(dtype), fast_dtype(x)
+    expected = F.linear(x.to(wide), weights.to(wide), bias.to(wide)).to(dtype)
     # A float32 bias, as a model that keeps its small tensors exact has it, is cast like the weights.
     for offset in (bias, bias.float()):
-        assert torch.equal(weight_only_linear(x, weight, scale, offset, *rest), F.linear(x, weights, bias))
+        assert torch.equal(weight_only_linear(x, weight, scale, offset, *rest), expected)
 
 
 @pytest.mark.usefixtures("poisoned")
