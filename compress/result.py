@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diffpress.export.edits import Edit, Pack, QuantizeAttention
@@ -13,7 +17,7 @@ from diffpress.kernels import pack_codes
 
 from .attention import AttentionChoice
 from .changes import Changes, Note
-from .quantized_layer import QuantizedLayer
+from .quantized_layer import Format, QuantizedLayer
 
 
 @dataclass
@@ -105,3 +109,47 @@ def _note(found: QuantizationResult, module: str) -> Note:
 
 def _attention_format(component: str, module: str, choice: AttentionChoice) -> str:
     return "attention float" if choice.products == "none" else _quantize_attention(component, module, choice).words()
+
+
+def save_result(found: QuantizationResult, path: Path) -> None:
+    """Write everything that was found to `path`, a safetensors file; the old file stays until it is whole."""
+    tensors = {
+        f"{key}/{name}": value.contiguous()
+        for name, layer in found.layers.items()
+        for key, value in vars(layer).items()
+        if isinstance(value, Tensor)
+    }
+    words = {
+        "component": found.component,
+        "formats": {name: asdict(layer.format) for name, layer in found.layers.items()},
+        "reasons": found.reasons,
+        "sensitivity": found.sensitivity,
+        "attention": {name: asdict(choice) for name, choice in found.attention.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"result": json.dumps(words)})
+    partial.replace(path)
+
+
+def load_result(path: Path) -> QuantizationResult | None:
+    """What `save_result` wrote; None where there is no readable file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            words = json.loads(file.metadata()["result"])
+            tensors: dict[str, dict[str, Tensor]] = {name: {} for name in words["formats"]}
+            for stored in file.keys():  # noqa: SIM118  # no mapping
+                key, _, name = stored.partition("/")
+                tensors[name][key] = file.get_tensor(stored)
+    except (OSError, SafetensorError):
+        return None
+    return QuantizationResult(
+        words["component"],
+        {name: QuantizedLayer(Format(**form), **tensors[name]) for name, form in words["formats"].items()},
+        words["reasons"],
+        words["sensitivity"],
+        {
+            name: AttentionChoice(**{**choice, "shape": tuple(choice["shape"])})
+            for name, choice in words["attention"].items()
+        },
+    )

@@ -122,3 +122,13 @@ assert "diffpress" not in {*diffusers_tables.AUTO_QUANTIZER_MAPPING, *transforme
 import diffpress
 """
     assert _python(program + KNOWN).splitlines() == FOUND
+
+
+def test_the_front_door_knows_stages_and_no_method() -> None:
+    """A new method is a new file in compress/, and nothing in diffpress/ changes with it."""
+    shared = {"changes", "methods", "options", "plan", "stage", "stage_folder"}
+    for path in (ROOT / "diffpress").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if module.startswith("diffpress.compress"):
+                assert module.split(".")[2] in shared, f"{path.name} imports {module}"

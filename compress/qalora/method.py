@@ -16,7 +16,7 @@ from .. import ptq
 from ..attention import learnable
 from ..changes import Changes
 from ..options import Qalora
-from ..result import QuantizationResult, changes_of
+from ..result import QuantizationResult, changes_of, load_result, save_result
 from ..stage import Cost, Running, Subject
 from ..stage import Report as StageReport
 from ..stage_folder import StageFolder
@@ -56,7 +56,7 @@ def estimate(subject: Subject, options: Qalora, running: Running) -> Cost:
 
 def run(subject: Subject, options: Qalora, folder: StageFolder, report: StageReport) -> Changes:
     """The method `qalora`. Raises UserError as `ptq` does, and LearningError where the loss is not finite."""
-    found = ptq.quantize(subject, options, report)
+    found = _start(subject, options, folder.path / "start.safetensors", report)
     if not _learns(subject):
         return changes_of(found, subject.forms)
     options = options.model_copy(update={"order": settle_order(subject, options, folder.path)})
@@ -67,6 +67,15 @@ def run(subject: Subject, options: Qalora, folder: StageFolder, report: StageRep
     runs = student_rollouts(subject, options, folder.path)
     learn_layers_(found, subject.model, subject.trajectories, runs, options, subject.seed, progress)
     return replace(changes_of(found, subject.forms), settled={"quantize.order": options.order})
+
+
+def _start(subject: Subject, options: Qalora, path: Path, report: StageReport) -> QuantizationResult:
+    """What `ptq` finds; a run that was killed while it learned does not search again."""
+    found = load_result(path)
+    if found is None:
+        found = ptq.quantize(subject, options, report)
+        save_result(found, path)
+    return found
 
 
 def _learns(subject: Subject) -> bool:

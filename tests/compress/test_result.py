@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from diffpress.compress.changes import Changes
 from diffpress.compress.plan import plan_rows
 from diffpress.compress.quantized_layer import Format, QuantizedLayer
-from diffpress.compress.result import QuantizationResult, changes_of, drop_what_does_not_shrink_, edits_and_tensors
+from diffpress.compress.result import (
+    QuantizationResult,
+    changes_of,
+    drop_what_does_not_shrink_,
+    edits_and_tensors,
+    load_result,
+    save_result,
+)
 from diffpress.export.source import Form, forms_of
 from diffpress.kernels import unpack_codes
 
@@ -131,3 +140,25 @@ def test_layers_that_do_not_shrink_are_dropped(columns: int, shrinks: bool) -> N
     drop_what_does_not_shrink_(found, {"a.weight": Form((4, columns), torch.float16)})
     assert ("a" in found.layers) == shrinks
     assert found.reasons == ({} if shrinks else {"a": "would not be smaller"})
+
+
+def test_what_was_found_is_read_back_as_it_was_written(
+    quantized: Callable[..., QuantizationResult], tmp_path: Path
+) -> None:
+    found, path = (
+        quantized("tiny_class", weights=4, attention="all", asymmetric=True),
+        tmp_path / "deep" / "result.safetensors",
+    )
+    assert load_result(path) is None
+    save_result(found, path)
+    again = load_result(path)
+    assert again is not None
+    for name in ("component", "reasons", "sensitivity", "attention", "history"):
+        assert getattr(again, name) == getattr(found, name)
+    assert list(again.layers) == list(found.layers)
+    for name, layer in found.layers.items():
+        for key, value in vars(layer).items():
+            other = getattr(again.layers[name], key)
+            assert torch.equal(other, value) if isinstance(value, Tensor) else other == value
+    path.write_bytes(path.read_bytes()[:100])
+    assert load_result(path) is None
