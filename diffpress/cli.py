@@ -235,11 +235,12 @@ def zoo_train(
     out: Annotated[Path, typer.Option(help="folder for the result; checkpoints go to OUT.training")],
     seed: Annotated[int, typer.Option(min=0, help="seed of initialisation and batches")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="training steps of the last stage")] = None,
+    force: Annotated[bool, typer.Option(help="replace an --out that is there")] = False,
 ) -> None:
     """Train a model of the zoo from data; the same command continues a run that was interrupted."""
     from .zoo.training import train_by_name
 
-    train_by_name(name.value, data, out, seed, steps)
+    train_by_name(name.value, data, out, seed, steps, force)
 
 
 def _check_device(device: str) -> None:

@@ -14,20 +14,12 @@ from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.compress.changes import Changes
 from diffpress.compress.plan import plan_rows
 from diffpress.compress.stage import Report
-from diffpress.export.artifact import (
-    check_output,
-    check_space,
-    is_artifact,
-    load,
-    load_pipeline,
-    publish,
-    verify,
-    write_pipeline,
-)
+from diffpress.export.artifact import is_artifact, load, load_pipeline, verify, write_pipeline
 from diffpress.export.digests import digest
 from diffpress.export.errors import ArtifactError, ModelFileError, UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, Manifest, list_files, read_manifest, write_manifest
+from diffpress.export.publishing import check_output, check_space, publish
 from diffpress.export.source import Form
 
 from .estimate import needed_bytes, recorded_bytes
@@ -98,9 +90,10 @@ def compress(
 
     Raises UserError where the input is wrong; `out` is then as it was.
     """
+    out = check_output(out, [source.path], force)
     exports = [out.with_name(f"{out.name}-{target}") for target in recipe.export]
-    for folder in (out, *exports):
-        check_output(folder, force)
+    for folder in exports:
+        check_output(folder, [source.path, out], force)
     _refuse_artifact(source)
     forms = component_forms(source, recipe)
     source.check()

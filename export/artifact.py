@@ -14,13 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .edits import Edit, edits_of, store_edits
-from .errors import ArtifactError, ModelFileError, OutputError
+from .errors import ArtifactError, ModelFileError
 from .folder import PipelineFolder
 from .load.config import EditsConfig
 from .load.empty import apply_to_empty_
 from .load.libraries import empty_model, library_of
 from .manifest import MANIFEST, Manifest, check_files, read_manifest
-from .onnx.manifest import is_export
 from .source import source_tensors
 
 Tensors = Mapping[str, Tensor]
@@ -73,51 +72,6 @@ def _copy_plain(source: Path, folder: Path, name: str) -> None:
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
     """Transformers would load the precision that is named here, diffusers loads float32: the parts must fit together."""
     return config | {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
-
-
-def publish(staged: Path, out: Path) -> None:
-    """Rename the finished `staged` folder to `out`, putting an older result aside until the new one is in place."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    old = staged.with_name(staged.name + ".replaced")
-    if out.exists():
-        # Left over where an earlier run was killed right here.
-        _remove(old)
-        out.replace(old)
-    try:
-        staged.replace(out)
-    except OSError:
-        if old.exists():
-            old.replace(out)
-        raise
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
-
-
-def check_output(out: Path, force: bool) -> None:
-    """Raises OutputError where `out` exists and is neither empty nor a result of ours, unless `force`."""
-    if not out.exists() or force:
-        return
-    if not out.is_dir():
-        raise OutputError(f"--out {out} is a file. Name a folder, or give --force to replace it.")
-    if any(out.iterdir()) and not is_artifact(out) and not is_export(out):
-        raise OutputError(f"--out {out} exists and was not written by diffpress. Name another folder, or give --force.")
-
-
-def check_space(folder: Path, needed_bytes: int) -> None:
-    """Raises OutputError where the disk under `folder` has less than `needed_bytes` left."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise OutputError(
-            f"{existing} has {free / 1e6:,.0f} MB free, but {needed_bytes / 1e6:,.0f} MB are needed. Free some space, "
-            "name an --out on another disk, or record fewer trajectories."
-        )
 
 
 def verify(path: Path) -> Manifest:
