@@ -10,17 +10,17 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .edits import Edit, edits_of, store_edits
-from .errors import ArtifactError, ModelFileError
+from .errors import ArtifactError, ModelFileError, UserError
 from .folder import PipelineFolder
 from .load.config import EditsConfig
 from .load.empty import apply_to_empty_
 from .load.libraries import empty_model, library_of
 from .manifest import MANIFEST, Manifest, check_files, read_manifest
 from .source import source_tensors
+from .tensor_files import save_tensors
 
 Tensors = Mapping[str, Tensor]
 VARIANT = ".fp16"
@@ -50,21 +50,25 @@ def write_pipeline(
         own = edits_of(component, edits)
         stored = store_edits(source_tensors(source, component), own, tensors[component])
         stored = {name: tensor.contiguous() for name, tensor in stored.items()}
-        (folder / component).mkdir(parents=True)
-        save_file(stored, folder / component / library_of(source, component).WEIGHTS, metadata={"format": "pt"})
+        save_tensors(stored, folder / component / library_of(source, component).WEIGHTS, {"format": "pt"})
         config = _plain_config(source.config(component))
         config["quantization_config"] = EditsConfig.of(own, timesteps).to_dict()
-        (folder / component / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        (folder / component / "config.json").write_text(
+            json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def _copy_plain(source: Path, folder: Path, name: str) -> None:
     plain = name.replace(VARIANT, "")
     (folder / plain).parent.mkdir(parents=True, exist_ok=True)
-    config = json.loads((source / name).read_text()) if name.endswith("/config.json") else {}
+    config = json.loads((source / name).read_text(encoding="utf-8")) if name.endswith("/config.json") else {}
     if config != _plain_config(config):
-        (folder / plain).write_text(json.dumps(_plain_config(config), indent=1, sort_keys=True) + "\n")
+        (folder / plain).write_text(
+            json.dumps(_plain_config(config), indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
     elif plain != name and name.endswith(".json"):
-        (folder / plain).write_text((source / name).read_text().replace(VARIANT, ""))
+        text = (source / name).read_text(encoding="utf-8").replace(VARIANT, "")
+        (folder / plain).write_text(text, encoding="utf-8")
     else:
         shutil.copyfile(source / name, folder / plain)
 
@@ -130,9 +134,19 @@ def open_pipeline(folder: PipelineFolder) -> diffusers.DiffusionPipeline:
 
 
 def load_pipeline(folder: PipelineFolder, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
-    """Any local pipeline folder, from safetensors only, without network."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder.path, dtype=dtype, use_safetensors=True, local_files_only=True, variant=folder.variant
-    )
+    """Any local pipeline folder, from safetensors only, without network. Raises ModelFileError where diffusers cannot."""
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder.path, dtype=dtype, use_safetensors=True, local_files_only=True, variant=folder.variant
+        )
+    except (ImportError, UserError):
+        raise
+    except Exception as error:
+        if is_artifact(folder.path):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelFileError(
+            f"{folder.name} cannot be loaded by diffusers ({reason}). Check its settings, or copy or download it again."
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

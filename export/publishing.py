@@ -13,7 +13,7 @@ from os.path import samestat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .errors import OutputError, advice_on
+from .errors import OutputError, unwritable
 from .manifest import MANIFEST, REPORT
 from .onnx.manifest import EXPORT
 
@@ -149,9 +149,7 @@ def _check_writable(out: Path, place: Path, option: str = "--out") -> None:
         if place.is_file():
             place.open("ab").close()
     except OSError as error:
-        raise OutputError(
-            f"{option} {out} cannot be written: {error.strerror or error} ({place.parent}). {advice_on(error)}"
-        ) from error
+        raise unwritable(out, error, option) from error
     finally:
         for folder in missing:
             with suppress(OSError):
@@ -162,12 +160,15 @@ def _check_writable(out: Path, place: Path, option: str = "--out") -> None:
 def replacing(file: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `file` when the body is done; where it raises, `file` is as it was."""
     place = file.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, and with its ending: writers choose the format by it.
-    with TemporaryDirectory(prefix=f".{place.name}.diffpress-", dir=place.parent) as folder:
-        written = Path(folder) / place.name
-        yield written
-        written.replace(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # Beside it, and with its ending: writers choose the format by it.
+        with TemporaryDirectory(prefix=f".{place.name}.diffpress-", dir=place.parent) as folder:
+            written = Path(folder) / place.name
+            yield written
+            written.replace(place)
+    except OSError as error:
+        raise unwritable(file, error) from error
 
 
 @contextmanager
