@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffpress.compress.stage_folder import StageFolder
 from diffpress.export.publishing import locked
+
+from .doctor import answering_kernels
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,15 @@ class Work:
 
 def fingerprint(request: dict[str, Any]) -> str:
     """Digest of everything the result depends on."""
-    text = json.dumps({**request, "machine": platform.machine()}, sort_keys=True)
+    text = json.dumps(request, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def computed_by(device: str) -> str:
+    """The device and whose kernels compute on it: others round elsewhere, and may choose other formats."""
+    chosen = torch.device(device)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.machine()
+    return f"{chosen.type} {name}, {answering_kernels(chosen.type)}"
 
 
 @contextmanager
