@@ -14,7 +14,7 @@ from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import read_manifest
 from diffpress.export.publishing import check_output_file, replacing
 
-from .defaults import default_sampling
+from .defaults import check_sampling, default_sampling
 from .models import resolve
 from .pairs import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
 from .report import write_report
@@ -59,6 +59,9 @@ def compare_by_name(
     first, second = resolve(reference), resolve(candidate)
     if report is not None:
         check_output_file(report, [first.path, second.path], "--report")
+    check_comparable(first, second)
+    for folder in (first, second):
+        check_sampling(folder, Sampling(steps))
     made_for = default_sampling(second)
     sampling = Sampling(steps or made_for.steps, made_for.guidance_scale)
     metrics, cost, pairs = compare(first, second, count, sampling, seed, lambda d, t: notify("compare", d, t))

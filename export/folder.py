@@ -105,13 +105,20 @@ class PipelineFolder:
 
     def config(self, component: str) -> dict[str, Any]:
         """The parsed config.json of one model. Raises ModelFileError where there is none."""
+        return self.settings(self.path / component / "config.json")
+
+    def settings(self, file: Path) -> dict[str, Any]:
+        """The settings of one JSON file. Raises ModelFileError where it cannot be read or holds none."""
+        where = file.relative_to(self.path).as_posix()
         try:
-            config = json.loads((self.path / component / "config.json").read_text(encoding="utf-8"))
+            settings = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ModelFileError(f"{self.name}: {component} has no readable config.json ({error}).") from error
-        if not isinstance(config, dict):
-            raise ModelFileError(f"{self.name}: {component}/config.json holds no settings.")
-        return config
+            raise ModelFileError(
+                f"{self.name}: {where} cannot be read ({error}). Copy or download it again."
+            ) from error
+        if not isinstance(settings, dict):
+            raise ModelFileError(f"{self.name}: {where} holds no settings. Copy or download it again.")
+        return settings
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors that are loaded for one component, empty where it has no weights (see `export/weight_files.py`).
@@ -190,14 +197,7 @@ class PipelineFolder:
             raise ModelFileError(f"{self.name}: the folder {component} is empty. Copy or download it again.")
         for file in files:
             if file.suffix == ".json" and not _is_weight(file):
-                self._check_json(file)
-
-    def _check_json(self, file: Path) -> None:
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            where = file.relative_to(self.path)
-            raise ModelFileError(f"{self.name}: {where} is no JSON ({error}). Copy or download it again.") from error
+                self.settings(file)
 
     def files(self) -> list[str]:
         """Relative paths of everything the pipeline needs, sorted: settings, tokenizers and the chosen weights."""
