@@ -14,6 +14,8 @@ PROMPTS = Path(__file__).with_name("prompts")
 """The built-in prompts, one a line: `record.txt` to calibrate with and `compare.txt`, kept apart, to report on."""
 
 Purpose = Literal["record", "compare"]
+Takes = Literal["prompt", "label", "nothing"]
+"""What a pipeline is asked for."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,28 @@ def conditions(
 
 
 def call_parameters(pipeline: Any) -> set[str]:
-    """Names that the pipeline's call accepts."""
-    return set(inspect.signature(type(pipeline).__call__).parameters)
+    """Names that the call of a pipeline, or of a class of pipelines, accepts."""
+    pipeline_class = pipeline if isinstance(pipeline, type) else type(pipeline)
+    return set(inspect.signature(pipeline_class.__call__).parameters)
 
 
-def kind(pipeline: Any) -> str:
-    """`prompt`, `label` or `nothing`: what the pipeline's call takes."""
+def kind(pipeline: Any) -> Takes:
+    """What the call of a pipeline, or of a class of pipelines, takes."""
     names = call_parameters(pipeline)
     return "prompt" if "prompt" in names else "label" if "class_labels" in names else "nothing"
 
 
+def check_texts(takes: Takes, wanted: str | Sequence[str]) -> None:
+    """Raises RecipeError where `wanted` (see `conditions`) is for another kind of pipeline, or cannot be read."""
+    if takes == "nothing" and wanted != "builtin":
+        raise RecipeError("record.prompts: this pipeline draws without prompt or label. Leave it out.")
+    if isinstance(wanted, str) and wanted != "builtin":
+        _read(Path(wanted))
+
+
 def _texts(pipeline: Any, wanted: str | Sequence[str], purpose: Purpose) -> list[str]:
     takes = kind(pipeline)
+    check_texts(takes, wanted)
     if takes == "nothing":
         return [""]
     if not isinstance(wanted, str):
@@ -91,7 +103,7 @@ def _read(path: Path) -> list[str]:
     if not path.is_file():
         raise RecipeError(f"record.prompts: there is no file {path}. Give a file with one prompt a line, or `builtin`.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise RecipeError(f"record.prompts: {path} is no text file in UTF-8 ({error}).") from error
     texts = [line.strip() for line in lines if line.strip()]

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from diffpress.export.tensor_files import save_tensors
 
 from .conditions import Condition
 from .sampling import Call, Sampling, sample, watch, watch_guided
@@ -122,9 +123,7 @@ def _record_shard(
         sample(pipeline, group, sampling)
     # One key: safetensors writes several in a random order, and the same request must give the same bytes.
     metadata = {"record": json.dumps({"request": request, "steps": steps, "timesteps": list(timesteps.values())})}
-    partial = path.with_suffix(".partial")
-    save_file({name: value.cpu() for name, value in tensors.items()}, partial, metadata=metadata)
-    partial.replace(path)
+    save_tensors({name: value.cpu() for name, value in tensors.items()}, path, metadata)
 
 
 def _holds(path: Path, request: str) -> bool:

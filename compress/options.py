@@ -10,6 +10,8 @@ Products = Literal["none", "scores", "all"]
 """Which products of attention are of integers: neither, Q K^T, or softmax V as well."""
 Order = Literal["whole", "blocks"]
 """What learns at a time."""
+DENOISERS = frozenset({"denoiser", "transformer", "unet"})
+"""What a recipe calls the component that is recorded, and that learns."""
 LARGE = 100_000_000
 """Parameters of a denoiser from which learning spends time to save memory."""
 
@@ -147,3 +149,12 @@ class Qalora(Rounding):
     patience: int = Field(
         default=8, ge=1, description="evaluations without improvement after which learning stops early"
     )
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Self:
+        if DENOISERS.isdisjoint(self.components):
+            raise ValueError(
+                f"qalora learns the denoiser, which components {self.components} does not name. Name it too, or take the "
+                "method ptq"
+            )
+        return self

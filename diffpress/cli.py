@@ -6,6 +6,8 @@ import os
 import sys
 import warnings
 from enum import Enum
+from io import TextIOWrapper
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ import typer
 from diffpress.export.errors import UserError
 
 from .console import ERRORS, OUTPUT, print_comparison, print_json, print_table, stages
+from .explain import explained
 
 app = typer.Typer(
     help="Make a diffusers pipeline smaller and faster, prove it, and export it.",
@@ -28,7 +31,7 @@ app.add_typer(zoo_app, name="zoo")
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else on standard output")]
 Model = Annotated[str, typer.Argument(help="a pipeline folder, a hub id, or zoo:NAME")]
 Folder = Annotated[Path, typer.Argument(help="an artifact of `compress`, or an export")]
-Seed = Annotated[int, typer.Option(min=0, help="seed of the noise")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the noise")]
 Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps; left out: what it was made for")]
 
 
@@ -75,17 +78,20 @@ def compress(
     source = resolve(model)
     _check_device(device)
     if only_estimate:
+        from .defaults import check_recipe_fits
         from .estimate import estimate
 
+        check_recipe_fits(source, resolved)
         _print_estimate(estimate(source, resolved, device), as_json)
         return
     from .flow import compress as run_flow
+    from .pairs import COSTS
 
     with stages() as notify:
         artifact = run_flow(source, resolved, out, device=device, fresh=fresh, force=force, notify=notify)
     metrics = artifact.manifest.metrics
     if as_json:
-        print_json({"out": str(out), **metrics, **artifact.cost})
+        print_json({"out": str(out), **metrics, **dict.fromkeys(COSTS), **artifact.cost})
     else:
         print_comparison(metrics, artifact.cost)
         OUTPUT.print(f"{out} is ready; the proof is in {out / 'report.html'}")
@@ -128,17 +134,29 @@ def run(
     engine: Annotated[Engine | None, typer.Option(help="left out: what MODEL is made for")] = None,
 ) -> None:
     """Make one image."""
-    from .running import run_onnx, run_torch, wanted_engine
+    from diffpress.export.publishing import check_output_file, replacing
+
+    from .running import Wanted, run_onnx, run_torch, wanted_engine
 
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png.")
-    text = prompt if prompt is not None else "" if label is None else str(label)
     if prompt is not None and label is not None:
         raise UserError("give --prompt or --label, not both.")
+    if guidance is not None and not isfinite(guidance):
+        raise UserError(f"--guidance {guidance} must be a finite number, such as 7.5.")
+    wanted = Wanted(None if prompt is None else _as_typed(prompt), label, seed, steps, guidance)
     chosen = wanted_engine(model, engine.value if engine else None)
-    image = (run_onnx if chosen == "onnx" else run_torch)(model, text, seed, steps, guidance)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    image.save(out)
+    if chosen == "onnx":
+        check_output_file(out, [Path(model)])
+        image = run_onnx(Path(model), wanted)
+    else:
+        from .models import resolve
+
+        folder = resolve(model)
+        check_output_file(out, [folder.path])
+        image = run_torch(folder, wanted)
+    with replacing(out) as file:
+        image.save(file)
     OUTPUT.print(f"{out}: {image.width}x{image.height}, seed {seed}, {chosen}")
 
 
@@ -233,13 +251,22 @@ def zoo_train(
     name: Annotated[ZooModel, typer.Argument(help="what to train")],
     data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="npz file with the training data")],
     out: Annotated[Path, typer.Option(help="folder for the result; checkpoints go to OUT.training")],
-    seed: Annotated[int, typer.Option(min=0, help="seed of initialisation and batches")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of initialisation and batches")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="training steps of the last stage")] = None,
+    force: Annotated[bool, typer.Option(help="replace an --out that is there")] = False,
 ) -> None:
     """Train a model of the zoo from data; the same command continues a run that was interrupted."""
     from .zoo.training import train_by_name
 
-    train_by_name(name.value, data, out, seed, steps)
+    train_by_name(name.value, data, out, seed, steps, force)
+
+
+def _as_typed(text: str) -> str:
+    """What the user typed in UTF-8, also where the locale is ASCII and Python kept its bytes. Raises UserError for others."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"--prompt {text!r} is no text in UTF-8.") from error
 
 
 def _check_device(device: str) -> None:
@@ -280,8 +307,12 @@ def main() -> None:
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    # Where the locale is ASCII, what it cannot write is a question mark and no error.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
-        app()
+        with explained():
+            app()
     except UserError as error:
         ERRORS.print(f"diffpress: {error}", markup=False, soft_wrap=True)
         sys.exit(2)

@@ -12,8 +12,9 @@ from diffpress.export.artifact import is_artifact, open_pipeline
 from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import read_manifest
+from diffpress.export.publishing import check_output_file, replacing
 
-from .defaults import default_sampling
+from .defaults import check_sampling, default_sampling
 from .models import resolve
 from .pairs import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
 from .report import write_report
@@ -57,11 +58,15 @@ def compare_by_name(
     """`diffpress compare`: sampled as the candidate was made for, unless `steps` says otherwise."""
     first, second = resolve(reference), resolve(candidate)
     if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
+        check_output_file(report, [first.path, second.path], "--report")
+    check_comparable(first, second)
+    for folder in (first, second):
+        check_sampling(folder, Sampling(steps))
     made_for = default_sampling(second)
     sampling = Sampling(steps or made_for.steps, made_for.guidance_scale)
     metrics, cost, pairs = compare(first, second, count, sampling, seed, lambda d, t: notify("compare", d, t))
     if report is not None:
         manifest = read_manifest(second.path) if is_artifact(second.path) else None
-        write_report(report, f"{reference} and {candidate}", manifest, pairs, metrics, cost)
+        with replacing(report) as file:
+            write_report(file, f"{reference} and {candidate}", manifest, pairs, metrics, cost)
     return metrics, cost

@@ -43,7 +43,7 @@ def examine() -> dict[str, str]:
     """A finding a line: versions, and for every backend and kernel `works` or `fails: why`."""
     findings = {"machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"}
     findings |= {name: _version(name) for name in PACKAGES}
-    findings["kernels"] = _answering()
+    findings["kernels"] = ", ".join(f"{answering_kernels(device)} on {device}" for device in ("cpu", "cuda"))
     findings["integer products of the references"] = _products()
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for bits in (8, 4, 3, 2):
@@ -57,12 +57,12 @@ def examine() -> dict[str, str]:
     return findings
 
 
-def _answering() -> str:
-    """Which implementation the operations choose."""
+def answering_kernels(device: str) -> str:
+    """Which implementation the operations choose on a type of device."""
     if only_reference():
-        return f"reference everywhere ({CHOICE})"
-    reason = why_no_library()
-    return f"{'C++' if reason is None else f'reference ({reason})'} on cpu, Triton on cuda"
+        return f"reference ({CHOICE})"
+    reason = why_no_library() if device == "cpu" else None
+    return f"reference ({reason})" if reason else "C++" if device == "cpu" else "Triton"
 
 
 def _products() -> str:

@@ -14,22 +14,15 @@ from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.compress.changes import Changes
 from diffpress.compress.plan import plan_rows
 from diffpress.compress.stage import Report
-from diffpress.export.artifact import (
-    check_output,
-    check_space,
-    is_artifact,
-    load,
-    load_pipeline,
-    publish,
-    verify,
-    write_pipeline,
-)
+from diffpress.export.artifact import is_artifact, load, load_pipeline, verify, write_pipeline
 from diffpress.export.digests import digest
 from diffpress.export.errors import ArtifactError, ModelFileError, UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, Manifest, list_files, read_manifest, write_manifest
+from diffpress.export.publishing import check_output, check_space, publish
 from diffpress.export.source import Form
 
+from .defaults import check_recipe_fits
 from .estimate import needed_bytes, recorded_bytes
 from .exporting import export_to_onnx
 from .gates import check_gates
@@ -38,7 +31,7 @@ from .pairs import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import write_report
 from .stages import component_forms, recorded_conditions, run_stages, sampling_of, stages_of
-from .work import Work, fingerprint, work_folder
+from .work import Work, computed_by, fingerprint, work_folder
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +91,16 @@ def compress(
 
     Raises UserError where the input is wrong; `out` is then as it was.
     """
+    out = check_output(out, [source.path], force)
     exports = [out.with_name(f"{out.name}-{target}") for target in recipe.export]
-    for folder in (out, *exports):
-        check_output(folder, force)
+    for folder in exports:
+        check_output(folder, [source.path, out], force)
     _refuse_artifact(source)
+    check_recipe_fits(source, recipe)
     forms = component_forms(source, recipe)
     source.check()
     check_space(out, needed_bytes(source))
-    request = _request(source, recipe)
+    request = _request(source, recipe, device)
     done = None if fresh else _finished(out, request)
     artifact = done or _make(source, recipe, forms, out, request, device, fresh, notify)
     for folder in exports:
@@ -165,7 +160,7 @@ def _refuse_artifact(source: PipelineFolder) -> None:
         )
 
 
-def _request(source: PipelineFolder, recipe: Recipe) -> str:
+def _request(source: PipelineFolder, recipe: Recipe, device: str) -> str:
     wanted = recipe.record.prompts
     prompts = digest(Path(wanted)) if isinstance(wanted, str) and Path(wanted).is_file() else wanted
     return fingerprint(
@@ -174,6 +169,7 @@ def _request(source: PipelineFolder, recipe: Recipe) -> str:
             "recipe": recipe.model_dump(mode="json"),
             "prompts": prompts,
             "versions": _versions(),
+            "computed": computed_by(device),
         }
     )
 

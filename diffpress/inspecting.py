@@ -37,6 +37,11 @@ def inspect_folder(path: Path) -> dict[str, Any]:
     return {**manifest.model_dump(mode="json"), "tables": _tables(path, manifest)}
 
 
+def _bytes(manifest: Manifest, component: str) -> str:
+    rows = [row for row in manifest.plan if row.component == component]
+    return f"{sum(row.source_bytes for row in rows):,} -> {sum(row.bytes for row in rows):,}"
+
+
 def _require_artifact(path: Path) -> None:
     if not path.is_dir():
         raise UserError(f"there is no folder {path}.")
@@ -46,12 +51,14 @@ def _require_artifact(path: Path) -> None:
 
 def _tables(path: Path, manifest: Manifest) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     formats = Counter(row.format for row in manifest.plan)
-    before, after = (sum(getattr(row, key) for row in manifest.plan) for key in ("source_bytes", "bytes"))
     summary = [
         ("source", str(manifest.source["model"])),
         ("fingerprint", manifest.fingerprint[:16]),
         ("formats", ", ".join(f"{count} x {name}" for name, count in formats.most_common())),
-        ("denoiser bytes", f"{before:,} -> {after:,}"),
+        *(
+            (f"{component} bytes", _bytes(manifest, component))
+            for component in {row.component: None for row in manifest.plan}
+        ),
         *((key, f"{value:.4g}") for key, value in manifest.metrics.items() if isinstance(value, (int, float))),
     ]
     plan: list[tuple[str, ...]] = [

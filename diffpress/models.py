@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 from diffpress.export.errors import ModelFileError, UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
+from diffpress.export.load.registration import LIBRARIES
 
 from .zoo import PIPELINES, zoo_folder
 
@@ -35,10 +38,31 @@ def resolve(model: str) -> PipelineFolder:
     return _checked(PipelineFolder(_download(model), model))
 
 
+def pipeline_class(folder: PipelineFolder) -> type:
+    """The class of a pipeline. Raises UnsupportedModelError where the installed diffusers has none of its name."""
+    return _class_of(folder, "the pipeline", "diffusers", str(folder.index["_class_name"]))
+
+
 def _checked(folder: PipelineFolder) -> PipelineFolder:
-    for component in folder.components:
+    pipeline_class(folder)
+    for component, name in folder.components.items():
+        if folder.libraries[component] in LIBRARIES:
+            _class_of(folder, component, folder.libraries[component], name)
         folder.weight_files(component)
     return folder
+
+
+def _class_of(folder: PipelineFolder, part: str, library: str, name: str) -> type:
+    found = getattr(import_module(library), name, None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{folder.name}: {part} is of the class {name}, which {library} {version(library)} does not have. Correct the "
+            f"name in model_index.json, or install the version of {library} that it was saved with."
+        )
+    if type(found).__name__ == "DummyObject":
+        # What diffusers has in place of a class whose packages are missing; it says which.
+        found.from_config()
+    return found
 
 
 def _zoo(model: str) -> Path:

@@ -18,6 +18,8 @@ from diffpress.export.folder import PipelineFolder
 
 BATCH = 8
 REPEATS = 5
+COSTS = ("parameters", "macs_per_image", "latency_ms", "peak_memory_bytes")
+"""What `measure_cost` measures."""
 
 
 @dataclass(frozen=True)

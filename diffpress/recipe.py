@@ -67,7 +67,7 @@ class Recipe(Section):
 
 RENAMED = {
     "quantize.own_trajectory": "quantize.rollout_share",
-    "quantize.held_out": "quantize.validation_images",
+    "quantize.held_back": "quantize.validation_images",
     "quantize.float_inputs": "quantize.float_activations",
 }
 """Keys that were called otherwise."""
@@ -80,7 +80,7 @@ def presets() -> list[str]:
 
 def preset_text(name: str) -> str:
     """The YAML of a built-in recipe."""
-    return (_presets_folder() / f"{name}.yaml").read_text()
+    return (_presets_folder() / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = (), seed: int | None = None) -> Recipe:
@@ -107,7 +107,7 @@ def parse_recipe(data: dict[str, Any], where: str = "given") -> Recipe:
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"recipe {where}: " + "; ".join(map(_explain, error.errors()))) from error
+        raise RecipeError(f"recipe {where}: " + "; ".join(_explained(error.errors()))) from error
     if recipe.quantize is None:
         raise RecipeError(f"recipe {where} changes nothing: give it a stage such as `quantize: {{method: ptq}}`.")
     return recipe
@@ -119,7 +119,10 @@ def _presets_folder() -> Traversable:
 
 def _read(name: str) -> tuple[str, str]:
     if Path(name).is_file():
-        return Path(name).read_text(), name
+        try:
+            return Path(name).read_text(encoding="utf-8-sig"), name
+        except UnicodeError as error:
+            raise RecipeError(f"recipe {name} is no text in UTF-8 ({error}). Save it as UTF-8.") from error
     if name in presets():
         return preset_text(name), name
     close = get_close_matches(name, presets(), 1, 0.4)
@@ -142,6 +145,21 @@ def _override_(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r}: {value!r} is no YAML value ({error}).") from error
 
 
+def _explained(errors: Sequence[Any]) -> list[str]:
+    """One sentence a key: what two alternatives of one key say of it is joined."""
+    sentences: dict[tuple[str, ...], str] = {}
+    for error in errors:
+        path = tuple(_path(error["loc"]))
+        known = sentences.get(path)
+        sentences[path] = _explain(error) if known is None else f"{known}, or {_reason(error)}"
+    return list(sentences.values())
+
+
+def _reason(error: Any) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]}"
+
+
 def _explain(error: Any) -> str:
     path = ".".join(_path(error["loc"]))
     if error["type"] == "missing":
@@ -151,8 +169,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "union_tag_invalid":
         return f"{path}.method = {error['ctx']['tag']!r}: it is one of {_tags(error)}"
     if error["type"] != "extra_forbidden":
-        message = error["msg"].removeprefix("Value error, ")
-        return f"{path} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+        return f"{path} = {error['input']!r}: {_reason(error)}"
     if path in RENAMED:
         return f"{path} is called {RENAMED[path]} now"
     allowed = _keys(error["loc"][:-1])
@@ -162,10 +179,25 @@ def _explain(error: Any) -> str:
 
 
 def _path(loc: Sequence[int | str]) -> list[str]:
-    """The keys that lead to an error, without the method's name that pydantic puts between them."""
-    first, *rest = map(str, loc)
-    tagged = first in Recipe.model_fields and len(_sections(Recipe.model_fields[first].annotation)) > 1
-    return [first, *rest[1:]] if tagged else [first, *rest]
+    """The keys that lead to an error, without what pydantic puts between them: a method's name, a type of two."""
+    names: list[str] = []
+    sections: list[type[BaseModel]] = [Recipe]
+    for part in map(str, loc):
+        fields = [section.model_fields[part].annotation for section in sections if part in section.model_fields]
+        tag = [section for section in sections if _method(section) == part]
+        if fields:
+            names.append(part)
+            sections = _sections(fields[0])
+        elif tag:
+            sections = tag
+        elif sections or part.isdecimal():
+            names.append(part)
+    return names
+
+
+def _method(section: type[BaseModel]) -> str | None:
+    field = section.model_fields.get("method")
+    return None if field is None else get_args(field.annotation)[0]
 
 
 def _tags(error: Any) -> str:

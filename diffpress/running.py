@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,32 @@ from diffpress.export.onnx.manifest import is_export
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from diffpress.calibration.conditions import Takes
+    from diffpress.export.folder import PipelineFolder
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What one image is asked for; None leaves the default."""
+
+    prompt: str | None
+    label: int | None
+    seed: int
+    steps: int | None
+    guidance: float | None
+
+    def text(self, model: str, takes: Takes) -> str:
+        """The prompt, or the class as text. Raises UserError where `model` takes something else."""
+        if self.prompt is not None and takes != "prompt":
+            instead = "leave it out" if takes == "nothing" else "give --label NUMBER"
+            raise UserError(f"{model} does not draw prompts: {instead} instead of --prompt {self.prompt!r}.")
+        if self.label is not None and takes != "label":
+            instead = "leave it out" if takes == "nothing" else "give --prompt TEXT"
+            raise UserError(f"{model} does not draw classes: {instead} instead of --label {self.label}.")
+        if takes == "label" and self.label is None:
+            raise UserError(f"{model} draws classes: give --label NUMBER.")
+        return str(self.label) if takes == "label" else self.prompt or ""
+
 
 def wanted_engine(model: str, asked: str | None) -> str:
     """`onnx` for an export, `torch` for a pipeline. Raises UserError where another engine was asked for."""
@@ -23,30 +50,35 @@ def wanted_engine(model: str, asked: str | None) -> str:
     return natural
 
 
-def run_torch(model: str, text: str, seed: int, steps: int | None, guidance: float | None) -> Image:
-    """Sample a pipeline or artifact."""
-    from diffpress.calibration.conditions import Condition, check_text
+def run_torch(folder: PipelineFolder, wanted: Wanted) -> Image:
+    """Sample a pipeline or artifact. Raises UserError, if it can before any weight is read."""
+    from diffpress.calibration.conditions import Condition, check_text, kind
     from diffpress.calibration.sampling import Sampling, sample
     from diffpress.export.artifact import open_pipeline
 
-    from .defaults import default_sampling
-    from .models import resolve
+    from .defaults import check_sampling, default_sampling
+    from .models import pipeline_class
 
-    folder = resolve(model)
+    text = wanted.text(folder.name, kind(pipeline_class(folder)))
+    check_sampling(folder, Sampling(wanted.steps, wanted.guidance))
     pipeline = open_pipeline(folder)
     check_text(pipeline, text)
     made_for = default_sampling(folder)
-    sampling = Sampling(steps or made_for.steps, guidance if guidance is not None else made_for.guidance_scale)
-    return to_picture(sample(pipeline, [Condition(text, seed)], sampling).images[0].permute(1, 2, 0).numpy())
+    guidance = made_for.guidance_scale if wanted.guidance is None else wanted.guidance
+    made = sample(pipeline, [Condition(text, wanted.seed)], Sampling(wanted.steps or made_for.steps, guidance))
+    return to_picture(made.images[0].permute(1, 2, 0).numpy())
 
 
-def run_onnx(model: str, text: str, seed: int, steps: int | None, guidance: float | None) -> Image:
+def run_onnx(folder: Path, wanted: Wanted) -> Image:
     """Run an export, without torch."""
     try:
         from diffpress.export.onnx.run import OnnxPipeline
     except ImportError as error:
         raise ArtifactError(f"running an export needs {error.name}: pip install 'diffpress[onnx]'") from error
-    return to_picture(OnnxPipeline(Path(model)).generate(text, seed, steps, guidance))
+    pipeline = OnnxPipeline(folder)
+    manifest = pipeline.manifest
+    text = wanted.text(str(folder), "prompt" if manifest.tokens else "label" if manifest.labels else "nothing")
+    return to_picture(pipeline.generate(text, wanted.seed, wanted.steps, wanted.guidance))
 
 
 def to_picture(pixels: np.ndarray) -> Image:

@@ -79,6 +79,10 @@ def _components(source: PipelineFolder, options: Any) -> list[str]:
     for component in getattr(options, "components", ["denoiser"]):
         found = source.text_encoders if component == "text_encoders" else [source.require(component)]
         names |= dict.fromkeys(found)
+    if not names:
+        raise UnsupportedModelError(
+            f"components: {source.name} has no text encoders, so that nothing would be changed."
+        )
     return list(names)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import platform
@@ -13,8 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffpress.compress.stage_folder import StageFolder
-from diffpress.export.errors import OutputError
+from diffpress.export.publishing import locked
+
+from .doctor import answering_kernels
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,15 @@ class Work:
 
 def fingerprint(request: dict[str, Any]) -> str:
     """Digest of everything the result depends on."""
-    text = json.dumps({**request, "machine": platform.machine()}, sort_keys=True)
+    text = json.dumps(request, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def computed_by(device: str) -> str:
+    """The device and whose kernels compute on it: others round elsewhere, and may choose other formats."""
+    chosen = torch.device(device)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.machine()
+    return f"{chosen.type} {name}, {answering_kernels(chosen.type)}"
 
 
 @contextmanager
@@ -52,34 +62,18 @@ def work_folder(out: Path, request: str, fresh: bool) -> Iterator[Work]:
 
     Raises OutputError where another process is compressing into the same `out`.
     """
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = parent / f".{out.name}.diffpress-work"
-    with _lock(parent / f".{out.name}.diffpress-lock", out):
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.diffpress-work")
+    with locked(out):
         if fresh or _request_of(folder) != request:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
-        (folder / "request").write_text(request)
+        (folder / "request").write_text(request, encoding="utf-8")
         yield Work(folder)
         shutil.rmtree(folder)
 
 
 def _request_of(folder: Path) -> str | None:
     path = folder / "request"
-    return path.read_text() if path.is_file() else None
-
-
-@contextmanager
-def _lock(path: Path, out: Path) -> Iterator[None]:
-    """Held by the operating system, so that a killed process leaves none behind."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"another diffpress is writing --out {out}. Wait for it, or name another folder."
-            ) from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -10,18 +10,17 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .edits import Edit, edits_of, store_edits
-from .errors import ArtifactError, ModelFileError, OutputError
+from .errors import ArtifactError, ModelFileError, UserError
 from .folder import PipelineFolder
 from .load.config import EditsConfig
 from .load.empty import apply_to_empty_
 from .load.libraries import empty_model, library_of
 from .manifest import MANIFEST, Manifest, check_files, read_manifest
-from .onnx.manifest import is_export
 from .source import source_tensors
+from .tensor_files import save_tensors
 
 Tensors = Mapping[str, Tensor]
 VARIANT = ".fp16"
@@ -51,21 +50,25 @@ def write_pipeline(
         own = edits_of(component, edits)
         stored = store_edits(source_tensors(source, component), own, tensors[component])
         stored = {name: tensor.contiguous() for name, tensor in stored.items()}
-        (folder / component).mkdir(parents=True)
-        save_file(stored, folder / component / library_of(source, component).WEIGHTS, metadata={"format": "pt"})
+        save_tensors(stored, folder / component / library_of(source, component).WEIGHTS, {"format": "pt"})
         config = _plain_config(source.config(component))
         config["quantization_config"] = EditsConfig.of(own, timesteps).to_dict()
-        (folder / component / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        (folder / component / "config.json").write_text(
+            json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def _copy_plain(source: Path, folder: Path, name: str) -> None:
     plain = name.replace(VARIANT, "")
     (folder / plain).parent.mkdir(parents=True, exist_ok=True)
-    config = json.loads((source / name).read_text()) if name.endswith("/config.json") else {}
+    config = json.loads((source / name).read_text(encoding="utf-8")) if name.endswith("/config.json") else {}
     if config != _plain_config(config):
-        (folder / plain).write_text(json.dumps(_plain_config(config), indent=1, sort_keys=True) + "\n")
+        (folder / plain).write_text(
+            json.dumps(_plain_config(config), indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
     elif plain != name and name.endswith(".json"):
-        (folder / plain).write_text((source / name).read_text().replace(VARIANT, ""))
+        text = (source / name).read_text(encoding="utf-8").replace(VARIANT, "")
+        (folder / plain).write_text(text, encoding="utf-8")
     else:
         shutil.copyfile(source / name, folder / plain)
 
@@ -73,51 +76,6 @@ def _copy_plain(source: Path, folder: Path, name: str) -> None:
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
     """Transformers would load the precision that is named here, diffusers loads float32: the parts must fit together."""
     return config | {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
-
-
-def publish(staged: Path, out: Path) -> None:
-    """Rename the finished `staged` folder to `out`, putting an older result aside until the new one is in place."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    old = staged.with_name(staged.name + ".replaced")
-    if out.exists():
-        # Left over where an earlier run was killed right here.
-        _remove(old)
-        out.replace(old)
-    try:
-        staged.replace(out)
-    except OSError:
-        if old.exists():
-            old.replace(out)
-        raise
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
-
-
-def check_output(out: Path, force: bool) -> None:
-    """Raises OutputError where `out` exists and is neither empty nor a result of ours, unless `force`."""
-    if not out.exists() or force:
-        return
-    if not out.is_dir():
-        raise OutputError(f"--out {out} is a file. Name a folder, or give --force to replace it.")
-    if any(out.iterdir()) and not is_artifact(out) and not is_export(out):
-        raise OutputError(f"--out {out} exists and was not written by diffpress. Name another folder, or give --force.")
-
-
-def check_space(folder: Path, needed_bytes: int) -> None:
-    """Raises OutputError where the disk under `folder` has less than `needed_bytes` left."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise OutputError(
-            f"{existing} has {free / 1e6:,.0f} MB free, but {needed_bytes / 1e6:,.0f} MB are needed. Free some space, "
-            "name an --out on another disk, or record fewer trajectories."
-        )
 
 
 def verify(path: Path) -> Manifest:
@@ -176,9 +134,19 @@ def open_pipeline(folder: PipelineFolder) -> diffusers.DiffusionPipeline:
 
 
 def load_pipeline(folder: PipelineFolder, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
-    """Any local pipeline folder, from safetensors only, without network."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder.path, dtype=dtype, use_safetensors=True, local_files_only=True, variant=folder.variant
-    )
+    """Any local pipeline folder, from safetensors only, without network. Raises ModelFileError where diffusers cannot."""
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder.path, dtype=dtype, use_safetensors=True, local_files_only=True, variant=folder.variant
+        )
+    except (ImportError, UserError):
+        raise
+    except Exception as error:
+        if is_artifact(folder.path):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelFileError(
+            f"{folder.name} cannot be loaded by diffusers ({reason}). Check its settings, or copy or download it again."
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

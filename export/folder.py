@@ -15,9 +15,13 @@ from torch import Tensor
 
 from .digests import digest
 from .errors import ModelFileError, UnsupportedModelError
+from .weight_files import PICKLES, WeightFiles, weights_of_variant, why_no_weights
 
 DENOISERS = ("transformer", "unet")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+VARIANT = "fp16"
+"""What the file names of half precision weights have in them when full precision may lie beside them."""
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""What a tokenizer has beside its vocabulary."""
 OTHER_FRAMEWORKS = (".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf")
 
 
@@ -39,11 +43,16 @@ class PipelineFolder:
                 "`save_pretrained`, a hub id, or zoo:NAME."
             )
         try:
-            index = json.loads(file.read_text())
+            index = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ModelFileError(f"{self.name}: model_index.json is no JSON ({error}). Restore the file.") from error
         if not isinstance(index, dict) or "_class_name" not in index:
             raise UnsupportedModelError(f"{self.name}: model_index.json names no pipeline class.")
+        if not isinstance(index["_class_name"], str):
+            raise UnsupportedModelError(
+                f"{self.name}: model_index.json names the pipeline class {index['_class_name']!r}, whose code comes with the "
+                "model. Only classes of diffusers itself can be used: put the name of one there."
+            )
         return index
 
     @cached_property
@@ -96,37 +105,61 @@ class PipelineFolder:
 
     def config(self, component: str) -> dict[str, Any]:
         """The parsed config.json of one model. Raises ModelFileError where there is none."""
+        return self.settings(self.path / component / "config.json")
+
+    def settings(self, file: Path) -> dict[str, Any]:
+        """The settings of one JSON file. Raises ModelFileError where it cannot be read or holds none."""
+        where = file.relative_to(self.path).as_posix()
         try:
-            config = json.loads((self.path / component / "config.json").read_text())
+            settings = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ModelFileError(f"{self.name}: {component} has no readable config.json ({error}).") from error
-        if not isinstance(config, dict):
-            raise ModelFileError(f"{self.name}: {component}/config.json holds no settings.")
-        return config
+            raise ModelFileError(
+                f"{self.name}: {where} cannot be read ({error}). Copy or download it again."
+            ) from error
+        if not isinstance(settings, dict):
+            raise ModelFileError(f"{self.name}: {where} holds no settings. Copy or download it again.")
+        return settings
 
     def weight_files(self, component: str) -> list[Path]:
-        """The safetensors of one component, empty where it has no weights. Raises ModelFileError where all are pickles."""
-        found = sorted((self.path / component).glob("*.safetensors"))
-        if not found:
-            pickles = [file.name for file in (self.path / component).glob("*") if file.suffix in PICKLES]
-            if pickles:
-                raise ModelFileError(
-                    f"{self.name}: {component} has only pickled weights ({pickles[0]}), which can run code when read. "
-                    "Convert them with `save_pretrained(..., safe_serialization=True)`."
-                )
-            if component in DENOISERS:
-                raise ModelFileError(f"{self.name}: {component} has no weights. Copy or download it again.")
-            return []
-        plain = [file for file in found if "." not in _base(file)]
-        chosen = plain or [file for file in found if _base(file).rsplit(".", 1)[-1] == "fp16"]
-        if not chosen:
-            raise ModelFileError(f"{self.name}: {component} has only variants we do not know: {found[0].name}.")
-        return chosen
+        """The safetensors that are loaded for one component, empty where it has no weights (see `export/weight_files.py`).
 
-    @cached_property
+        Raises ModelFileError where there are weights, but none that can be loaded.
+        """
+        weights = self._weights(component)
+        return weights.files if weights else []
+
+    def _weights(self, component: str) -> WeightFiles | None:
+        for variant in dict.fromkeys((self._variant, None)):
+            weights = self._of_variant(component, variant)
+            if weights is not None:
+                return weights
+        reason = why_no_weights(self.path / component)
+        if reason is None and component in DENOISERS:
+            reason = "has no weights. Copy or download it again."
+        if reason is not None:
+            raise ModelFileError(f"{self.name}: {component} {reason}")
+        return None
+
+    def _of_variant(self, component: str, variant: str | None) -> WeightFiles | None:
+        try:
+            return weights_of_variant(self.path / component, self.libraries[component], variant)
+        except ModelFileError as error:
+            raise ModelFileError(f"{self.name}: {error}") from error
+
+    @property
+    def _variant(self) -> str | None:
+        # Diffusers takes a variant for all components that have it, and the plain weights of the others.
+        plain_alone = all(
+            self._of_variant(component, None) or not self._of_variant(component, VARIANT)
+            for component in self.components
+        )
+        return None if plain_alone else VARIANT
+
+    @property
     def variant(self) -> str | None:
-        """`fp16` where only that variant of the denoiser's weights is there."""
-        return None if "." not in _base(self.weight_files(self.denoiser)[0]) else "fp16"
+        """`fp16` where a component has weights of that variant only."""
+        self.weight_files(self.denoiser)
+        return self._variant
 
     def tensors(self, component: str) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of all weights of one component, as stored. Raises ModelFileError where a file is damaged."""
@@ -142,9 +175,10 @@ class PipelineFolder:
                 ) from error
 
     def check(self) -> None:
-        """Read every weight once. Raises ModelFileError for pickles, damaged files and NaN or infinite weights."""
+        """Read every file once. Raises ModelFileError for pickles, damaged files and NaN or infinite weights."""
         for component in self.components:
             self._check_complete(component)
+        for component in self.components:
             for name, tensor in self.tensors(component):
                 if tensor.is_floating_point() and not _finite(tensor):
                     layer = name.rsplit(".", 1)[0]
@@ -153,26 +187,24 @@ class PipelineFolder:
                     )
 
     def _check_complete(self, component: str) -> None:
-        if not (self.path / component).is_dir():
+        folder = self.path / component
+        if not folder.is_dir():
             raise ModelFileError(f"{self.name}: the folder {component} is missing. Copy or download it again.")
-        index = self._index_of_shards(component)
-        if not index.is_file():
-            return
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(name for name in shards if not (index.parent / name).is_file())
-        if missing:
-            raise ModelFileError(f"{self.name}: {component}/{missing[0]} is missing. Copy or download it again.")
-
-    def _index_of_shards(self, component: str) -> Path:
-        """Where the list of shards of the chosen weights would be."""
-        stem, dot, variant = next((_base(file) for file in self.weight_files(component)), "").partition(".")
-        return self.path / component / f"{stem}.safetensors.index{dot}{variant}.json"
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        if not any(file.name not in SETTINGS for file in files) and _has_vocabulary(self.components[component]):
+            raise ModelFileError(f"{self.name}: {component} holds no vocabulary. Copy or download it again.")
+        if not files:
+            raise ModelFileError(f"{self.name}: the folder {component} is empty. Copy or download it again.")
+        for file in files:
+            if file.suffix == ".json" and not _is_weight(file):
+                self.settings(file)
 
     def files(self) -> list[str]:
         """Relative paths of everything the pipeline needs, sorted: settings, tokenizers and the chosen weights."""
         kept = [file for file in self.path.glob("*") if file.is_file() and _is_document(file)]
         for component in self.components:
-            weights = {*self.weight_files(component), self._index_of_shards(component)}
+            chosen = self._weights(component)
+            weights = {*chosen.files, chosen.index} if chosen else set()
             for file in sorted((self.path / component).rglob("*")):
                 if file.is_file() and (file in weights or not _is_weight(file)):
                     kept.append(file)
@@ -191,11 +223,6 @@ class PipelineFolder:
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors(component))
 
 
-def _base(file: Path) -> str:
-    """File name without `.safetensors` and without the number of a shard."""
-    return file.name.removesuffix(".safetensors").split("-0")[0]
-
-
 def _finite(tensor: Tensor) -> bool:
     """Whether all values are numbers; torch cannot tell for the 8-bit floats themselves."""
     return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
@@ -204,6 +231,11 @@ def _finite(tensor: Tensor) -> bool:
 def _is_weight(file: Path) -> bool:
     shards = file.suffix == ".json" and ".index" in file.suffixes
     return shards or file.suffix in (".safetensors", *PICKLES, *OTHER_FRAMEWORKS)
+
+
+def _has_vocabulary(class_name: str) -> bool:
+    """Whether a part is a tokenizer that needs more than settings; ByT5's tokens are the bytes themselves."""
+    return "Tokenizer" in class_name and not class_name.startswith("ByT5")
 
 
 def _is_document(file: Path) -> bool:

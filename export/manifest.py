@@ -82,7 +82,7 @@ def list_files(folder: Path, apart: Sequence[str] = (MANIFEST, REPORT)) -> dict[
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `diffpress.json`, keys sorted."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True)
-    (folder / MANIFEST).write_text(text + "\n")
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -91,7 +91,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise ArtifactError(f"{folder} is no artifact of diffpress: it has no {MANIFEST}.")
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         version = data.get("schema_version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > SCHEMA:
             raise ArtifactError(f"{path} has schema {version}, this diffpress reads up to {SCHEMA}: update diffpress.")

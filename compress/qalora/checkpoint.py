@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from diffpress.export.tensor_files import save_tensors
 
 
 @dataclass
@@ -88,9 +89,7 @@ def read_progress(path: Path) -> Progress | None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a file of tensors, without a copy of those in main memory; the old file stays until it is whole."""
-    partial = path.with_suffix(".partial")
-    save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, partial, metadata=metadata)
-    partial.replace(path)
+    save_tensors({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, path, metadata)
 
 
 @torch.no_grad()

@@ -49,7 +49,8 @@ def write_report(
         **_status(manifest, metrics),
         artifact=None if manifest is None else _artifact(manifest),
     )
-    path.write_text(text, encoding="utf-8")
+    # The name of a folder need not be UTF-8; what is no text in it becomes a question mark.
+    path.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _environment() -> Environment:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from diffpress.export.tensor_files import save_tensors
 
 from .data import Digits, load_digits
 from .trainer import Schedule, train_
@@ -65,8 +67,7 @@ def train(data: Path, out: Path, work: Path, seed: int, steps: int | None = None
         return F.cross_entropy(model(images), digits.labels[chosen], label_smoothing=0.05)
 
     train_(model, loss, Schedule(steps or SCHEDULE.steps, SCHEDULE.rate), work / "classifier.safetensors", seed)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.half() for name, tensor in model.state_dict().items()}, out / "model.safetensors")
+    save_tensors({name: tensor.half() for name, tensor in model.state_dict().items()}, out / "model.safetensors")
 
 
 @torch.no_grad()

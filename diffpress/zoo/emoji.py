@@ -54,8 +54,8 @@ def train(data: Path, out: Path, work: Path, seed: int, steps: int | None = None
 
 def _load_in_float32(config: Path) -> None:
     """Transformers loads in the dtype its config names, diffusers in float32: stored as float16, both must load alike."""
-    text = config.read_text()
-    config.write_text(text.replace('"dtype": "float16"', '"dtype": "float32"'))
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
 
 
 def build_scheduler() -> DDIMScheduler:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from diffpress.export.tensor_files import save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +90,7 @@ def _save(
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, partial, metadata={"step": str(step)})
-    partial.replace(path)
+    save_tensors({key: value.contiguous() for key, value in tensors.items()}, path, {"step": str(step)})
 
 
 def _restore(

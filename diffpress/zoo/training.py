@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from diffpress.export.publishing import check_output, publish, staging
+
 from . import classifier, digits, digits_unet, emoji
 
 TRAINERS: dict[str, Callable[[Path, Path, Path, int, int | None], None]] = {
@@ -16,9 +18,10 @@ TRAINERS: dict[str, Callable[[Path, Path, Path, int, int | None], None]] = {
 }
 
 
-def train_by_name(name: str, data: Path, out: Path, seed: int, steps: int | None) -> None:
+def train_by_name(name: str, data: Path, out: Path, seed: int, steps: int | None, force: bool = False) -> None:
     """Train one model of the zoo into `out`, checkpoints beside it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    work = out.with_name(f"{out.name}.training")
-    work.mkdir(parents=True, exist_ok=True)
-    TRAINERS[name](data, out, work, seed, steps)
+    out = check_output(out, [data], force)
+    with staging(out) as staged:
+        TRAINERS[name](data, staged, out.with_name(f"{out.name}.training"), seed, steps)
+        publish(staged, out)

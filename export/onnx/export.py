@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
 
-from ..artifact import check_output, check_space, open_pipeline, publish
+from ..artifact import open_pipeline
 from ..folder import PipelineFolder
 from ..manifest import list_files
+from ..publishing import check_output, check_space, publish, staging
 from ..runtime import attention_overrides
 from .check import check_graph
 from .graph import OPSET, Part, packed_layers, widen_weights_, write_graph
@@ -46,20 +45,14 @@ def export_onnx(
     UnsupportedModelError, ArtifactError or OutputError, and then leaves `out` as it was.
     """
     kind = kind_of(str(source.index["_class_name"]))
-    check_output(out, force)
+    out = check_output(out, [source.path], force)
     pipeline = open_pipeline(source)
     kind.check(pipeline)
     components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     check_space(out, 4 * sum(tensor.numel() for part in components for tensor in part.state_dict().values()))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    # mkdtemp lets nobody else in.
-    staged.chmod(0o755)
-    try:
+    with staging(out) as staged:
         manifest = _write(kind, pipeline, staged, steps, guidance_scale, progress)
         publish(staged, out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return manifest
 
 

@@ -124,7 +124,7 @@ class ExportManifest(_Data):
 def write_export(folder: Path, manifest: ExportManifest) -> None:
     """Write `export.json`, keys sorted."""
     text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1)
-    (folder / EXPORT).write_text(text + "\n")
+    (folder / EXPORT).write_text(text + "\n", encoding="utf-8")
 
 
 def is_export(path: Path) -> bool:
@@ -138,7 +138,7 @@ def read_export(folder: Path) -> ExportManifest:
     if not path.is_file():
         raise ArtifactError(f"{folder} is no ONNX export of diffpress: it has no {EXPORT}.")
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         version = data.get("schema_version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > SCHEMA:
             raise ArtifactError(f"{path} has schema {version}, this diffpress reads up to {SCHEMA}: update diffpress.")

@@ -50,6 +50,8 @@ class OnnxPipeline:
         """Images [B, H, W, C] in 0..1, one for each condition and seed (see `generate`)."""
         if len(conditions) != len(seeds) or not seeds:
             raise UserError(f"Give as many seeds as conditions, and at least one: {len(conditions)} and {len(seeds)}.")
+        if any(not 0 <= seed < 2**63 for seed in seeds):
+            raise UserError(f"Seeds are numbers from 0 to 2^63 - 1, not {max(seeds, key=abs)}.")
         table, guidance = self._table(steps), self._guidance(guidance_scale)
         inputs = self._conditioner.encode(conditions)
         if guidance > 1:

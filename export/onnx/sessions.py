@@ -69,7 +69,7 @@ def kernels_of(graph: Path, inputs: Mapping[str, Array], threads: int = 1) -> li
         session = open_session(graph, threads, Path(folder))
         run_session(session, inputs)
         run_session(session, inputs)
-        events = json.loads(Path(session.end_profiling()).read_text())
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     found = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     kernels = [
         Kernel(event["args"]["op_name"], event["name"].removesuffix("_kernel_time"), event["dur"]) for event in found

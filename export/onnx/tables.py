@@ -114,7 +114,8 @@ def _why_not_linear(scheduler: Any, error: float) -> str:
     cure = f"set {found[0].replace('True', 'False')}" if found else "use DDIM, Euler, DPM-Solver++, UniPC or PNDM"
     return (
         f"{type(scheduler).__name__} is not linear in the noise and the model's outputs {cause}: a table misses a real "
-        f"run by {error:.1%}. An export samples by table; {cure} in scheduler/scheduler_config.json."
+        f"run by {error:.1%}. An export samples by table: in the pipeline's folder, before it is compressed, {cure} in "
+        "scheduler/scheduler_config.json (an artifact's files are under digests: compress it anew)."
     )
 
 

@@ -30,7 +30,7 @@ def test_it_says_which_implementation_answers(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(doctor, "why_no_library", lambda: "no C++ library was built")
     assert doctor.examine()["kernels"] == "reference (no C++ library was built) on cpu, Triton on cuda"
     monkeypatch.setenv("DIFFPRESS_KERNELS", "reference")
-    assert doctor.examine()["kernels"] == "reference everywhere (DIFFPRESS_KERNELS)"
+    assert doctor.examine()["kernels"] == "reference (DIFFPRESS_KERNELS) on cpu, reference (DIFFPRESS_KERNELS) on cuda"
 
 
 @pytest.mark.filterwarnings("ignore:TF32")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffpress.export.artifact import load_pipeline
 from diffpress.export.errors import ModelFileError, UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 
@@ -139,6 +140,81 @@ def test_shards_are_read_as_one(copy: PipelineFolder, variant: str) -> None:
     assert {f"unet/{name}" for name in [*shards, f"{WEIGHTS}.index{variant}.json"]} <= set(copy.files())
 
 
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_what_is_read_is_what_the_loader_takes(copy: PipelineFolder, component: str) -> None:
+    """Of a single file beside shards diffusers takes the shards and transformers the file; stale shards are no matter."""
+    stem = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}[component]
+    folder, single = copy.path / component, copy.path / component / f"{stem}.safetensors"
+    tensors = load_file(single)
+    shards = [f"{stem}-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    places = {name: shards[index % 2] for index, name in enumerate(sorted(tensors))}
+    for file in shards:
+        own = {name: torch.full_like(tensors[name], 0.5) for name, place in places.items() if place == file}
+        save_file(own, folder / file, metadata={"format": "pt"})
+    save_file({"stale": torch.ones(1)}, folder / f"{stem}-00001-of-00003.safetensors")
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    loaded = load_pipeline(copy).components[component].state_dict()
+    read = dict(copy.tensors(component))
+    copy.check()
+    assert read.keys() <= loaded.keys()
+    assert all(torch.equal(read[name].float(), loaded[name]) for name in read)
+    assert {tuple(read[name].unique().tolist()) == (0.5,) for name in read} == (
+        {True} if component == "unet" else {False}
+    )
+
+
+@pytest.mark.parametrize("plain", [(), ("unet",), ("unet", "text_encoder")])
+def test_a_variant_is_taken_for_every_component_that_has_it(copy: PipelineFolder, plain: tuple[str, ...]) -> None:
+    """As diffusers does: some part has that variant only, so that it is asked for, and others may have both."""
+    as_variant(copy.path, "unet", "text_encoder", "vae")
+    for component in plain:
+        (file,) = (copy.path / component).glob("*.fp16.safetensors")
+        tensors = {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}
+        save_file(tensors, file.with_name(file.name.replace(".fp16", "")), metadata={"format": "pt"})
+    assert copy.variant == "fp16"
+    loaded = load_pipeline(copy).components
+    for component in ("unet", "text_encoder", "vae"):
+        assert [".fp16." in file.name for file in copy.weight_files(component)] == [True]
+        states = loaded[component].state_dict()
+        assert all(torch.equal(tensor.float(), states[name]) for name, tensor in copy.tensors(component))
+
+
+def test_shards_without_an_index_are_refused(copy: PipelineFolder) -> None:
+    as_shards(copy.path / "unet")
+    (copy.path / "unet" / f"{WEIGHTS}.index.json").unlink()
+    with pytest.raises(ModelFileError, match=r"unet has the shard .*-00001-of-00002\.safetensors, but no index"):
+        copy.check()
+
+
+@pytest.mark.parametrize("weight_map", ["", "[]", "{}", '{"a": 3}', '{"a": "../x"}'])
+def test_an_index_of_shards_that_says_nothing_is_refused(copy: PipelineFolder, weight_map: str) -> None:
+    as_shards(copy.path / "unet")
+    (copy.path / "unet" / f"{WEIGHTS}.index.json").write_text(f'{{"weight_map": {weight_map}}}')
+    with pytest.raises(ModelFileError, match=rf"my-model: unet/{WEIGHTS}\.index\.json .*Copy or download"):
+        copy.check()
+
+
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)])
+def test_an_emptied_tokenizer_is_named(copy: PipelineFolder, kept: tuple[str, ...]) -> None:
+    for file in (copy.path / "tokenizer").iterdir():
+        if file.name not in kept:
+            file.unlink()
+    with pytest.raises(ModelFileError, match="my-model: tokenizer holds no vocabulary"):
+        copy.check()
+
+
+def test_an_empty_folder_is_named(copy: PipelineFolder) -> None:
+    (copy.path / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(ModelFileError, match="my-model: the folder scheduler is empty"):
+        copy.check()
+
+
+def test_settings_that_are_no_json_are_named(copy: PipelineFolder) -> None:
+    (copy.path / "scheduler" / "scheduler_config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ModelFileError, match=r"my-model: scheduler/scheduler_config\.json is no JSON"):
+        copy.check()
+
+
 @pytest.mark.parametrize("variant", ["", ".fp16"])
 def test_a_missing_shard_is_named(copy: PipelineFolder, variant: str) -> None:
     shards = as_shards(copy.path / "unet", variant)
@@ -199,6 +275,11 @@ def test_a_denoiser_without_weights_is_refused(copy: PipelineFolder) -> None:
             '{"_class_name": "X", "../unet": ["diffusers", "UNet2DModel"]}',
             ModelFileError,
             "'../unet', which is no name",
+        ),
+        (
+            '{"_class_name": ["pipeline", "Mine"], "unet": [null, null]}',
+            UnsupportedModelError,
+            "whose code comes with the",
         ),
         ('{"_class_name": "X", "unet": [null, null]}', UnsupportedModelError, "has no transformer or unet"),
     ],

@@ -1,0 +1,69 @@
+"""What the machine, the user's files and other libraries raise, as one message; faults of ours are let through."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffpress.export.errors import UserError, advice_on, number_of
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Raise a UserError in place of what the body raises because of the user's files, disk or installation."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        raise UserError(message) from error
+
+
+def _message(error: Exception) -> str | None:
+    """None where the fault is ours."""
+    if isinstance(error, OSError):
+        return _of_file(error)
+    if isinstance(error, ImportError):
+        return _of_package(error)
+    if isinstance(error, UnicodeError):
+        return (
+            f"a text is not in UTF-8 ({error}). Save the file as UTF-8, or set a UTF-8 locale such as LC_ALL=C.UTF-8."
+        )
+    from json import JSONDecodeError
+
+    from pydantic import ValidationError
+    from safetensors import SafetensorError
+    from yaml import YAMLError
+
+    if isinstance(error, (JSONDecodeError, ValidationError, YAMLError)):
+        return f"a file of settings cannot be read: {_one_line(error)}. Restore the file."
+    if isinstance(error, SafetensorError):
+        return f"a file of weights cannot be read or written: {_one_line(error)}. {advice_on(number_of(error))}"
+    return None
+
+
+def _of_file(error: OSError) -> str:
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        _source, target, reason = error.args[0][0]
+        return f"{target} cannot be written: {reason}. {advice_on(number_of(Exception(reason)))}"
+    if error.errno is None:
+        # A library's own: it names the file and what is wrong with it.
+        return _one_line(error)
+    where = "a file" if error.filename is None else error.filename
+    return f"{where} cannot be read or written: {error.strerror}. {advice_on(error.errno)}"
+
+
+def _of_package(error: ImportError) -> str | None:
+    if (error.name or "").startswith("diffpress"):
+        return None
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is needed here and not installed: pip install {error.name}"
+    return _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).removesuffix(".") or type(error).__name__
