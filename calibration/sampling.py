@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.export.errors import UnsupportedModelError
+from diffpress.export.runtime import timestep_name
 
 from .conditions import Condition, call_parameters, kind
 
@@ -43,6 +44,8 @@ class Call(NamedTuple):
     step: int
     guided: Tensor | None = None
     """What the scheduler was given after this call: the output itself, or what guidance made of it."""
+    branch: int = 0
+    """Recorded calls only: how many came before it since the sample was last updated, as where guidance takes two."""
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:
@@ -119,7 +122,8 @@ def watch(pipeline: Any, receive: Callable[[Call], None]) -> Iterator[None]:
             # The receiver asks the denoiser itself; that is no call of the pipeline.
             return
         inputs = dict(_numeric_arguments(signature.bind(*arguments, **options).arguments))
-        timestep = float(inputs["timestep"].flatten()[0])
+        timestep = timestep_of(inputs)
+        # A scheduler may ask twice for one time step.
         if timestep not in timesteps:
             timesteps.append(timestep)
         result = output[0] if isinstance(output, tuple) else output.sample
@@ -134,6 +138,17 @@ def watch(pipeline: Any, receive: Callable[[Call], None]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def timestep_of(inputs: Mapping[str, Tensor]) -> float:
+    """The time step of one call. Raises UnsupportedModelError where the denoiser is not told any."""
+    name = timestep_name(inputs)
+    if name is None:
+        raise UnsupportedModelError(
+            f"The denoiser is called with {', '.join(sorted(inputs))}, and none of it is the time step; steps cannot be told "
+            "apart."
+        )
+    return float(inputs[name].flatten()[0])
 
 
 @contextmanager
@@ -178,9 +193,10 @@ def answer(denoiser: nn.Module, inputs: Mapping[str, Tensor], recorded: torch.dt
     """Call `denoiser` with inputs by name, as recorded of one that computed in the dtype `recorded` (see `replay`)."""
     device, dtype = device_of(denoiser), next((p.dtype for p in denoiser.parameters()), torch.float32)
     options: dict[str, Any] = {"return_dict": False}
+    time = timestep_name(inputs)
     for name, value in inputs.items():
         *outer, last = name.split("/")
-        cast = value.dtype == recorded and name != "timestep"
+        cast = value.dtype == recorded and name != time
         place = options
         for key in outer:
             place = place.setdefault(key, {})
