@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffpress.calibration.guidance import find_guidance
+from diffpress.calibration.partway import scheduler_in_use
 from diffpress.calibration.sampling import denoiser_of
 from diffpress.calibration.trajectory import Trajectories
 
@@ -108,7 +109,8 @@ def learn_layers_(
     del start
     try:
         steps = len(trajectories.timesteps)
-        importance = step_importance(runs.pipeline.scheduler, steps)
+        scheduler = scheduler_in_use(runs.pipeline, runs.wanted[0], runs.sampling)
+        importance = step_importance(scheduler, trajectories.updates)
         images = images_per_round(evaluate_every(options.iterations), options.batch, steps)
         training_data = TrainingData(trajectories, runs, importance.sampling_probabilities, seed, images)
         if options.order == "blocks":
