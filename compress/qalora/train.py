@@ -88,7 +88,7 @@ class _Learning:
     def _loss(self, batch: Batch) -> Tensor:
         """What the errors of what the scheduler is given add up to, and a little of the denoiser's own error."""
         error = answer(self.student.denoiser, batch.inputs, batch.output.dtype) - batch.output.to(self.student.device)
-        given = error if self.guidance is None else self.guidance.combine(error, batch.steps)
+        given = error if self.guidance is None else self.guidance.combine(error, batch.steps, batch.branches)
         # Where guidance is not known its parts stand for themselves.
         steps = batch.steps.repeat(len(given) // len(batch.steps))
         together = steps_per_image(len(batch.steps))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,22 @@ class TrainingData:
             rounds = list(self.own.values())
             pool = rounds[int(torch.randint(len(rounds), (), generator=generator))]
         together, drawn = steps_per_image(size), []
-        for image in torch.randint(len(pool.runs), (size // together,), generator=generator).tolist():
-            run = pool.runs[image]
+        runs = self._of_one_form(pool, generator)
+        for image in torch.randint(len(runs), (size // together,), generator=generator).tolist():
+            run = runs[image]
             places = torch.multinomial(
                 self.sampling_probabilities[pool.steps[run]], together, True, generator=generator
             )
             drawn += [run[place] for place in places.tolist()]
         return pool.batch(drawn)
+
+    def _of_one_form(self, pool: Examples, generator: torch.Generator) -> list[list[int]]:
+        """The examples of each image that have one form, drawn by how often its examples are."""
+        if len(pool.runs) == 1:
+            return pool.runs[0]
+        steps = [pool.steps[list(chain(*runs))] for runs in pool.runs]
+        shares = torch.stack([self.sampling_probabilities[own].sum() for own in steps])
+        return pool.runs[int(torch.multinomial(shares, 1, generator=generator))]
 
     def evaluate(self, student: Student) -> float:
         """Squared error of the latents that whole runs of the student end in, from noise it never learned from.
