@@ -247,7 +247,9 @@ def test_where_no_judgement_is_a_number_the_start_is_kept(school: School, monkey
     assert all(torch.equal(layer.codes, found.layers[name].codes) for name, layer in start.items())
 
 
-@pytest.mark.parametrize(("batch", "accumulate", "sizes"), [(6, 1, [6]), (6, 2, [3, 3]), (6, 3, [2, 2, 2])])
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "sizes"), [(6, 1, [6]), (6, 2, [3, 3]), (7, 3, [3, 2, 2]), (2, 3, [1, 1])]
+)
 def test_a_batch_may_be_computed_in_parts(
     school: School, monkeypatch: pytest.MonkeyPatch, batch: int, accumulate: int, sizes: list[int]
 ) -> None:
