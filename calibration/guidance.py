@@ -54,20 +54,29 @@ class _Equations(NamedTuple):
 
 def find_guidance(trajectories: Trajectories) -> Guidance | None:
     """Solve for the weights by least squares; None, with the reason logged, where the scheduler is given no weighted sum."""
+    found = _find(trajectories)
+    if isinstance(found, Guidance):
+        return found
+    logger.warning("guidance is not known (%s): the outputs that it combines are learned each for itself", found)
+    return None
+
+
+def _find(trajectories: Trajectories) -> Guidance | str:
+    """The guidance, or why it is not known."""
     equations: dict[int, _Equations] = {}
     channels = 0
     for calls in _updates(trajectories):
         guided, step = calls[-1].guided, calls[0].step
         if guided is None:
-            return _unknown("some outputs reach no scheduler")
+            return "some outputs reach no scheduler"
         guided = _once(guided)
         channels = guided.shape[1]
         if any(len(call.output) % len(guided) or call.output.shape[2:] != guided.shape[2:] for call in calls):
-            return _unknown("the scheduler is given another shape than the denoiser's output")
+            return "the scheduler is given another shape than the denoiser's output"
         parts = tuple(len(call.output) // len(guided) for call in calls)
         own = equations.setdefault(step, _Equations(parts, [], []))
         if own.parts != parts:
-            return _unknown(f"step {step} is not guided alike each time")
+            return f"step {step} is not guided alike each time"
         columns = [_columns(call.output[:, :channels], count) for call, count in zip(calls, parts, strict=True)]
         own.outputs.append(torch.cat(columns, 1))
         own.guided.append(guided.double().flatten())
@@ -75,7 +84,7 @@ def find_guidance(trajectories: Trajectories) -> Guidance | None:
     for step, own in sorted(equations.items()):
         solution = _solve(torch.cat(own.outputs), torch.cat(own.guided), _tolerance(trajectories))
         if solution is None:
-            return _unknown("what the scheduler is given is no weighted sum of the denoiser's outputs")
+            return "what the scheduler is given is no weighted sum of the denoiser's outputs"
         weights |= {(step, branch): part for branch, part in enumerate(solution.split(own.parts))}
     return Guidance(weights, channels)
 
@@ -107,10 +116,6 @@ def _solve(outputs: Tensor, guided: Tensor, tolerance: float) -> Tensor | None:
     """The weights [parts] by which `outputs` [N, parts] make up `guided` [N]; None where none do."""
     solution = torch.linalg.lstsq(outputs, guided[:, None], driver="gelsd").solution.flatten()
     return None if (outputs @ solution - guided).norm() > tolerance * guided.norm() else solution.float()
-
-
-def _unknown(reason: str) -> None:
-    logger.warning("guidance is not known (%s): the outputs that it combines are learned each for itself", reason)
 
 
 def _once(guided: Tensor) -> Tensor:
