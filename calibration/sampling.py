@@ -60,7 +60,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def sample(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Sample:
-    """Make one image a condition in one call of the pipeline; each starts from its own seed's noise."""
+    """Make one image a condition in one call of the pipeline; each starts from its own seed's noise.
+
+    Raises UnsupportedModelError where a number of steps is wanted and the pipeline takes none.
+    """
     arguments: dict[str, Any] = {
         "generator": [torch.Generator().manual_seed(condition.seed) for condition in wanted],
         "output_type": "np",
@@ -73,6 +76,10 @@ def sample(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Sa
     else:
         arguments["batch_size"] = len(wanted)
     if sampling.steps is not None:
+        if "num_inference_steps" not in known:
+            raise UnsupportedModelError(
+                f"{type(pipeline).__name__} has steps of its own: leave sampling.steps (--steps) out."
+            )
         arguments["num_inference_steps"] = sampling.steps
     if sampling.guidance_scale is not None and "guidance_scale" in known:
         arguments["guidance_scale"] = sampling.guidance_scale
