@@ -10,9 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffpress.export.runtime import timestep_name
-
-from .sampling import Call
+from .sampling import Call, timestep_input
 from .trajectory import Form, Trajectories
 
 
@@ -84,7 +82,7 @@ class Examples:
         inputs = {
             name: value[own] if value.ndim and value.shape[0] == rows else value for name, value in call.inputs.items()
         }
-        time = timestep_name(inputs)
+        time = timestep_input(inputs)
         assert time is not None
         inputs[time] = call.inputs[time].flatten()[:1].expand(rows // place.images)
         return Call(inputs, call.output[own], call.step, branch=call.branch)
@@ -93,7 +91,7 @@ class Examples:
 def _share_form(form: Form, images: int) -> Form:
     """What is left of a call's form when it is shared between its images; the time step is cut to one a part."""
     rows = next(shape[0] for name, _, shape in form if name == "output")
-    time = timestep_name([name.removeprefix("inputs.") for name, *_ in form])
+    time = timestep_input([name.removeprefix("inputs.") for name, *_ in form])
     return tuple(
         (name, dtype, (rows // images, *shape[1:]) if shape[:1] == (rows,) else shape)
         for name, dtype, shape in form

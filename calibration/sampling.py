@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.export.errors import UnsupportedModelError
-from diffpress.export.runtime import timestep_name
+from diffpress.export.runtime import TIMESTEPS
 
 from .conditions import Condition, call_parameters, kind
 
@@ -147,9 +147,14 @@ def watch(pipeline: Any, receive: Callable[[Call], None]) -> Iterator[None]:
         handle.remove()
 
 
+def timestep_input(inputs: Container[str]) -> str | None:
+    """Which of a denoiser's `inputs` tells the time step."""
+    return next((name for name in TIMESTEPS if name in inputs), None)
+
+
 def timestep_of(inputs: Mapping[str, Tensor]) -> float:
     """The time step of one call. Raises UnsupportedModelError where the denoiser is not told any."""
-    name = timestep_name(inputs)
+    name = timestep_input(inputs)
     if name is None:
         raise UnsupportedModelError(
             f"The denoiser is called with {', '.join(sorted(inputs))}, and none of it is the time step; steps cannot be told "
@@ -200,7 +205,7 @@ def answer(denoiser: nn.Module, inputs: Mapping[str, Tensor], recorded: torch.dt
     """Call `denoiser` with inputs by name, as recorded of one that computed in the dtype `recorded` (see `replay`)."""
     device, dtype = device_of(denoiser), next((p.dtype for p in denoiser.parameters()), torch.float32)
     options: dict[str, Any] = {"return_dict": False}
-    time = timestep_name(inputs)
+    time = timestep_input(inputs)
     for name, value in inputs.items():
         *outer, last = name.split("/")
         cast = value.dtype == recorded and name != time

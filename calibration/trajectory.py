@@ -115,11 +115,10 @@ def observe(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling, answ
     return shard
 
 
-def recording_bytes(pipeline: Any, wanted: Condition, short: Sampling, steps: int) -> int:
-    """Disk that one recorded run of so many steps takes, from one of `short` sampling."""
-    shard = observe(pipeline, [wanted], short)
-    first = sum(size for size, step in zip(shard.sizes, shard.steps, strict=True) if step == 0)
-    later = len(shard.timesteps) - 1
+def recording_bytes(short: Shard, steps: int) -> int:
+    """Disk that a recorded run of so many steps takes, told from a shorter one of one image."""
+    first = sum(size for size, step in zip(short.sizes, short.steps, strict=True) if step == 0)
+    later = len(short.timesteps) - 1
     # What stays the same is held with the first step.
-    each = (sum(shard.sizes) - first) / later if later else first
+    each = (sum(short.sizes) - first) / later if later else first
     return first + round(each * (steps - 1))

@@ -24,10 +24,11 @@ from ..stage_folder import StageFolder
 from .blocks import learn_blocks
 from .importance import step_importance
 from .layer import QaloraLayer
+from .memory import learning_disk_bytes
 from .order import check_order, choose_order, learning_bytes, settle_order
 from .student import Student
 from .train import EVALUATIONS, Report, evaluate_every, learn
-from .training_data import StudentRollouts, TrainingData, images_per_round
+from .training_data import StudentRollouts, TrainingData, images_per_round, rollout_bytes
 
 ROLLOUT_CONDITIONS = 512
 """Different conditions that a student may sample while it learns."""
@@ -48,11 +49,14 @@ def estimate(subject: Subject, options: Qalora, running: Running) -> Cost:
     if not _learns(subject):
         return start
     image_seconds = running.step_seconds / subject.batch
-    images = images_per_round(evaluate_every(options.iterations), options.batch, running.steps)
+    every = evaluate_every(options.iterations)
+    images = images_per_round(every, options.batch, running.steps)
     runs = EVALUATIONS * options.rollout_share * 2 * images + (EVALUATIONS + 2) * options.validation_images
     seconds = image_seconds * (options.iterations * options.batch * LEARNING + runs * running.steps)
     details = {"learning_bytes": learning_bytes(subject, options), "order": choose_order(subject, options)}
-    return Cost({**start.seconds, "learn": seconds}, start.disk_bytes, details)
+    rollouts = rollout_bytes(options, every, running.steps, running.run_bytes)
+    disk_bytes = start.disk_bytes + rollouts + learning_disk_bytes(subject.model, options)
+    return Cost({**start.seconds, "learn": seconds}, disk_bytes, details)
 
 
 def run(subject: Subject, options: Qalora, folder: StageFolder, report: StageReport) -> Changes:

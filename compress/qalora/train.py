@@ -80,6 +80,8 @@ class _Learning:
             if progress.iteration % every == 0 or progress.iteration == options.iterations:
                 self._evaluate(progress, loss)
                 save_checkpoint(self.file, *state, progress)
+                # Whoever goes on from this checkpoint follows the same rounds, or later ones.
+                self.training_data.forget((progress.iteration - own_from) // every)
             if report is not None:
                 report(progress.iteration, options.iterations, loss)
         read_tensors(self.best, trainer.parameters)
