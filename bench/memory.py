@@ -86,7 +86,7 @@ class RandomLessons:
             "timestep": torch.tensor([TIMESTEPS[step]]),
             "encoder_hidden_states": torch.randn(TEXT, generator=generator),
         }
-        return Batch(inputs, answer(teacher, inputs, torch.float32), torch.tensor([step]))
+        return Batch(inputs, answer(teacher, inputs, torch.float32), torch.tensor([step]), torch.tensor([0]))
 
 
 def simple_start(denoiser: nn.Module, options: Qalora) -> dict[str, QuantizedLayer]:

@@ -17,6 +17,7 @@ from diffpress.export.runtime import PackedLayer
 
 from .conditions import Condition
 from .sampling import Sampling, denoiser_of, device_of, sample
+from .shortest import shortest
 
 
 def macs_per_image(pipeline: Any, condition: Condition, sampling: Sampling) -> int:
@@ -71,8 +72,8 @@ def median_ratio(candidate: list[float], reference: list[float]) -> float:
 
 
 def peak_memory_bytes(pipeline: Any, condition: Condition, sampling: Sampling) -> int:
-    """Most bytes of tensors alive at once while one image is made over two steps, the weights included."""
-    short = Sampling(2, sampling.guidance_scale)
+    """Most bytes of tensors alive at once while one image is made in few steps, the weights included."""
+    short = shortest(pipeline, condition, sampling)
     if device_of(denoiser_of(pipeline)).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         sample(pipeline, [condition], short)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sampling import Call
-from .trajectory import Trajectories
+from .sampling import Call, timestep_input
+from .trajectory import Form, Trajectories
 
 
 class Batch(NamedTuple):
@@ -22,6 +22,8 @@ class Batch(NamedTuple):
     """[parts * B, ...]"""
     steps: Tensor
     """[B]"""
+    branches: Tensor
+    """[B] which of the calls of its step each is."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class _Place:
     step: int
     image: int
     images: int
+    form: Form
+    """Of the image's share; only shares of one form make a batch."""
 
 
 class Examples:
@@ -41,22 +45,22 @@ class Examples:
     def __init__(self, trajectories: Trajectories, shards: Sequence[Path]) -> None:
         self._trajectories = trajectories
         self._places = [
-            _Place(shard, call, step, image, images)
+            _Place(shard, call, step, image, images, _share_form(form, images))
             for shard in shards
             for images in [trajectories.images(shard)]
-            for call, step in enumerate(trajectories.steps(shard))
+            for call, (step, form) in enumerate(zip(trajectories.steps(shard), trajectories.forms(shard), strict=True))
             for image in range(images)
         ]
         self.steps = torch.tensor([place.step for place in self._places])
         """[N] of each example."""
-        self.runs: list[list[int]] = list(_grouped(self._places).values())
-        """The examples of each image, in the order of its calls."""
+        self.runs: list[list[list[int]]] = _runs_by_form(self._places)
+        """For every form, the examples of each image, in the order of its calls."""
 
     def __len__(self) -> int:
         return len(self._places)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """These examples as one call; the time step gets one entry an image and part.
+        """These examples, all of one form, as one call; the time step gets one entry an image and part.
 
         Inputs without a batch axis, such as positions, are those of the first example.
         """
@@ -66,7 +70,9 @@ class Examples:
             name: _joined([call.inputs[name] for call in calls]) if first.shape[:1] == (parts,) else first
             for name, first in calls[0].inputs.items()
         }
-        return Batch(inputs, _joined([call.output for call in calls]), torch.tensor([call.step for call in calls]))
+        output = _joined([call.output for call in calls])
+        steps, branches = zip(*((call.step, call.branch) for call in calls), strict=True)
+        return Batch(inputs, output, torch.tensor(steps), torch.tensor(branches))
 
     def _share(self, place: _Place) -> Call:
         """One image's rows of one call."""
@@ -76,15 +82,28 @@ class Examples:
         inputs = {
             name: value[own] if value.ndim and value.shape[0] == rows else value for name, value in call.inputs.items()
         }
-        inputs["timestep"] = call.inputs["timestep"].flatten()[:1].expand(rows // place.images)
-        return Call(inputs, call.output[own], call.step)
+        time = timestep_input(inputs)
+        assert time is not None
+        inputs[time] = call.inputs[time].flatten()[:1].expand(rows // place.images)
+        return Call(inputs, call.output[own], call.step, branch=call.branch)
 
 
-def _grouped(places: Sequence[_Place]) -> dict[tuple[Path, int], list[int]]:
-    runs: dict[tuple[Path, int], list[int]] = {}
+def _share_form(form: Form, images: int) -> Form:
+    """What is left of a call's form when it is shared between its images; the time step is cut to one a part."""
+    rows = next(shape[0] for name, _, shape in form if name == "output")
+    time = timestep_input([name.removeprefix("inputs.") for name, *_ in form])
+    return tuple(
+        (name, dtype, (rows // images, *shape[1:]) if shape[:1] == (rows,) else shape)
+        for name, dtype, shape in form
+        if name not in ("guided", f"inputs.{time}")
+    )
+
+
+def _runs_by_form(places: Sequence[_Place]) -> list[list[list[int]]]:
+    runs: dict[Form, dict[tuple[Path, int], list[int]]] = {}
     for index, place in enumerate(places):
-        runs.setdefault((place.shard, place.image), []).append(index)
-    return runs
+        runs.setdefault(place.form, {}).setdefault((place.shard, place.image), []).append(index)
+    return [list(own.values()) for own in runs.values()]
 
 
 def _joined(shares: Sequence[Tensor]) -> Tensor:

@@ -75,21 +75,15 @@ def observe_inputs(
     seen: dict[str, LayerInput] = {}
     counts: dict[str, int] = {}
     samples: dict[str, list[Tensor]] = {}
-    probes: dict[str, Tensor] = {}
-    moving: set[str] = set()
+    probes: dict[str, _Probes] = {}
 
     def look(name: str, x: Tensor, step: int) -> None:
         rows = as_rows(layers[name], x)
         if name not in seen:
             seen[name] = _nothing_seen(rows.shape[1], x.ndim == 2)
-            counts[name], samples[name] = 0, []
+            counts[name], samples[name], probes[name] = 0, [], _Probes()
         entry = seen[name]
-        probe = rows[:: max(1, len(rows) // PROBED)].clone()
-        # A layer that is not called at the first step does change with the step.
-        if step == 0:
-            probes[name] = probe
-        elif name not in probes or not torch.equal(probe, probes[name]):
-            moving.add(name)
+        probes[name].look(rows[:: max(1, len(rows) // PROBED)].clone(), step)
         entry.low = torch.minimum(entry.low, rows.amin(0).cpu())
         entry.high = torch.maximum(entry.high, rows.amax(0).cpu())
         entry.second_moment += rows.square().sum(0).cpu()
@@ -101,8 +95,38 @@ def observe_inputs(
     for name, entry in seen.items():
         entry.second_moment /= counts[name]
         entry.rows = _some(torch.cat(samples.pop(name)), KEPT_ROWS, generator)
-        entry.conditioning |= steps > 1 and name not in moving
+        entry.conditioning |= steps > 1 and probes[name].still
     return seen
+
+
+class _Probes:
+    """Tells whether one layer is fed the same at every step of a run.
+
+    Guidance may call the denoiser more than once a step, and more often or with more parts at some steps than at others:
+    what is alike is compared.
+    """
+
+    def __init__(self) -> None:
+        self._step, self._place = -1, 0
+        self._known: dict[tuple[int, torch.Size], Tensor] = {}
+        self._compared, self._moved = False, False
+
+    def look(self, probe: Tensor, step: int) -> None:
+        """See what the layer is fed at `step`."""
+        if step < self._step:
+            # Another run, with prompts of its own.
+            self._known = {}
+        self._place = self._place + 1 if step == self._step else 0
+        self._step = step
+        # A layer that is not called at the first step does change with the step.
+        self._moved |= step > 0 and not self._known
+        first = self._known.setdefault((self._place, probe.shape), probe)
+        self._compared |= first is not probe
+        self._moved |= not torch.equal(first, probe)
+
+    @property
+    def still(self) -> bool:
+        return self._compared and not self._moved
 
 
 def _nothing_seen(channels: int, conditioning: bool) -> LayerInput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .sampling import answer
+from .conditions import Condition
+from .sampling import Sampling, answer, denoiser_of, sample
 
 
 class Arguments(NamedTuple):
@@ -52,7 +54,18 @@ def output_of(denoiser: nn.Module, name: str, inputs: Mapping[str, Tensor], reco
     return seen[0]
 
 
-def _run_until(handle: RemovableHandle, call: Callable[[], Tensor]) -> None:
+def scheduler_in_use(pipeline: Any, condition: Condition, sampling: Sampling) -> Any:
+    """A copy of the pipeline's scheduler as it begins a run: time steps, sigmas and shift are set, no step is taken."""
+
+    def stop(*_: Any) -> None:
+        raise _Reached
+
+    handle = denoiser_of(pipeline).register_forward_pre_hook(stop)
+    _run_until(handle, lambda: sample(pipeline, [condition], sampling))
+    return copy.deepcopy(pipeline.scheduler)
+
+
+def _run_until(handle: RemovableHandle, call: Callable[[], object]) -> None:
     try:
         call()
     except _Reached:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.export.errors import UnsupportedModelError
+from diffpress.export.runtime import TIMESTEPS
 
 from .conditions import Condition, call_parameters, kind
 
@@ -43,6 +44,8 @@ class Call(NamedTuple):
     step: int
     guided: Tensor | None = None
     """What the scheduler was given after this call: the output itself, or what guidance made of it."""
+    branch: int = 0
+    """Recorded calls only: how many came before it since the sample was last updated, as where guidance takes two."""
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:
@@ -57,7 +60,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def sample(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Sample:
-    """Make one image a condition in one call of the pipeline; each starts from its own seed's noise."""
+    """Make one image a condition in one call of the pipeline; each starts from its own seed's noise.
+
+    Raises UnsupportedModelError where a number of steps is wanted and the pipeline takes none.
+    """
     arguments: dict[str, Any] = {
         "generator": [torch.Generator().manual_seed(condition.seed) for condition in wanted],
         "output_type": "np",
@@ -70,6 +76,10 @@ def sample(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Sa
     else:
         arguments["batch_size"] = len(wanted)
     if sampling.steps is not None:
+        if "num_inference_steps" not in known:
+            raise UnsupportedModelError(
+                f"{type(pipeline).__name__} has steps of its own: leave sampling.steps (--steps) out."
+            )
         arguments["num_inference_steps"] = sampling.steps
     if sampling.guidance_scale is not None and "guidance_scale" in known:
         arguments["guidance_scale"] = sampling.guidance_scale
@@ -119,7 +129,8 @@ def watch(pipeline: Any, receive: Callable[[Call], None]) -> Iterator[None]:
             # The receiver asks the denoiser itself; that is no call of the pipeline.
             return
         inputs = dict(_numeric_arguments(signature.bind(*arguments, **options).arguments))
-        timestep = float(inputs["timestep"].flatten()[0])
+        timestep = timestep_of(inputs)
+        # A scheduler may ask twice for one time step.
         if timestep not in timesteps:
             timesteps.append(timestep)
         result = output[0] if isinstance(output, tuple) else output.sample
@@ -134,6 +145,22 @@ def watch(pipeline: Any, receive: Callable[[Call], None]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def timestep_input(inputs: Container[str]) -> str | None:
+    """Which of a denoiser's `inputs` tells the time step."""
+    return next((name for name in TIMESTEPS if name in inputs), None)
+
+
+def timestep_of(inputs: Mapping[str, Tensor]) -> float:
+    """The time step of one call. Raises UnsupportedModelError where the denoiser is not told any."""
+    name = timestep_input(inputs)
+    if name is None:
+        raise UnsupportedModelError(
+            f"The denoiser is called with {', '.join(sorted(inputs))}, and none of it is the time step; steps cannot be told "
+            "apart."
+        )
+    return float(inputs[name].flatten()[0])
 
 
 @contextmanager
@@ -178,9 +205,10 @@ def answer(denoiser: nn.Module, inputs: Mapping[str, Tensor], recorded: torch.dt
     """Call `denoiser` with inputs by name, as recorded of one that computed in the dtype `recorded` (see `replay`)."""
     device, dtype = device_of(denoiser), next((p.dtype for p in denoiser.parameters()), torch.float32)
     options: dict[str, Any] = {"return_dict": False}
+    time = timestep_input(inputs)
     for name, value in inputs.items():
         *outer, last = name.split("/")
-        cast = value.dtype == recorded and name != "timestep"
+        cast = value.dtype == recorded and name != time
         place = options
         for key in outer:
             place = place.setdefault(key, {})

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from diffpress.export.tensor_files import save_tensors
+from safetensors import safe_open
 
 from .conditions import Condition
 from .sampling import Call, Sampling, sample, watch, watch_guided
+from .shard import Answer, Shard, holds, names_of, read_call, record_of
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
+Form = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""Names, dtypes and shapes of what one call holds."""
 
 
 @dataclass(frozen=True)
@@ -33,38 +33,51 @@ class Trajectories:
     @property
     def timesteps(self) -> list[float]:
         """The time steps the denoiser was asked for, in sampling order."""
-        with safe_open(self.shards[0], framework="pt") as file:
-            return list(_record_of(file)["timesteps"])
+        return list(_read(self.shards[0])["timesteps"])
+
+    @property
+    def updates(self) -> list[int]:
+        """The step of every update of the sample by the scheduler; some schedulers update it twice a step."""
+        return list(_read(self.shards[0])["updates"])
 
     def steps(self, shard: Path) -> list[int]:
         """The step of every call of one shard."""
-        with safe_open(shard, framework="pt") as file:
-            return list(_record_of(file)["steps"])
+        return list(_read(shard)["steps"])
 
     def images(self, shard: Path) -> int:
         """How many images were sampled in one shard."""
+        return len(json.loads(_read(shard)["request"])[1])
+
+    def forms(self, shard: Path) -> list[Form]:
+        """The form of every call of one shard; no tensor is read."""
         with safe_open(shard, framework="pt") as file:
-            return len(json.loads(_record_of(file)["request"])[1])
+            record, stored = record_of(file), file.keys()
+            parts = {name: file.get_slice(name) for name in stored}
+            return [
+                tuple(
+                    (name, parts[held].get_dtype(), tuple(parts[held].get_shape()))
+                    for name, held in names_of(stored, record["same"], index).items()
+                )
+                for index in range(len(record["steps"]))
+            ]
 
     def call(self, shard: Path, index: int) -> Call:
         """One recorded call of one shard."""
         with safe_open(shard, framework="pt") as file:
-            return _read_call(file, sorted(file.keys()), index, _record_of(file)["steps"][index])
+            return read_call(file, record_of(file), index)
 
     def calls(self, shards: Sequence[Path] | None = None) -> Iterator[Call]:
         """Every recorded call, shard by shard, in the order in which the denoiser was called."""
         for path in self.shards if shards is None else shards:
             with safe_open(path, framework="pt") as file:
-                names = sorted(file.keys())
-                for index, step in enumerate(_record_of(file)["steps"]):
-                    yield _read_call(file, names, index, step)
+                record = record_of(file)
+                for index in range(len(record["steps"])):
+                    yield read_call(file, record, index)
 
 
-def _read_call(file: Any, names: Sequence[str], index: int, step: int) -> Call:
-    prefix = f"{index:05d}."
-    own = {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
-    output, guided = own.pop("output"), own.pop("guided", None)
-    return Call({name.removeprefix("inputs."): value for name, value in own.items()}, output, step, guided)
+def _read(shard: Path) -> dict[str, Any]:
+    with safe_open(shard, framework="pt") as file:
+        return record_of(file)
 
 
 def record(
@@ -74,20 +87,19 @@ def record(
     folder: Path,
     batch: int = 4,
     progress: Progress | None = None,
-    answer: Callable[[Call], Tensor] | None = None,
+    answer: Answer | None = None,
 ) -> Trajectories:
     """Sample every condition and write what the denoiser saw, `batch` runs a shard; finished shards are kept.
 
-    Memory holds one shard, however many conditions there are. `answer` says what is written as the output of a call, where
-    that is not what the denoiser itself answered.
+    Memory holds one shard, however many conditions there are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     groups = [list(wanted[start : start + batch]) for start in range(0, len(wanted), batch)]
     for index, group in enumerate(groups):
         path = folder / f"shard-{index:05d}.safetensors"
         request = json.dumps([asdict(sampling), [asdict(condition) for condition in group]], sort_keys=True)
-        if not _holds(path, request):
-            _record_shard(pipeline, group, sampling, path, request, answer)
+        if not holds(path, request):
+            observe(pipeline, group, sampling, answer).write(path, request)
         if progress is not None:
             progress(index + 1, len(groups))
     for extra in Trajectories(folder).shards[len(groups) :]:
@@ -95,48 +107,18 @@ def record(
     return Trajectories(folder)
 
 
-def _record_shard(
-    pipeline: Any,
-    group: list[Condition],
-    sampling: Sampling,
-    path: Path,
-    request: str,
-    answer: Callable[[Call], Tensor] | None,
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    steps: list[int] = []
-    timesteps: dict[int, float] = {}
-
-    def receive(call: Call) -> None:
-        index = len(steps)
-        tensors.update(
-            {f"{index:05d}.inputs.{name}": value.contiguous().clone() for name, value in call.inputs.items()}
-        )
-        tensors[f"{index:05d}.output"] = (call.output if answer is None else answer(call)).contiguous().clone()
-        steps.append(call.step)
-        timesteps[call.step] = float(call.inputs["timestep"].flatten()[0])
-
-    def receive_guided(guided: Tensor) -> None:
-        tensors[f"{len(steps) - 1:05d}.guided"] = guided.contiguous().clone()
-
-    with watch(pipeline, receive), watch_guided(pipeline, receive_guided):
-        sample(pipeline, group, sampling)
-    # One key: safetensors writes several in a random order, and the same request must give the same bytes.
-    metadata = {"record": json.dumps({"request": request, "steps": steps, "timesteps": list(timesteps.values())})}
-    save_tensors({name: value.cpu() for name, value in tensors.items()}, path, metadata)
+def observe(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling, answer: Answer | None = None) -> Shard:
+    """What is recorded of one call of the pipeline."""
+    shard = Shard(answer)
+    with watch(pipeline, shard.receive), watch_guided(pipeline, shard.receive_guided):
+        sample(pipeline, wanted, sampling)
+    return shard
 
 
-def _holds(path: Path, request: str) -> bool:
-    """Whether a readable shard of exactly this request is there already."""
-    if not path.exists():
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _record_of(file).get("request") == request
-    except (SafetensorError, OSError):
-        return False
-
-
-def _record_of(file: Any) -> dict[str, Any]:
-    """What an open shard says of itself."""
-    return json.loads((file.metadata() or {}).get("record", "{}"))
+def recording_bytes(short: Shard, steps: int) -> int:
+    """Disk that a recorded run of so many steps takes, told from a shorter one of one image."""
+    first = sum(size for size, step in zip(short.sizes, short.steps, strict=True) if step == 0)
+    later = len(short.timesteps) - 1
+    # What stays the same is held with the first step.
+    each = (sum(short.sizes) - first) / later if later else first
+    return first + round(each * (steps - 1))

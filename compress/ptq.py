@@ -48,9 +48,12 @@ def check(subject: Subject, options: Rounding) -> None:
 
 def estimate(subject: Subject, options: Rounding, running: Running) -> Cost:
     """Replaying recorded calls is what takes time; nothing but the changes is written."""
+    # The changes are at most as large as what is changed.
+    disk_bytes = sum(form.size_bytes for form in subject.forms.values())
     if subject.model is not denoiser_of(subject.pipeline):
-        return Cost({})
-    return Cost({"quantize": REPLAYS * min(SHARDS, running.recorded_batches) * running.steps * running.step_seconds})
+        return Cost({}, disk_bytes)
+    seconds = REPLAYS * min(SHARDS, running.recorded_batches) * running.steps * running.step_seconds
+    return Cost({"quantize": seconds}, disk_bytes)
 
 
 def run(subject: Subject, options: Rounding, folder: StageFolder, report: Report) -> Changes:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffpress.export.edits import Edit, Pack, QuantizeAttention
 from diffpress.export.source import Form
+from diffpress.export.tensor_files import save_tensors
 from diffpress.kernels import pack_codes
 
 from .attention import AttentionChoice
@@ -127,9 +127,7 @@ def save_result(found: QuantizationResult, path: Path) -> None:
         "attention": {name: asdict(choice) for name, choice in found.attention.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"result": json.dumps(words)})
-    partial.replace(path)
+    save_tensors(tensors, path, {"result": json.dumps(words)})
 
 
 def load_result(path: Path) -> QuantizationResult | None:

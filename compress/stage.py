@@ -65,6 +65,8 @@ class Running:
     """Of a batch of images."""
     recorded_batches: int
     """That the recipe asks for."""
+    run_bytes: int
+    """Of disk, where the run of one image is recorded."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from diffpress.export.edits import Edit
+from diffpress.export.tensor_files import save_tensors
 
 from .changes import Changes, Note
 
@@ -49,7 +50,7 @@ class StageFolder:
     def finish(self, changes: Changes) -> None:
         """Write the changes down; the words last, so that what is there is whole."""
         self.path.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in changes.tensors.items()}, self._tensors)
+        save_tensors({name: tensor.contiguous() for name, tensor in changes.tensors.items()}, self._tensors)
         words = {
             "edits": EDITS.dump_python(list(changes.edits), mode="json"),
             "notes": {module: asdict(note) for module, note in changes.notes.items()},

@@ -9,13 +9,15 @@ from math import ceil
 from typing import Any
 
 from diffpress.calibration.cost import peak_memory_bytes, weight_bytes
-from diffpress.calibration.sampling import Call, Sampling, sample, watch
+from diffpress.calibration.sampling import sample
+from diffpress.calibration.shortest import shortest
+from diffpress.calibration.trajectory import observe, recording_bytes
 from diffpress.compress.stage import Cost, Running
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
 
 from .recipe import Recipe
-from .stages import Stage, component_forms, recorded_conditions, stages_of
+from .stages import Stage, component_forms, recorded_conditions, sampling_of, stages_of
 
 IMAGES = 48
 """Images that measuring makes, those for the timings included."""
@@ -27,44 +29,44 @@ def needed_bytes(source: PipelineFolder) -> int:
     return source.size_bytes() + REPORT_BYTES
 
 
-def recorded_bytes(pipeline: Any, recipe: Recipe) -> int:
-    """Disk that the recorded trajectories will take, from one step of one of them."""
-    sizes: list[int] = []
-
-    def receive(call: Call) -> None:
-        tensors = [*call.inputs.values(), call.output]
-        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-
-    with watch(pipeline, receive):
-        sample(pipeline, recorded_conditions(pipeline, recipe)[:1], Sampling(1, recipe.sampling.guidance_scale))
-    return sum(sizes) * steps_of(pipeline, recipe) * recipe.record.trajectories
+def disk_bytes(source: PipelineFolder, recipe: Recipe, running: Running, costs: Sequence[Cost]) -> int:
+    """Most disk that a `compress` takes at a time, its artifact included."""
+    recorded = recipe.record.trajectories * running.run_bytes
+    return needed_bytes(source) + recorded + sum(cost.disk_bytes for cost in costs)
 
 
 def estimate(source: PipelineFolder, recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
-    """Seconds, disk and memory of a `compress`, from one timed step of each kind; nothing is written."""
+    """Seconds, disk and memory of a `compress`, from one timed run in few steps; nothing is written."""
     forms = component_forms(source, recipe)
     pipeline = open_pipeline(source).to(device)
     stages = stages_of(source, pipeline, recipe, forms)
-    sampling, batch = Sampling(2, recipe.sampling.guidance_scale), recipe.record.batch
-    wanted = recorded_conditions(pipeline, recipe)[:batch]
-    recorded = recorded_bytes(pipeline, recipe)
-    start = time.perf_counter()
-    sample(pipeline, wanted, sampling)
-    batches = ceil(recipe.record.trajectories / batch)
-    running = Running(steps_of(pipeline, recipe), (time.perf_counter() - start) / 2, batches)
+    running, batch = running_of(pipeline, recipe), recipe.record.batch
     costs = costs_of(stages, running)
     weights, run_seconds = weight_bytes(pipeline), running.step_seconds * running.steps
+    wanted = recorded_conditions(pipeline, recipe)[:batch]
     return {
         "steps": running.steps,
         "seconds": {
-            "record": run_seconds * batches,
+            "record": run_seconds * running.recorded_batches,
             **{name: seconds for cost in costs for name, seconds in cost.seconds.items()},
             "measure": run_seconds * ceil(IMAGES / batch),
         },
-        "disk_bytes": recorded + needed_bytes(source) + sum(cost.disk_bytes for cost in costs),
-        "memory_bytes": (peak_memory_bytes(pipeline, wanted[0], sampling) - weights) * len(wanted) + weights,
+        "disk_bytes": disk_bytes(source, recipe, running, costs),
+        "memory_bytes": (peak_memory_bytes(pipeline, wanted[0], sampling_of(recipe)) - weights) * len(wanted) + weights,
         **{name: value for cost in costs for name, value in cost.details.items()},
     }
+
+
+def running_of(pipeline: Any, recipe: Recipe) -> Running:
+    """What the pipeline itself takes, from the shortest run that it makes."""
+    wanted = recorded_conditions(pipeline, recipe)[: recipe.record.batch]
+    sampling = shortest(pipeline, wanted[0], sampling_of(recipe))
+    seen, steps = observe(pipeline, wanted[:1], sampling), steps_of(pipeline, recipe)
+    start = time.perf_counter()
+    sample(pipeline, wanted, sampling)
+    step_seconds = (time.perf_counter() - start) / len(seen.timesteps)
+    batches = ceil(recipe.record.trajectories / recipe.record.batch)
+    return Running(steps, step_seconds, batches, recording_bytes(seen, steps))
 
 
 def costs_of(stages: Sequence[Stage], running: Running) -> list[Cost]:
@@ -73,6 +75,9 @@ def costs_of(stages: Sequence[Stage], running: Running) -> list[Cost]:
 
 
 def steps_of(pipeline: Any, recipe: Recipe) -> int:
-    """Sampling steps of one image."""
-    default = inspect.signature(type(pipeline).__call__).parameters["num_inference_steps"].default
-    return recipe.sampling.steps or int(default)
+    """The steps of an image: the recipe's, the pipeline's default or, where it has none, those that it is seen to make."""
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
+    known = recipe.sampling.steps or (parameter and parameter.default)
+    if isinstance(known, int):
+        return known
+    return len(observe(pipeline, recorded_conditions(pipeline, recipe)[:1], sampling_of(recipe)).timesteps)

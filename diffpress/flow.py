@@ -23,7 +23,7 @@ from diffpress.export.publishing import check_output, check_space, publish
 from diffpress.export.source import Form
 
 from .defaults import check_recipe_fits
-from .estimate import needed_bytes, recorded_bytes
+from .estimate import costs_of, disk_bytes, needed_bytes, running_of
 from .exporting import export_to_onnx
 from .gates import check_gates
 from .models import resolve
@@ -131,8 +131,9 @@ def _make(
     notify: Report,
 ) -> Artifact:
     original = load_pipeline(source).to(device)
-    stages_of(source, original, recipe, forms)
-    check_space(out, needed_bytes(source) + recorded_bytes(original, recipe))
+    running = running_of(original, recipe)
+    costs = costs_of(stages_of(source, original, recipe, forms), running)
+    check_space(out, disk_bytes(source, recipe, running, costs))
     with work_folder(out, request, fresh) as work:
         trajectories = _record(original, recipe, work, notify)
         stages = stages_of(source, original, recipe, forms, work.recorded)

@@ -53,6 +53,14 @@ def save_checkpoint(
     write_tensors(path, tensors, progress.metadata())
 
 
+def checkpoint_bytes(learned: int, bytes_each: int, moments: int) -> int:
+    """Most disk that checkpoints of so many learned numbers take, the optimizer keeping `moments` bytes of each.
+
+    The latest, the next beside it until it is whole, and the best.
+    """
+    return learned * (2 * (2 * bytes_each + moments) + bytes_each)
+
+
 def load_checkpoint(
     path: Path,
     parameters: dict[str, nn.Parameter],

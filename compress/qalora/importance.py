@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffpress.export.errors import UnsupportedModelError
-from diffpress.export.onnx.tables import build_table
+from diffpress.export.onnx.tables import table_of
 
+logger = logging.getLogger(__name__)
+
+CANNOT_RUN = (ValueError, NotImplementedError, TypeError, AttributeError, IndexError, RuntimeError)
+"""What schedulers raise that cannot be run on their own."""
 EVEN_SHARE = 0.5
 """Share of the examples that are drawn evenly over the steps: what a step's error does to later steps counts as well."""
 
@@ -32,18 +38,33 @@ class StepImportance(NamedTuple):
         return (error * weights).unflatten(0, (-1, together)).mean(1).square().mean() * together
 
 
-def step_importance(scheduler: Any, steps: int) -> StepImportance:
-    """How the scheduler combines the outputs of `steps` calls; all alike where it is not linear.
+def step_importance(scheduler: Any, updates: Sequence[int]) -> StepImportance:
+    """How the scheduler, its time steps set, combines what it is given; `updates` tells the step of each of its updates.
 
-    Steps are drawn one half evenly, one half by the weight of their output in the last sample.
+    Steps are drawn one half evenly, one half by the weight of their output in the last sample; all alike where the
+    scheduler is not linear, which is logged.
     """
+    steps = max(updates) + 1
     even = torch.full((steps,), 1 / steps)
-    try:
-        weights = torch.tensor(build_table(scheduler, steps).coefficients[-1][1:]).float()
-    except UnsupportedModelError:
-        return StepImportance(even, torch.ones(steps))
-    if len(weights) != steps:
+    weights = _weights(scheduler, updates)
+    if weights is None:
         return StepImportance(even, torch.ones(steps))
     sampling_probabilities = EVEN_SHARE * even + (1 - EVEN_SHARE) * weights.abs() / weights.abs().sum()
     shares = weights / sampling_probabilities
     return StepImportance(sampling_probabilities, shares / (sampling_probabilities * shares.square()).sum().sqrt())
+
+
+def _weights(scheduler: Any, updates: Sequence[int]) -> Tensor | None:
+    """[S] the weight in the last sample of what is given at each step, its mean where a step is updated at twice."""
+    try:
+        own = torch.tensor(table_of(scheduler).coefficients[-1][1:])
+    except (UnsupportedModelError, *CANNOT_RUN) as error:
+        logger.warning("all steps are learned alike: %s", error)
+        return None
+    if len(own) != len(updates):
+        logger.warning("all steps are learned alike: %d updates, %d of the scheduler's own", len(updates), len(own))
+        return None
+    places = torch.tensor(updates)
+    # Each call of a step is an example of its own, so that a step called twice is drawn twice as often.
+    weights = torch.bincount(places, own) / torch.bincount(places)
+    return weights if weights.any() else None

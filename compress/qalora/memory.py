@@ -14,6 +14,7 @@ from diffpress.calibration.sampling import Call, replay
 from ..layers import find_layers
 from ..options import LARGE, Order, Qalora
 from .blocks import find_blocks, tensors
+from .checkpoint import checkpoint_bytes
 from .layer import CODE_OFFSET_BITS, PART
 
 FLOAT = 4
@@ -71,6 +72,13 @@ def learning_needs(denoiser: nn.Module, call: Call, options: Qalora) -> dict[Ord
         states = [(trained + FLOAT) * sum(own.learned for own in part) for part in parts]
         needs["blocks"] = Needs(always + max(states), max(_graph(part, sparing) for part in parts))
     return needs
+
+
+def learning_disk_bytes(denoiser: nn.Module, options: Qalora) -> int:
+    """Most disk that the checkpoints of learning take, whatever its order: single blocks take less than all together."""
+    layers, _ = find_layers(denoiser, options)
+    learned = sum(_learned(layer, options.rank) for layer in layers.values() if not isinstance(layer, nn.Embedding))
+    return checkpoint_bytes(learned, FLOAT, MOMENTS[options.optimizer])
 
 
 def _graph(layers: Iterable[_Seen], sparing: bool) -> int:

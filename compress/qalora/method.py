@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffpress.calibration.guidance import find_guidance
+from diffpress.calibration.partway import scheduler_in_use
 from diffpress.calibration.sampling import denoiser_of
 from diffpress.calibration.trajectory import Trajectories
 
@@ -23,10 +24,11 @@ from ..stage_folder import StageFolder
 from .blocks import learn_blocks
 from .importance import step_importance
 from .layer import QaloraLayer
+from .memory import learning_disk_bytes
 from .order import check_order, choose_order, learning_bytes, settle_order
 from .student import Student
 from .train import EVALUATIONS, Report, evaluate_every, learn
-from .training_data import StudentRollouts, TrainingData, images_per_round
+from .training_data import StudentRollouts, TrainingData, images_per_round, rollout_bytes
 
 ROLLOUT_CONDITIONS = 512
 """Different conditions that a student may sample while it learns."""
@@ -47,11 +49,14 @@ def estimate(subject: Subject, options: Qalora, running: Running) -> Cost:
     if not _learns(subject):
         return start
     image_seconds = running.step_seconds / subject.batch
-    images = images_per_round(evaluate_every(options.iterations), options.batch, running.steps)
+    every = evaluate_every(options.iterations)
+    images = images_per_round(every, options.batch, running.steps)
     runs = EVALUATIONS * options.rollout_share * 2 * images + (EVALUATIONS + 2) * options.validation_images
     seconds = image_seconds * (options.iterations * options.batch * LEARNING + runs * running.steps)
     details = {"learning_bytes": learning_bytes(subject, options), "order": choose_order(subject, options)}
-    return Cost({**start.seconds, "learn": seconds}, start.disk_bytes, details)
+    rollouts = rollout_bytes(options, every, running.steps, running.run_bytes)
+    disk_bytes = start.disk_bytes + rollouts + learning_disk_bytes(subject.model, options)
+    return Cost({**start.seconds, "learn": seconds}, disk_bytes, details)
 
 
 def run(subject: Subject, options: Qalora, folder: StageFolder, report: StageReport) -> Changes:
@@ -117,7 +122,8 @@ def learn_layers_(
     del start
     try:
         steps = len(trajectories.timesteps)
-        importance = step_importance(runs.pipeline.scheduler, steps)
+        scheduler = scheduler_in_use(runs.pipeline, runs.wanted[0], runs.sampling)
+        importance = step_importance(scheduler, trajectories.updates)
         images = images_per_round(evaluate_every(options.iterations), options.batch, steps)
         training_data = TrainingData(trajectories, runs, importance.sampling_probabilities, seed, images)
         if options.order == "blocks":

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from diffpress.calibration.cost import peak_memory_bytes, weight_bytes
-from diffpress.calibration.sampling import Call, Sampling, denoiser_of, device_of, sample, watch
+from diffpress.calibration.sampling import Call, denoiser_of, device_of, sample, watch
+from diffpress.calibration.shortest import shortest
 from diffpress.export.errors import RecipeError
 
 from ..options import Order, Qalora
@@ -51,8 +52,8 @@ def check_order(denoiser: nn.Module, options: Qalora) -> None:
 
 def learning_bytes(subject: Subject, options: Qalora) -> dict[Order, int]:
     """The most memory that each order takes, weights and the sampling of rollouts included; predicted, not measured."""
-    pipeline, sampling = subject.pipeline, Sampling(2, subject.sampling.guidance_scale)
-    (condition,) = subject.conditions(1)
+    pipeline, (condition,) = subject.pipeline, subject.conditions(1)
+    sampling = shortest(pipeline, condition, subject.sampling)
     calls: list[Call] = []
     with watch(pipeline, calls.append):
         sample(pipeline, [condition], sampling)

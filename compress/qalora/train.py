@@ -80,6 +80,8 @@ class _Learning:
             if progress.iteration % every == 0 or progress.iteration == options.iterations:
                 self._evaluate(progress, loss)
                 save_checkpoint(self.file, *state, progress)
+                # Whoever goes on from this checkpoint follows the same rounds, or later ones.
+                self.training_data.forget((progress.iteration - own_from) // every)
             if report is not None:
                 report(progress.iteration, options.iterations, loss)
         read_tensors(self.best, trainer.parameters)
@@ -88,7 +90,7 @@ class _Learning:
     def _loss(self, batch: Batch) -> Tensor:
         """What the errors of what the scheduler is given add up to, and a little of the denoiser's own error."""
         error = answer(self.student.denoiser, batch.inputs, batch.output.dtype) - batch.output.to(self.student.device)
-        given = error if self.guidance is None else self.guidance.combine(error, batch.steps)
+        given = error if self.guidance is None else self.guidance.combine(error, batch.steps, batch.branches)
         # Where guidance is not known its parts stand for themselves.
         steps = batch.steps.repeat(len(given) // len(batch.steps))
         together = steps_per_image(len(batch.steps))

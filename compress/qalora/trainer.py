@@ -71,7 +71,7 @@ class Trainer:
         loss = 0.0
         for batch in self._batches(first + iteration):
             with self.student.on():
-                found = self.loss(batch) / self.options.accumulate
+                found = self.loss(batch) * (len(batch.steps) / self.options.batch)
                 found.backward()
             loss += float(found.detach())
             if not math.isfinite(loss):
@@ -83,9 +83,9 @@ class Trainer:
         return loss
 
     def _batches(self, iteration: int) -> Iterable[Batch]:
-        size = math.ceil(self.options.batch / self.options.accumulate)
-        for part in range(self.options.accumulate):
-            yield self.training_data.batch(iteration * self.options.accumulate + part, size)
+        options = self.options
+        for part, size in enumerate(part_sizes(options.batch, options.accumulate)):
+            yield self.training_data.batch(iteration * options.accumulate + part, size)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -118,6 +118,11 @@ class Trainer:
             f"quantize: the loss is not finite after {iteration} iterations; {where}. The last checkpoint is kept. "
             "Lower quantize.lora_rate or quantize.scale_rate, or list the layer under quantize.keep."
         )
+
+
+def part_sizes(batch: int, parts: int) -> list[int]:
+    """Sizes of the parts that a batch is computed in: as even as can be, none empty."""
+    return [len(range(part, batch, parts)) for part in range(min(parts, batch))]
 
 
 def rate_groups(parameters: Mapping[str, nn.Parameter], options: Qalora) -> list[dict[str, Any]]:

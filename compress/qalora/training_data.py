@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from diffpress.calibration.examples import Batch, Examples
 from diffpress.calibration.sampling import Call, Sampling, replay, sample_in_batches
 from diffpress.calibration.trajectory import Trajectories, record
 
+from ..options import Qalora
 from .student import Student
 
 STEPS_PER_IMAGE = 4
@@ -65,13 +69,22 @@ class TrainingData:
             rounds = list(self.own.values())
             pool = rounds[int(torch.randint(len(rounds), (), generator=generator))]
         together, drawn = steps_per_image(size), []
-        for image in torch.randint(len(pool.runs), (size // together,), generator=generator).tolist():
-            run = pool.runs[image]
+        runs = self._of_one_form(pool, generator)
+        for image in torch.randint(len(runs), (size // together,), generator=generator).tolist():
+            run = runs[image]
             places = torch.multinomial(
                 self.sampling_probabilities[pool.steps[run]], together, True, generator=generator
             )
             drawn += [run[place] for place in places.tolist()]
         return pool.batch(drawn)
+
+    def _of_one_form(self, pool: Examples, generator: torch.Generator) -> list[list[int]]:
+        """The examples of each image that have one form, drawn by how often its examples are."""
+        if len(pool.runs) == 1:
+            return pool.runs[0]
+        steps = [pool.steps[list(chain(*runs))] for runs in pool.runs]
+        shares = torch.stack([self.sampling_probabilities[own].sum() for own in steps])
+        return pool.runs[int(torch.multinomial(shares, 1, generator=generator))]
 
     def evaluate(self, student: Student) -> float:
         """Squared error of the latents that whole runs of the student end in, from noise it never learned from.
@@ -94,6 +107,12 @@ class TrainingData:
         wanted = range(max(0, latest - ROLLOUT_ROUNDS + 1), latest + 1)
         self.own = {index: self.own.get(index) or self._sample(student, index) for index in wanted}
 
+    def forget(self, latest: int) -> None:
+        """Delete the rounds that are learned from no more once the latest is `latest`, however often learning goes on."""
+        for folder in self.runs.folder.glob("round-*"):
+            if int(folder.name.removeprefix("round-")) <= latest - ROLLOUT_ROUNDS:
+                shutil.rmtree(folder)
+
     def _sample(self, student: Student, index: int) -> Examples:
         """Let the student sample, and the teacher answer to what it saw."""
         runs = self.runs
@@ -113,6 +132,15 @@ class TrainingData:
 def steps_per_image(size: int) -> int:
     """How many of a batch of `size` are of one image."""
     return next(count for count in range(min(STEPS_PER_IMAGE, size), 0, -1) if size % count == 0)
+
+
+def rollout_bytes(options: Qalora, every: int, steps: int, run_bytes: int) -> int:
+    """Most disk that the rounds take where a new one begins `every` so many iterations and one run takes `run_bytes`.
+
+    Old rounds are deleted once a checkpoint needs them no more, when the next has been sampled already.
+    """
+    rounds = min(ROLLOUT_ROUNDS + 1, ceil(options.iterations * options.rollout_share / every))
+    return rounds * images_per_round(every, options.batch, steps) * run_bytes
 
 
 def images_per_round(iterations: int, batch: int, steps: int) -> int:

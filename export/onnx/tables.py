@@ -35,26 +35,35 @@ def build_tables(scheduler: Any, wanted: int, others: Iterable[int], scales_inpu
 
 
 def build_table(scheduler: Any, steps: int, scales_input: bool = True) -> SchedulerTable:
-    """The table for `steps` steps, probed against a run on random numbers (see `build_tables`)."""
+    """The table for `steps` steps (see `build_tables`)."""
     scheduler = copy.deepcopy(scheduler)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            table = _trace(scheduler, steps)
-        except (ValueError, NotImplementedError) as error:
-            raise UnsupportedModelError(
-                f"{type(scheduler).__name__} cannot make {steps} steps: {error} Choose another number of --steps."
-            ) from error
-        error = max(_probe(scheduler, steps, table, seed) for seed in (0, 1))
-    if not error < TOLERANCE:
-        raise UnsupportedModelError(_why_not_linear(scheduler, error))
+    try:
+        scheduler.set_timesteps(steps)
+        table = table_of(scheduler)
+    except (ValueError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"{type(scheduler).__name__} cannot make {steps} steps: {error} Choose another number of --steps."
+        ) from error
     if not scales_input:
         _check_unscaled(scheduler, table)
     return table
 
 
-def _trace(scheduler: Any, steps: int) -> SchedulerTable:
+def table_of(scheduler: Any) -> SchedulerTable:
+    """The table of a scheduler whose steps are set, probed against a run on random numbers; it stays as it is.
+
+    Raises UnsupportedModelError where it is not linear, and what the scheduler itself raises where it cannot run.
+    """
+    with torch.random.fork_rng(devices=[]):
+        table = _trace(copy.deepcopy(scheduler))
+        error = max(_probe(copy.deepcopy(scheduler), table, seed) for seed in (0, 1))
+    if not error < TOLERANCE:
+        raise UnsupportedModelError(_why_not_linear(scheduler, error))
+    return table
+
+
+def _trace(scheduler: Any) -> SchedulerTable:
     """Sample = first basis vector, k-th output = (k+1)-th: after each step the sample is its own row of weights."""
-    scheduler.set_timesteps(steps)
     calls = len(scheduler.timesteps)
     basis = torch.eye(calls + 1, dtype=torch.float64).view(calls + 1, 1, calls + 1, 1, 1)
     rows: list[tuple[float, ...]] = []
@@ -67,7 +76,8 @@ def _trace(scheduler: Any, steps: int) -> SchedulerTable:
     for call, sample in enumerate(_run(scheduler, basis[0], model)):
         rows.append(tuple(sample.flatten()[: call + 2].tolist()))
     return SchedulerTable(
-        init_noise_sigma=float(scheduler.init_noise_sigma),
+        # Flow matching starts from the noise as it is.
+        init_noise_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
         timesteps=tuple(float(timestep) for timestep in scheduler.timesteps),
         input_scale=tuple(scales),
         coefficients=tuple(rows),
@@ -76,8 +86,9 @@ def _trace(scheduler: Any, steps: int) -> SchedulerTable:
 
 def _run(scheduler: Any, sample: Tensor, model: Callable[[Tensor, Tensor, int], Tensor]) -> Iterable[Tensor]:
     """The scheduler's own loop, giving each sample; `model` gets the scaled and the plain sample."""
+    scales = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     for call, timestep in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(sample, timestep)
+        scaled = scales(sample, timestep)
         sample = scheduler.step(model(scaled, sample, call), timestep, sample, return_dict=False)[0]
         yield sample
 
@@ -87,7 +98,7 @@ def _ratio(scaled: Tensor, sample: Tensor) -> float:
     return float(scaled.flatten()[largest] / sample.flatten()[largest])
 
 
-def _probe(scheduler: Any, steps: int, table: SchedulerTable, seed: int) -> float:
+def _probe(scheduler: Any, table: SchedulerTable, seed: int) -> float:
     """Largest difference between the table and a real run on random numbers, relative to the run's largest value."""
     generator = torch.Generator().manual_seed(seed)
     shape = (1, 3, 4, 4)
@@ -100,7 +111,6 @@ def _probe(scheduler: Any, steps: int, table: SchedulerTable, seed: int) -> floa
         terms.append(PROBE_SPREAD * torch.randn(shape, generator=generator, dtype=torch.float64))
         return terms[-1]
 
-    scheduler.set_timesteps(steps)
     for row, sample in zip(table.coefficients, _run(scheduler, terms[0], model), strict=True):
         predicted = sum(weight * term for weight, term in zip(row, terms, strict=True))
         worst = max(worst, float((sample - predicted).abs().max()))

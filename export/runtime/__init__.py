@@ -9,11 +9,12 @@ from .attention import (
     quantize_attention_,
     why_not_int8,
 )
-from .clock import StepClock, attach_clock_, find_timestep, step_weights, timestep_name
+from .clock import TIMESTEPS, StepClock, attach_clock_, find_timestep, step_weights, timestep_name
 from .forwards import Forward, Wrap
 from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, why_not_packable
 
 __all__ = [
+    "TIMESTEPS",
     "Attention",
     "AttentionOverride",
     "Forward",

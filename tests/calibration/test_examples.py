@@ -12,7 +12,7 @@ import torch
 from diffpress.calibration.conditions import conditions
 from diffpress.calibration.examples import Examples
 from diffpress.calibration.sampling import Call, Sampling, denoiser_of, sample, watch
-from diffpress.calibration.trajectory import Trajectories, record
+from diffpress.calibration.trajectory import Form, Trajectories, record
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
 
@@ -148,3 +148,6 @@ class FakeRuns:
         x = torch.arange(6.0).view(6, 1) + index
         inputs = {"x": x, "positions": torch.arange(7.0) + index, "scale": torch.tensor(0.5 + index)}
         return Call({**inputs, "timestep": torch.tensor(10 - 5 * index)}, x, index)
+
+    def forms(self, shard: Path) -> list[Form]:
+        return [(("inputs.timestep", "I64", ()), ("inputs.x", "F32", (6, 1)), ("output", "F32", (6, 1)))] * 2

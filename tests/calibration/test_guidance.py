@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.calibration.conditions import Condition, conditions
+from diffpress.calibration.examples import Examples
 from diffpress.calibration.guidance import Guidance, find_guidance
 from diffpress.calibration.sampling import Sampling
 from diffpress.calibration.trajectory import Trajectories, record
@@ -42,6 +44,12 @@ def recorded(folder: Path, scale: float, into: Path) -> Trajectories:
     return record(pipeline, conditions(pipeline, "builtin", 4, 0), Sampling(3, scale), into, batch=2)
 
 
+def table(guidance: Guidance) -> Tensor:
+    """[S, parts] where guidance takes one call a step and as many parts at each."""
+    assert list(guidance.weights) == [(step, 0) for step in range(len(guidance.weights))]
+    return torch.stack(list(guidance.weights.values()))
+
+
 @pytest.mark.parametrize("scale", [3.0, 7.5, 0.5])
 def test_a_prompts_guidance_is_found(scale: float, tiny_text: Path, tmp_path: Path) -> None:
     """Without the prompt first, with it second. A scale of at most one makes one part of it."""
@@ -50,8 +58,7 @@ def test_a_prompts_guidance_is_found(scale: float, tiny_text: Path, tmp_path: Pa
     assert guidance is not None
     assert guidance.channels == 4
     expected = torch.tensor([1 - scale, scale] if scale > 1 else [1.0]).expand(3, -1)
-    assert guidance.weights.shape == expected.shape
-    assert (guidance.weights - expected).abs().max() <= tolerance(runs, scale, expected.shape[1])
+    assert (table(guidance) - expected).abs().max() <= tolerance(runs, scale, expected.shape[1])
 
 
 def test_a_labels_guidance_is_found(tiny_class: Path, tmp_path: Path) -> None:
@@ -60,7 +67,7 @@ def test_a_labels_guidance_is_found(tiny_class: Path, tmp_path: Path) -> None:
     guidance = find_guidance(runs)
     assert guidance is not None
     expected = torch.tensor([3.0, -2.0]).expand(3, 2)
-    assert (guidance.weights - expected).abs().max() <= tolerance(runs, 3.0, 2)
+    assert (table(guidance) - expected).abs().max() <= tolerance(runs, 3.0, 2)
 
 
 @pytest.mark.parametrize("source", ["tiny_pixels", "tiny_class"])
@@ -69,7 +76,7 @@ def test_without_guidance_the_output_is_taken_as_it_is(
 ) -> None:
     guidance = find_guidance(recorded(request.getfixturevalue(source), 1.0, tmp_path))
     assert guidance is not None
-    assert torch.equal(guidance.weights, torch.ones(3, 1))
+    assert torch.equal(table(guidance), torch.ones(3, 1))
 
 
 class Denoiser(nn.Module):
@@ -123,10 +130,9 @@ def test_any_weighted_sum_is_found(rows: list[list[float]], tmp_path: Path) -> N
     assert guidance is not None
     assert guidance.channels == 2
     expected = torch.tensor([rows[step % len(rows)] for step in range(3)])
-    assert guidance.weights.shape == expected.shape
     seen = Seen(runs)
     largest = float(expected.abs().max())
-    assert (guidance.weights - expected).abs().max() <= tolerance(seen, largest, len(rows[0]))  # type: ignore[arg-type]
+    assert (table(guidance) - expected).abs().max() <= tolerance(seen, largest, len(rows[0]))  # type: ignore[arg-type]
 
 
 class Seen:
@@ -156,17 +162,84 @@ def test_what_is_no_weighted_sum_is_not_taken_for_one(combine: Callable[[Tensor,
     assert find_guidance(fake(Pipeline(2, combine), tmp_path)) is None
 
 
-def test_guidance_in_two_calls_is_not_taken_for_one(tmp_path: Path) -> None:
-    runs = fake(Pipeline(2, weighted([-1.0, 2.0]), calls=2), tmp_path)
-    assert [call.guided is None for call in runs.calls(runs.shards[:1])] == [True, False] * 3
-    assert find_guidance(runs) is None
+@pytest.mark.parametrize("parts", [2, 4])
+def test_guidance_in_two_calls_is_found(parts: int, tmp_path: Path) -> None:
+    """Each call has weights of its own, and what the calls of a step add up to is what the scheduler was given."""
+    row = [-1.0, 2.0, 0.5, -0.5][:parts]
+    runs = fake(Pipeline(parts, weighted(row), calls=2), tmp_path)
+    calls = list(runs.calls(runs.shards[:1]))
+    assert [call.branch for call in calls] == [0, 1] * 3
+    assert [call.guided is None for call in calls] == [True, False] * 3
+    guidance = find_guidance(runs)
+    assert guidance is not None
+    check_combined(guidance, runs)
+    assert {len(own) for own in guidance.weights.values()} == {parts // 2}
+
+
+class OnAnInterval(Pipeline):
+    """Guides at the middle step only, in one call of two parts or in two calls."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__(1, weighted([1.0]))
+        self.guided_calls = calls
+
+    def __call__(self, batch_size: int, generator: Any, num_inference_steps: int = 3, output_type: str = "np") -> Any:
+        x = torch.cat([torch.randn(1, 2, 4, 4, generator=own) for own in generator])
+        for step in range(num_inference_steps):
+            guided = step == 1
+            fed = torch.cat([x, x + 1]) if guided else x
+            shares = fed.chunk(self.guided_calls if guided else 1)
+            answers = torch.cat([self.unet(share, 100 - step).sample for share in shares])[:, :2]
+            first, *rest = answers.split(len(x))
+            x = self.scheduler.step(3 * first - 2 * rest[0] if rest else first, 100 - step, x)
+        return SimpleNamespace(images=np.zeros((batch_size, 2, 2, 1), np.float32))
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_guidance_on_an_interval_of_steps_is_found(calls: int, tmp_path: Path) -> None:
+    runs = fake(OnAnInterval(calls), tmp_path)
+    guidance = find_guidance(runs)
+    assert guidance is not None
+    shapes = {place: len(own) for place, own in guidance.weights.items()}
+    assert shapes == ({(0, 0): 1, (1, 0): 2, (2, 0): 1} if calls == 1 else {(0, 0): 1, (1, 0): 1, (1, 1): 1, (2, 0): 1})
+    check_combined(guidance, runs)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_batch_is_of_one_form_where_steps_differ(calls: int, tmp_path: Path) -> None:
+    runs = fake(OnAnInterval(calls), tmp_path)
+    guidance, examples = find_guidance(runs), Examples(runs, runs.shards)
+    assert guidance is not None
+    # One call of two parts cannot be laid beside one of one; two calls of one can.
+    assert [sorted(set(examples.steps[list(chain(*own))].tolist())) for own in examples.runs] == (
+        [[0, 2], [1]] if calls == 1 else [[0, 1, 2]]
+    )
+    for own in examples.runs:
+        batch = examples.batch(list(chain(*own)))
+        assert guidance.combine(batch.output, batch.steps, batch.branches).shape == (len(batch.steps), 2, 4, 4)
+
+
+def check_combined(guidance: Guidance, runs: Trajectories) -> None:
+    """What the calls of each step combine to is what the scheduler was given."""
+    count, largest = runs.images(runs.shards[0]), max(float(own.abs().max()) for own in guidance.weights.values())
+    total, size = torch.tensor(0.0), 0.0
+    for call in runs.calls():
+        steps, branches = torch.full((count,), call.step), torch.full((count,), call.branch)
+        total = total + guidance.combine(call.output, steps, branches)
+        size += float(call.output.norm())
+        if call.guided is not None:
+            # Least squares leave no more than the true weights would: two roundings a part where the scheduler's was
+            # made, three here (the weight, the product, the sum), each of at most half a unit of a part times its weight.
+            assert (total - call.guided).norm() <= 5 * HALF_UNIT * largest * size * len(call.output)
+            total, size = torch.tensor(0.0), 0.0
 
 
 def test_combine_weights_parts_by_the_step_of_each_picture() -> None:
     weights = torch.tensor([[-1.0, 2.0], [-4.0, 5.0], [0.0, 1.0]])
+    guidance = Guidance({(step, 0): own for step, own in enumerate(weights)}, 2)
     output = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     steps = torch.tensor([2, 0, 1])
-    combined = Guidance(weights, 2).combine(output, steps)
+    combined = guidance.combine(output, steps, torch.zeros(3, dtype=torch.int64))
     assert combined.shape == (3, 2, 4, 4)
     for image, step in enumerate(steps.tolist()):
         expected = weights[step, 0] * output[image, :2] + weights[step, 1] * output[3 + image, :2]
@@ -180,7 +253,7 @@ def test_combine_gives_what_the_scheduler_was_given(tiny_text: Path, tmp_path: P
     for call in runs.calls():
         assert call.guided is not None
         steps = torch.full((len(call.guided),), call.step)
-        error = (guidance.combine(call.output, steps) - call.guided).abs().max()
+        error = (guidance.combine(call.output, steps, torch.zeros_like(steps)) - call.guided).abs().max()
         # Weights off by so much, and the three roundings of either side.
         bound = (2 * tolerance(runs, 3.0, 2) + 6 * HALF_UNIT * 5) * call.output.abs().max()
         assert error <= bound

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from diffpress.calibration.observe import (
     replay_with,
     rounding_errors,
 )
-from diffpress.calibration.sampling import Sampling, denoiser_of, replay
+from diffpress.calibration.sampling import Call, Sampling, denoiser_of, replay
 from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
@@ -156,6 +156,51 @@ def test_layers_may_be_called_first_at_a_later_step(observed: Callable[[str], tu
     assert 0 < len(calls) < len(list(runs.calls()))
     assert seen["late"].high == fed.max().clamp(min=0)
     assert seen["late"].low == fed.min().clamp(max=0)
+
+
+class Conditioned(nn.Module):
+    """Looks at a prompt, the same at every step of a run, and at the sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sees_prompt, self.sees_sample = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, sample: Tensor, timestep: Tensor, prompt: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return (self.sees_sample(sample) + self.sees_prompt(prompt),)
+
+
+class Guided:
+    """Recorded runs of two shards and four steps; at the steps `guided`, one call of two parts or two calls of one."""
+
+    shards: ClassVar = [Path("a"), Path("b")]
+    timesteps: ClassVar = [9.0, 6.0, 3.0, 0.0]
+
+    def __init__(self, guided: set[int], calls: int) -> None:
+        self.guided, self.of_guided = guided, calls
+
+    def steps(self, shard: Path) -> list[int]:
+        return [call.step for call in self.calls([shard])]
+
+    def calls(self, shards: list[Path]) -> list[Call]:
+        found = []
+        for shard in shards:
+            generator = torch.Generator().manual_seed(ord(shard.name))
+            prompts = torch.randn(2, 3, 2, generator=generator)
+            for step, time in enumerate(self.timesteps):
+                own = prompts if step in self.guided else prompts[:1]
+                for part in own.chunk(self.of_guided if step in self.guided else 1):
+                    sample = torch.randn(len(part), 3, 2, generator=generator)
+                    inputs = {"sample": sample, "timestep": torch.tensor(time), "prompt": part}
+                    found.append(Call(inputs, sample, step))
+        return found
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("guided", [{0, 1, 2, 3}, {0, 1}, {1, 2}, set()], ids=str)
+def test_prompts_are_told_from_samples_however_guidance_calls(guided: set[int], calls: int) -> None:
+    denoiser = Conditioned()
+    seen = observe_inputs(denoiser, layers_of(denoiser), Guided(guided, calls), seed=0)  # type: ignore[arg-type]
+    assert {name: own.conditioning for name, own in seen.items()} == {"sees_prompt": True, "sees_sample": False}
 
 
 def test_same_seed_keeps_the_same_rows_and_hooks_are_gone(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
-from diffpress.calibration.partway import arguments_of, call_order, output_of
+from diffpress.calibration.conditions import Condition
+from diffpress.calibration.partway import arguments_of, call_order, output_of, scheduler_in_use
+from diffpress.calibration.sampling import Sampling
+from diffpress.export.artifact import load_pipeline
+from diffpress.export.folder import PipelineFolder
 
 
 class Denoiser(nn.Module):
@@ -73,3 +79,18 @@ def test_hooks_are_gone_afterwards_and_errors_pass(denoiser: Denoiser, calls: li
     with pytest.raises(TypeError):
         arguments_of(denoiser, "middle", {"nothing": torch.zeros(1)}, torch.float32)
     assert not denoiser.middle._forward_pre_hooks
+
+
+def test_the_scheduler_in_use_is_set_up_by_the_pipeline_and_has_made_no_step(tiny_class: Path) -> None:
+    pipeline = load_pipeline(PipelineFolder(tiny_class, "tiny"))
+    asked: list[None] = []
+    handle = pipeline.transformer.register_forward_hook(lambda *_: asked.append(None))
+    pipeline.scheduler = DPMSolverMultistepScheduler()
+    found = scheduler_in_use(pipeline, Condition("1", 0), Sampling(3))
+    handle.remove()
+    assert not asked
+    assert found is not pipeline.scheduler
+    pipeline.scheduler.set_timesteps(3)
+    assert found.timesteps.tolist() == pipeline.scheduler.timesteps.tolist()
+    assert found.lower_order_nums == 0
+    assert not pipeline.transformer._forward_pre_hooks

@@ -208,3 +208,36 @@ def test_other_inputs_follow_the_dtype_of_the_model_they_are_replayed_on() -> No
 def test_lists_of_tensors_are_refused_rather_than_forgotten() -> None:
     with pytest.raises(UnsupportedModelError, match="list of tensors as 'residuals'"):
         watched(Pipeline(residuals=[torch.ones(1)]), [Condition("", 0)], Sampling())
+
+
+class Renamed(nn.Module):
+    """A denoiser that calls the time step `t`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, sample: Tensor, t: Tensor | float, return_dict: bool = True) -> tuple[Tensor]:
+        return (self.layer(sample) + torch.as_tensor(t).float().sin().to(sample),)
+
+
+class Unnamed(nn.Module):
+    def forward(self, sample: Tensor, noise: float, return_dict: bool = True) -> tuple[Tensor]:
+        return (sample,)
+
+
+def test_steps_are_told_by_whatever_the_time_step_is_called() -> None:
+    pipeline = Pipeline(timestep=torch.tensor(980.27))
+    pipeline.unet = Renamed().half()  # type: ignore[assignment]
+    calls = watched(pipeline, [Condition("", 0)], Sampling(3))
+    assert [call.step for call in calls] == [0, 1, 2]
+    # The time step keeps its precision under this name too.
+    assert all(torch.equal(replay(pipeline.unet, call), call.output) for call in calls)
+
+
+def test_a_denoiser_that_is_not_told_the_time_step_is_refused() -> None:
+    pipeline = Pipeline()
+    pipeline.unet = Unnamed()  # type: ignore[assignment]
+    pipeline.unet.weight = nn.Parameter(torch.ones(1))
+    with pytest.raises(UnsupportedModelError, match="called with noise, sample, and none of it is the time step"):
+        watched(pipeline, [Condition("", 0)], Sampling(1))

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffpress.calibration.conditions import conditions
-from diffpress.calibration.sampling import Sampling, denoiser_of, replay, sample, watch
-from diffpress.calibration.trajectory import Trajectories, record
+from diffpress.calibration.sampling import Call, Sampling, denoiser_of, replay, sample, watch
+from diffpress.calibration.shard import Shard
+from diffpress.calibration.trajectory import Trajectories, observe, record, recording_bytes
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
 
@@ -56,6 +58,48 @@ def test_calls_come_back_as_they_were(pipeline: Any, run: Callable[..., Trajecto
         assert ours.inputs.keys() == theirs.inputs.keys()
         assert all(torch.equal(ours.inputs[name], theirs.inputs[name]) for name in ours.inputs)
         assert torch.equal(ours.output, theirs.output)
+
+
+def test_what_calls_see_alike_is_held_once(tiny_text: Path, tmp_path: Path) -> None:
+    """The prompt's encoding is one tensor a shard, and is read back at every call; without guidance, so is the output."""
+    pipeline = load_pipeline(PipelineFolder(tiny_text, "tiny"))
+    wanted = conditions(pipeline, "builtin", 2, 0)
+    live: list[Call] = []
+    with watch(pipeline, live.append):
+        sample(pipeline, wanted, Sampling(3, 1.0))
+    runs = record(pipeline, wanted, Sampling(3, 1.0), tmp_path, batch=2)
+    for ours, theirs in zip(runs.calls(), live, strict=True):
+        assert torch.equal(ours.inputs["encoder_hidden_states"], theirs.inputs["encoder_hidden_states"])
+        assert ours.guided is not None
+        assert torch.equal(ours.guided, ours.output)
+    with safe_open(runs.shards[0], framework="pt") as file:
+        names = sorted(file.keys())
+    assert names == [
+        "00000.inputs.encoder_hidden_states",
+        *(f"0000{call}.{name}" for call in range(3) for name in ("inputs.sample", "inputs.timestep", "output")),
+    ]
+
+
+def test_tensors_of_equal_bytes_and_another_form_are_held_apart() -> None:
+    shard = Shard()
+    inputs = {"timestep": torch.zeros(1), "flat": torch.zeros(4), "square": torch.zeros(2, 2)}
+    for step in range(2):
+        shard.receive(Call({**inputs, "whole": torch.zeros(4, dtype=torch.int32)}, torch.zeros(4), step))
+    assert list(shard.tensors) == [f"00000.inputs.{name}" for name in ("timestep", "flat", "square", "whole")]
+    assert shard.same["00000.output"] == "00000.inputs.flat"
+    assert shard.same["00001.inputs.whole"] == "00000.inputs.whole"
+    assert shard.sizes == [4 + 16 + 16 + 16, 0]
+
+
+@pytest.mark.parametrize(("seen", "steps"), [(2, 3), (3, 3), (3, 10)])
+def test_the_size_of_a_recording_is_told_from_a_shorter_one(
+    seen: int, steps: int, tiny_text: Path, tmp_path: Path
+) -> None:
+    pipeline = load_pipeline(PipelineFolder(tiny_text, "tiny"))
+    wanted = conditions(pipeline, "builtin", 1, 0)
+    said = recording_bytes(observe(pipeline, wanted, Sampling(seen, 3.0)), steps)
+    whole = observe(pipeline, wanted, Sampling(steps, 3.0))
+    assert said == sum(whole.sizes) == sum(value.numel() * value.element_size() for value in whole.tensors.values())
 
 
 def test_replay_equals_the_recorded_output_bit_for_bit(pipeline: Any, run: Callable[..., Trajectories]) -> None:

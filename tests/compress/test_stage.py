@@ -142,6 +142,12 @@ def test_a_finished_stage_is_not_run_again(subject: Subject, changes: Changes, t
     assert_same(again, first)
 
 
+def tensor_bytes(file: Path) -> int:
+    """Of the tensors in a file, which begins with the length of its header."""
+    data = file.read_bytes()
+    return len(data) - 8 - int.from_bytes(data[:8], "little")
+
+
 @pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
 def test_every_method_keeps_the_contract(entry: Any, subject: Subject, tmp_path: Path) -> None:
     """Checks, estimates, runs, and leaves changes that a plan, a folder and an artifact can be made of."""
@@ -154,11 +160,15 @@ def test_every_method_keeps_the_contract(entry: Any, subject: Subject, tmp_path:
     def report(stage: str, done: int, total: int) -> None:
         told.setdefault(stage.split(",")[0], []).append((done, total))
 
-    cost = method.estimate(subject, options, Running(3, 0.1, 2))
+    recorded = sum(path.stat().st_size for path in subject.trajectories.shards)
+    images = sum(subject.trajectories.images(path) for path in subject.trajectories.shards)
+    cost = method.estimate(subject, options, Running(3, 0.1, 2, recorded // images))
     changes = run_stage(method, subject, options, StageFolder(tmp_path / "work"), report)
     assert set(told) == set(cost.seconds)
     assert all(0 < done <= total for steps in told.values() for done, total in steps)
     assert changes.edits
+    written = [path for path in (tmp_path / "work").rglob("*.safetensors") if path.is_file()]
+    assert 0 < sum(tensor_bytes(path) for path in written) <= cost.disk_bytes
     rows = plan_rows("transformer", subject.forms, changes)
     assert sum(row.bytes for row in rows) < sum(row.source_bytes for row in rows)
     assert json.dumps([row.model_dump(mode="json") for row in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,13 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from torch import Tensor
 
 from diffpress.compress.qalora.importance import EVEN_SHARE, StepImportance, step_importance
 
@@ -26,19 +30,31 @@ LINEAR = {
     "Euler": EulerDiscreteScheduler(),
     "DPM-Solver++": DPMSolverMultistepScheduler(),
     "UniPC": UniPCMultistepScheduler(),
+    "flow matching": FlowMatchEulerDiscreteScheduler(shift=3.0),
 }
 OTHER = {
     "clipping": DDIMScheduler(clip_sample=True),
     "fresh noise": DDPMScheduler(clip_sample=False),
     "ancestral": EulerAncestralDiscreteScheduler(),
 }
-MORE_CALLS_THAN_STEPS = {"PNDM": PNDMScheduler(skip_prk_steps=True), "Heun": HeunDiscreteScheduler()}
+TWICE_A_STEP = {
+    "PNDM": PNDMScheduler(skip_prk_steps=True),
+    "Heun": HeunDiscreteScheduler(),
+    "flow matching, Heun": FlowMatchHeunDiscreteScheduler(),
+}
+
+
+def importance_of(scheduler: Any, steps: int, **options: Any) -> StepImportance:
+    """As where a pipeline sets up this scheduler: which of its updates are of one time step shows in the recording."""
+    scheduler.set_timesteps(steps, **options)
+    times = scheduler.timesteps.tolist()
+    return step_importance(scheduler, [list(dict.fromkeys(times)).index(time) for time in times])
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
 @pytest.mark.parametrize("scheduler", [*LINEAR.values(), *OTHER.values()], ids=[*LINEAR, *OTHER])
 def test_shares_sum_to_one_and_no_step_is_left_out(scheduler: Any, steps: int) -> None:
-    found, weights = step_importance(scheduler, steps)
+    found, weights = importance_of(scheduler, steps)
     assert found.shape == weights.shape == (steps,)
     # As many roundings as there are steps.
     assert float(found.sum()) == pytest.approx(1, abs=steps * torch.finfo(torch.float32).eps)
@@ -49,8 +65,8 @@ def test_shares_sum_to_one_and_no_step_is_left_out(scheduler: Any, steps: int) -
 @pytest.mark.parametrize("steps", [3, 10])
 def test_v_prediction_learns_most_from_the_last_step(recorded: Callable[[str], Any], steps: int) -> None:
     """Its weight in the last sample is what DDIM says: sqrt(1 - a) of the last step, as the next is free of noise."""
-    scheduler = recorded("tiny_text").pipeline.scheduler
-    found, _ = step_importance(scheduler, steps)
+    scheduler = copy.deepcopy(recorded("tiny_text").pipeline.scheduler)
+    found, _ = importance_of(scheduler, steps)
     assert int(found.argmax()) == steps - 1
 
 
@@ -69,7 +85,7 @@ def test_the_weights_are_the_schedulers_own() -> None:
         weights.append(weight * (alphas[-1] / there) ** 0.5)
     total = sum(map(abs, weights))
     expected = torch.tensor([(1 - EVEN_SHARE) * abs(weight) / total + EVEN_SHARE / steps for weight in weights])
-    found = step_importance(scheduler, steps)
+    found = importance_of(scheduler, steps)
     # The scheduler computes in float32, in a handful of operations a step.
     assert torch.allclose(found.sampling_probabilities, expected, rtol=1e-4)
     # Drawn so and weighted so, a step's error counts on average as it does in the sample.
@@ -77,13 +93,49 @@ def test_the_weights_are_the_schedulers_own() -> None:
     assert torch.allclose(drawn / drawn.sum(), torch.tensor(weights) / sum(weights), rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "scheduler", [*OTHER.values(), *MORE_CALLS_THAN_STEPS.values()], ids=[*OTHER, *MORE_CALLS_THAN_STEPS]
-)
-def test_schedulers_that_are_no_table_of_steps_are_learned_evenly(scheduler: Any) -> None:
-    found = step_importance(scheduler, 4)
+@pytest.mark.parametrize("scheduler", OTHER.values(), ids=OTHER)
+def test_schedulers_that_are_no_table_are_learned_evenly(scheduler: Any) -> None:
+    found = importance_of(scheduler, 4)
     assert torch.equal(found.sampling_probabilities, torch.full((4,), 0.25))
     assert torch.equal(found.weights, torch.ones(4))
+
+
+def test_flow_matchings_weights_are_the_distances_between_sigmas() -> None:
+    """x' = x + (s' - s) v, with the sigmas that the pipeline sets: here shifted by mu."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    found = importance_of(scheduler, 4, mu=0.8)
+    check_drawn(found, scheduler.sigmas.diff())
+
+
+def test_both_updates_of_a_step_weigh_in() -> None:
+    """Heun gives half of a distance to either end of it; the two updates at one time step are drawn as two examples."""
+    scheduler = FlowMatchHeunDiscreteScheduler()
+    found = importance_of(scheduler, 4)
+    far = scheduler.sigmas[scheduler.sigmas != 0].unique().flip(0)
+    apart = far.diff() / 2
+    # At all but the first and the last step it ends one distance and begins the next; Euler makes the last step.
+    expected = torch.stack([apart[0], (apart[0] + apart[1]) / 2, (apart[1] + apart[2]) / 2, (apart[2] - far[-1]) / 2])
+    check_drawn(found, expected)
+
+
+def check_drawn(found: StepImportance, weights: Tensor) -> None:
+    """Drawn so and weighted so, a step's error counts on average by `weights`, but for one factor of all."""
+    drawn = found.sampling_probabilities * found.weights
+    # Sums of as many roundings as there are steps, once to make the sample and once to scale.
+    bound = 4 * len(weights) * torch.finfo(torch.float32).eps
+    assert torch.allclose(drawn / drawn.sum(), weights / weights.sum(), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("scheduler", TWICE_A_STEP.values(), ids=TWICE_A_STEP)
+def test_schedulers_that_ask_twice_at_a_step_are_tables_too(scheduler: Any) -> None:
+    found = importance_of(scheduler, 4)
+    assert not torch.equal(found.weights, torch.ones(len(found.weights)))
+
+
+def test_a_recording_that_is_not_the_schedulers_own_is_learned_evenly() -> None:
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(4)
+    assert torch.equal(step_importance(scheduler, [0, 1, 2]).weights, torch.ones(3))
 
 
 def test_errors_that_point_the_same_way_cost_more_than_those_that_do_not() -> None:
@@ -98,7 +150,8 @@ def test_errors_that_point_the_same_way_cost_more_than_those_that_do_not() -> No
 
 
 def test_the_scheduler_is_left_as_it_was() -> None:
-    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(7)
-    step_importance(scheduler, 3)
+    step_importance(scheduler, range(7))
     assert len(scheduler.timesteps) == 7
+    assert scheduler.step_index is None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffpress.calibration.guidance import find_guidance
 from diffpress.calibration.sampling import sample
 from diffpress.compress.options import Qalora
-from diffpress.compress.qalora import LearningError, StudentRollouts, learn_layers_, train
+from diffpress.compress.qalora import LearningError, StudentRollouts, learn_layers_, train, training_data
 from diffpress.compress.qalora.importance import StepImportance
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import Report, learn
@@ -151,10 +151,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before and after the student's own runs begin, right after a checkpoint and between two: everything learned, averaged
-    and in the optimizer, and every own run, has the same bytes as without."""
+    and in the optimizer, and every own run, has the same bytes as without. Rounds that are learned from no more are gone."""
     monkeypatch.setattr(train, "EVALUATIONS", 4)
+    monkeypatch.setattr(training_data, "ROLLOUT_ROUNDS", 1)
     chosen = {"iterations": 12, "batch": 2, "rollout_share": 0.6, **HALF, **FAST}
     whole, (*_, runs, _) = run(school, folder="whole", **chosen), school(folder="whole")
+    assert [folder.name for folder in runs.folder.glob("round-*")] == ["round-00002"]
     for killed_after in (2, 6, 8, 11):
 
         def kill(done: int, total: int, loss: float, last: int = killed_after) -> None:
@@ -247,7 +249,9 @@ def test_where_no_judgement_is_a_number_the_start_is_kept(school: School, monkey
     assert all(torch.equal(layer.codes, found.layers[name].codes) for name, layer in start.items())
 
 
-@pytest.mark.parametrize(("batch", "accumulate", "sizes"), [(6, 1, [6]), (6, 2, [3, 3]), (6, 3, [2, 2, 2])])
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "sizes"), [(6, 1, [6]), (6, 2, [3, 3]), (7, 3, [3, 2, 2]), (2, 3, [1, 1])]
+)
 def test_a_batch_may_be_computed_in_parts(
     school: School, monkeypatch: pytest.MonkeyPatch, batch: int, accumulate: int, sizes: list[int]
 ) -> None:

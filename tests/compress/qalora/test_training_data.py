@@ -93,12 +93,13 @@ def test_a_batch_holds_several_steps_of_each_picture(
     training_data: tuple[Any, Student, TrainingData, StudentRollouts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, _, learned, _ = training_data
-    assert sorted(chain(*learned.recorded.runs)) == list(range(len(learned.recorded)))
-    assert all(learned.recorded.steps[run].tolist() == [0, 1, 2] for run in learned.recorded.runs)
+    (runs,) = learned.recorded.runs
+    assert sorted(chain(*runs)) == list(range(len(learned.recorded)))
+    assert all(learned.recorded.steps[run].tolist() == [0, 1, 2] for run in runs)
     drawn: list[int] = []
     monkeypatch.setattr(learned.recorded, "batch", drawn.extend)
     learned.batch(0, 40)
-    owner = {example: index for index, run in enumerate(learned.recorded.runs) for example in run}
+    owner = {example: index for index, run in enumerate(runs) for example in run}
     images = [
         {owner[example] for example in drawn[first : first + STEPS_PER_IMAGE]}
         for first in range(0, 40, STEPS_PER_IMAGE)
