@@ -10,7 +10,6 @@ from torch import nn
 
 from diffpress.calibration.observe import LayerInput
 from diffpress.compress.layers import (
-    EDGE_GROUP,
     choose_formats,
     find_layers,
     high_format,
@@ -120,17 +119,17 @@ ASKED: list[tuple[dict[str, Any], Format]] = [
 def test_edges_and_conditioning_keep_eight_bits_and_others_get_what_is_asked(
     chosen: dict[str, Any], format: Format
 ) -> None:
-    layers = {"in": nn.Conv2d(5, 8, 3), "time": nn.Linear(4, 8), "a": nn.Linear(80, 8), "b": nn.Conv2d(8, 8, 3)}
-    layers["out"] = nn.Linear(8, 3)
+    """The edges in groups of 32 of their 45 and 80 columns, whatever is asked, the other in a row of its 40."""
+    layers = {"in": nn.Conv2d(5, 8, 3), "time": nn.Linear(40, 8), "a": nn.Linear(80, 8), "b": nn.Conv2d(8, 8, 3)}
+    layers["out"] = nn.Linear(80, 3)
     formats, reasons = choose_formats(layers, {name: seen(name == "time") for name in layers}, options(**chosen))
-    assert formats["in"] == Format(8, None, EDGE_GROUP)
-    assert formats["time"] == Format(8, None, 4)
-    assert formats["out"] == Format(8, None, 8)
+    assert formats["in"] == formats["out"] == Format(8, None, 32)
+    assert formats["time"] == Format(8, None, 40)
     assert formats["a"] == formats["b"] == format
-    assert {name: reason.split(":")[0] for name, reason in reasons.items()} == {
-        "in": "first layer",
-        "time": "conditioning layer",
-        "out": "last layer",
+    assert reasons == {
+        "in": "first layer: weights in 8 bits, inputs in float",
+        "time": "conditioning layer: weights in 8 bits, inputs in float",
+        "out": "last layer: weights in 8 bits, inputs in float",
     }
 
 

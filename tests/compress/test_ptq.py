@@ -13,11 +13,12 @@ from diffpress.calibration.observe import observe_inputs
 from diffpress.compress.layers import KINDS
 from diffpress.compress.options import Ptq
 from diffpress.compress.ptq import quantize_denoiser, quantize_weights
-from diffpress.compress.quantized_layer import Format, QuantizedLayer
+from diffpress.compress.quantized_layer import Format, QuantizedLayer, broadcast_scale
 from diffpress.compress.result import QuantizationResult, edits_and_tensors
 from diffpress.export.apply import apply_edits_
 from diffpress.export.errors import RecipeError, UnsupportedModelError
 from diffpress.export.source import Form, forms_of, source_tensors
+from diffpress.kernels import code_range, quantize
 
 CONVOLUTIONS = {"keep": ["down_blocks.*", "up_blocks.*"]}
 W4A4: dict[str, Any] = {"weights": 4, "activations": 4}
@@ -173,8 +174,15 @@ def test_weights_of_a_text_encoder(recorded: Callable[[str], Any]) -> None:
         assert layer.zero_point is None
         assert layer.smoothing is None
         assert layer.format == (Format(8, None, 16) if name in words else Format(4, None, 8))
-        error = (layer.weight() - encoder.get_submodule(name).weight.detach().float()).abs().max()
-        assert error <= encoder.get_submodule(name).weight.abs().max() / 2
+        weight = encoder.get_submodule(name).weight.detach().float()
+        scale = broadcast_scale(layer.weight_scale, weight.shape, layer.format.group_size)
+        # Each code is the one nearest to its weight.
+        assert torch.equal(layer.codes, quantize(weight, scale, layer.format.weight_bits))
+        # The search loses less than the largest magnitude at the largest code, which it begins with.
+        groups = weight.split(layer.format.group_size, 1)
+        full = torch.cat([group.abs().amax(1, keepdim=True).expand_as(group) for group in groups], 1)
+        step = full / code_range(layer.format.weight_bits)[1]
+        assert (layer.weight() - weight).square().sum() < ((weight / step).round() * step - weight).square().sum()
     assert not found.sensitivity
     edits, tensors = edits_and_tensors(found)
     assert all(edit.component == "text_encoder" and edit.group_size for edit in edits)

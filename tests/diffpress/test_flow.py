@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -175,12 +176,18 @@ def test_missed_gate_keeps_the_artifact_and_gives_status_3(diffpress, tiny_pixel
     assert len(verify(tmp_path / "out").metrics["gates_missed"]) == 2
 
 
-def test_estimate_writes_nothing(diffpress, tiny_text, quick_recipe, tmp_path):
-    out = tmp_path / "out"
+def test_estimate_writes_nothing(diffpress, tiny_text, quick_recipe, digests, tmp_path, monkeypatch):
+    """Nor beside `--out`, in the working folder, among temporary files or into the source."""
+    for place in ("here", "temporary"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    before, out = digests(tiny_text), tmp_path / "out"
     status, output, _ = diffpress("compress", tiny_text, "--recipe", quick_recipe, "--out", out, "--estimate", "--json")
     assert status == 0
     assert set(json.loads(output)) == {"steps", "seconds", "disk_bytes", "memory_bytes"}
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["here", "temporary"]
+    assert digests(tiny_text) == before
 
 
 def test_foreign_out_is_replaced_with_force(diffpress, tiny_pixels, quick_recipe, tmp_path):

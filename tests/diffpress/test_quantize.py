@@ -34,12 +34,29 @@ def learned(tiny_pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-def test_learned_artifact_holds_packed_integers_alone(learned: Path):
+def test_learned_artifact_holds_packed_integers_and_else_what_its_source_holds(learned: Path, tiny_pixels: Path):
+    """Nothing that learning added is left: of a packed layer its integers, scales and bias, all others to the bit."""
     manifest = verify(learned)
+    tensors = dict(PipelineFolder(learned, "artifact").tensors("unet"))
     assert {edit.weight_bits for edit in manifest.edits} == {4, 8}
-    names = [name for name, _ in PipelineFolder(learned, "artifact").tensors("unet")]
-    kinds = {name.rpartition(".")[2] for name in names}
-    assert kinds <= {"weight", "weight_scale", "activation_scale", "zero_point", "smoothing", "bias"}
+    for edit in manifest.edits:
+        held = {
+            "weight": torch.int8 if edit.weight_bits == 8 else torch.uint8,
+            "weight_scale": torch.float32,
+            "activation_scale": torch.float32 if edit.activation_bits else None,
+            "zero_point": torch.float32 if edit.asymmetric else None,
+            "smoothing": torch.float32 if edit.smoothed else None,
+        }
+        for kind, dtype in held.items():
+            assert dtype is None or tensors.pop(f"{edit.module}.{kind}").dtype == dtype, (edit.module, kind)
+    packed = {f"{edit.module}.weight" for edit in manifest.edits}
+    source = {
+        name: tensor for name, tensor in PipelineFolder(tiny_pixels, "tiny").tensors("unet") if name not in packed
+    }
+    assert tensors.keys() == source.keys()
+    # Learning moves the biases of what it packs.
+    moved = {f"{edit.module}.bias" for edit in manifest.edits}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in source.items() if name not in moved)
 
 
 def test_learning_is_written_down_and_shown(learned: Path):
