@@ -32,12 +32,12 @@ def test_dtypes_are_not_packed(format):
     ],
 )
 def test_every_word_that_an_edit_has_for_its_format_is_known(options):
-    assert packed(Pack(component="unet", module="a", **options).format)
+    assert packed(Pack(component="unet", module="a", **options).words())
 
 
 @pytest.mark.parametrize("integer_values", [False, True])
 def test_the_words_of_attention_are_known(integer_values):
-    assert packed(QuantizeAttention(component="unet", module="a", integer_values=integer_values).format)
+    assert packed(QuantizeAttention(component="unet", module="a", integer_values=integer_values).words())
     assert not packed("attention float")
 
 
