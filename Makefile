@@ -6,6 +6,9 @@ export PYTHONSAFEPATH = 1
 PYTHON ?= python3
 BIN := .venv/bin
 OUT := out
+WORKERS ?= 2
+# One thread a worker; who is done first takes from the rest of another's tests, which lie together file by file.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 
 .PHONY: demo test test-long lint clean
 
@@ -19,10 +22,10 @@ demo: .venv/ready
 	@echo "Open $(OUT)/emoji/report.html"
 
 test: .venv/ready lint
-	$(BIN)/pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 test-long: .venv/ready
-	$(BIN)/pytest -m long
+	$(PYTEST) -m long
 
 lint: .venv/ready build/links
 	$(BIN)/ruff check .

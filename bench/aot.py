@@ -21,10 +21,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
-from machine import machine
 
 import diffpress.kernels
 from diffpress.kernels.aot import TARGETS, Form, compile_for
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import machine
 
 KERNELS = sorted(path.parent.name for path in Path(diffpress.kernels.__file__).parent.glob("*/triton_kernel.py"))
 

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
-from memory import LATENT, TEXT, TIMESTEPS, simple_start
 from torch import Tensor, nn
 
 from diffpress.calibration.cost import latencies_ms, median_ratio
@@ -35,8 +33,11 @@ from diffpress.kernels.library import only_reference
 from diffpress.models import resolve
 from diffpress.pairs import paired_conditions
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from environment import PEERS, python_for
+from machine import machine
+from memory import LATENT, TEXT, TIMESTEPS, simple_start
 from one_call import Inputs, call, random_denoiser, random_inputs
 
 OFFERED = ("torchao", "openvino")

@@ -39,6 +39,7 @@ from diffpress.models import resolve
 from diffpress.recipe import parse_recipe
 from diffpress.stages import recorded_conditions, rollout_conditions
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from rss import peak_rss_bytes, reset_peak, rss_bytes
 from task import Request, draw, read_request

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
 from torch import nn
 
 import diffpress
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 from denoisers import DENOISERS, FORMATS, Denoiser, pack_
+from machine import machine
 
 SD15 = Denoiser(
     "UNet2DConditionModel",

@@ -14,9 +14,7 @@ from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 import torch
-from diffpress_rows import FullWeightLayer
 from diffusers import UNet2DConditionModel
-from machine import machine
 from torch import nn
 
 from diffpress.calibration.examples import Batch
@@ -32,7 +30,10 @@ from diffpress.compress.qalora.train import learn
 from diffpress.compress.quantized_layer import Format, QuantizedLayer
 from diffpress.kernels import code_range, quantize
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from diffpress_rows import FullWeightLayer
+from machine import machine
 from rss import peak_rss_bytes, reset_peak, rss_bytes
 
 LATENT, TEXT = (1, 4, 64, 64), (1, 77, 768)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from machine import machine
 
 from diffpress.export.onnx.export import export_onnx
 from diffpress.export.onnx.manifest import ExportManifest, Port
 from diffpress.export.onnx.sessions import Array, Kernel, integer_share, kernels_of, open_session, run_session
 from diffpress.models import resolve
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import machine
 
 WARM_UP = 3
 

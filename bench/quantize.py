@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,9 +30,11 @@ from diffpress.zoo import PIPELINES
 from diffpress.zoo.classifier import load_classifier
 from diffpress.zoo.data import load_digits
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from diffpress_rows import SPARE_BITS
 from environment import PEERS, python_for
+from machine import machine
 
 STEPS = 25
 GUIDANCE = 3.0

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
 
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.cost import latencies_ms, median_ratio, peak_memory_bytes
@@ -26,6 +26,9 @@ from diffpress.models import resolve
 from diffpress.pairs import paired_conditions
 from diffpress.recipe import load_recipe, presets
 from diffpress.zoo import PIPELINES
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import machine
 
 STEPS = 25
 FEWER_STEPS = 20

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
-
-from machine import machine
 
 from diffpress.export.artifact import open_pipeline
 from diffpress.models import resolve
 from diffpress.zoo.classifier import accuracy, load_classifier
 from diffpress.zoo.data import load_digits, load_emoji
 from diffpress.zoo.floors import caption_retrieval, class_accuracy
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import machine
 
 
 def main() -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+
+import diffpress.kernels  # noqa: F401 - registers the operations
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
 from inputs import Source, arguments
 from rows import Row, main
 from shapes import Spec, specs
 from tolerance import verdict
-
-import diffpress.kernels  # noqa: F401 - registers the operations
 
 
 def implementation(op: str, device: str) -> Callable[..., Any]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from inputs import Source
-from rows import Row, main
 from torch import nn
 from triton.testing import do_bench
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+from inputs import Source
+from rows import Row, main
 
 Inputs = Mapping[str, tuple[int, ...]]
 

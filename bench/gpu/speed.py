@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from triton.testing import do_bench
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
 from baselines import Baselines, baselines, memo_key
 from correctness import implementation
 from inputs import Source, arguments
 from roofline import limit_seconds, peak_of, work_of
 from rows import Row, in_a_line, main
 from shapes import RAGGED, Spec, specs
-from triton.testing import do_bench
 
 Timer = Callable[[Callable[[], Any]], float]
 """Milliseconds of a call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -16,6 +17,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffpress.calibration.cost import latencies_ms, median_ratio
+
+sys.path.insert(0, str(Path(__file__).parent))
+
 
 Inputs = dict[str, Tensor]
 
@@ -50,11 +54,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    peer = import_module(f"by_{arguments.peer}")
     plain, inputs = random_denoiser(arguments.text[-1]), random_inputs(arguments.latent, arguments.text, 961.0)
     with TemporaryDirectory() as work:
-        found = import_module(f"by_{arguments.peer}").quantize(
-            copy.deepcopy(plain), "W8A8", lambda: [inputs], Path(work)
-        )
+        found = peer.quantize(copy.deepcopy(plain), "W8A8", lambda: [inputs], Path(work))
         if found.compiled:
             found.denoiser.compile()
         own, float32 = latencies_ms(

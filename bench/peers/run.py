@@ -20,14 +20,16 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from environment import PEERS
-from rss import peak_rss_bytes, reset_peak, rss_bytes
 from safetensors.torch import save_file
-from task import QuantizationResult, Request, draw, read_request, record_inputs
 from torch import nn
 
 from diffpress.calibration.cost import latencies_ms, parameter_count
 from diffpress.calibration.sampling import denoiser_of, sample
+
+sys.path.insert(0, str(Path(__file__).parent))
+from environment import PEERS
+from rss import peak_rss_bytes, reset_peak, rss_bytes
+from task import QuantizationResult, Request, draw, read_request, record_inputs
 
 REPEATS = 3
 

@@ -31,7 +31,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizationResult:
     """A denoiser as the peer leaves it."""
 
     denoiser: nn.Module

@@ -19,11 +19,10 @@ BENCH = Path(__file__).parents[2] / "bench"
 @pytest.fixture(scope="module")
 def cpu():
     """The module, which is none of ours to install."""
-    folders = [str(BENCH), str(BENCH / "peers")]
-    sys.path[:0] = folders
+    path = sys.path.copy()
+    sys.path.insert(0, str(BENCH))
     yield import_module("cpu")
-    for folder in folders:
-        sys.path.remove(folder)
+    sys.path[:] = path
 
 
 def small() -> UNet2DConditionModel:

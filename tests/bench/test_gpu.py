@@ -22,11 +22,10 @@ KERNELS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton_
 @pytest.fixture(scope="module")
 def gpu():
     """Imports a module of the folder, which is none of ours to install."""
-    folders = [str(ROOT / "bench" / "gpu"), str(ROOT / "bench")]
-    sys.path[:0] = folders
+    path = sys.path.copy()
+    sys.path[:0] = [str(ROOT / "bench" / "gpu"), str(ROOT / "bench")]
     yield import_module
-    for folder in folders:
-        sys.path.remove(folder)
+    sys.path[:] = path
 
 
 def tiny(shapes, op: str):

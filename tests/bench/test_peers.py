@@ -22,9 +22,10 @@ TEXTS = {"tiny_text": "red apple", "tiny_class": "1", "tiny_pixels": ""}
 @pytest.fixture(scope="module")
 def peers():
     """Imports a module of the folder, which is none of ours to install."""
+    path = sys.path.copy()
     sys.path.insert(0, str(PEERS))
     yield import_module
-    sys.path.remove(str(PEERS))
+    sys.path[:] = path
 
 
 @pytest.fixture(params=TEXTS)

@@ -57,7 +57,7 @@ def test_every_layer_of_a_known_kind_is_found_or_has_a_reason() -> None:
         (["blocks.?.to_[q]", "exit"], {"blocks.0.to_q", "exit"}),
         (["*o*", "exit"], {"words", "blocks.0.to_q", "blocks.0.to_k", "grouped", "exit"}),
     ],
-    ids=str,
+    ids=lambda names: ", ".join(sorted(names)),
 )
 def test_kept_layers_are_left_alone(keep: list[str], kept: set[str]) -> None:
     layers, reasons = find_layers(model(), options(keep=keep))

@@ -153,7 +153,7 @@ def test_spread_lays_groups_over_flattened_columns() -> None:
         (nn.Conv2d(4, 6, (3, 2), stride=2, padding=(1, 0), dilation=2), torch.randn(2, 4, 9, 8)),
         (nn.Embedding(7, 3), torch.tensor([[1, 6], [0, 0]])),
     ],
-    ids=str,
+    ids=["linear", "without bias", "convolution", "embedding"],
 )
 def test_layers_run_as_themselves(layer: nn.Module, x: Tensor) -> None:
     weight = layer.weight

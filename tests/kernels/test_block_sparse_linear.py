@@ -71,7 +71,7 @@ def truth(given: dict[str, Any], weight: Tensor, dtype: torch.dtype) -> tuple[Te
     ],
     ids=str,
 )
-@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize("block", [32, pytest.param(64, marks=pytest.mark.long)])
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize(("lead", "depth", "rows"), SHAPES)
 def test_matches_float64(

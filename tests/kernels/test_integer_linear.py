@@ -13,8 +13,8 @@ from diffpress.kernels.activations import activate
 from diffpress.kernels.integer_linear.triton_kernel import TILES, launch
 from diffpress.kernels.tiles import tile_depth
 
-SHAPES = [(1, 1, 1), (63, 100, 1000), (100, 64, 63), (65, 130, 192)]
-"""M, N, K."""
+SHAPES = [(1, 1, 1), pytest.param((63, 100, 1000), marks=pytest.mark.long), (100, 64, 63), (65, 130, 192)]
+"""M, N, K; the last takes several tiles along each."""
 
 
 class Case(NamedTuple):

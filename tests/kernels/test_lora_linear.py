@@ -21,10 +21,12 @@ SHAPES = [
 """Leading sizes, K, N, group size, rank."""
 WAYS = [
     *(("reference", bits, dtype) for bits in (2, 3, 4, 8) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
-    *(("triton", bits, torch.float16) for bits in (2, 3, 4, 8)),
-    *(("triton", bits, torch.float32) for bits in (3, 4, 8)),
+    ("triton", 3, torch.float16),
+    ("triton", 8, torch.float32),
+    *(pytest.param("triton", bits, torch.float16, marks=pytest.mark.long) for bits in (2, 4, 8)),
+    *(pytest.param("triton", bits, torch.float32, marks=pytest.mark.long) for bits in (3, 4)),
 ]
-"""Implementation, bits, dtype; Triton's interpreter can not multiply bfloat16."""
+"""Implementation, bits, dtype; Triton's interpreter can not multiply bfloat16. Codes of 3 bits lie across bytes."""
 Arguments = tuple[Any, ...]
 SCALE = 0.75
 

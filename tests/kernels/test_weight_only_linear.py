@@ -32,6 +32,13 @@ KERNEL_SHAPES = [
 ]
 """The same for the kernel: groups that a tile lies in and others, sums by one program and by several."""
 WIDTHS = [2, 3, 4, 8]
+KERNEL_WAYS = [
+    (3, torch.float32),
+    (4, torch.float16),
+    *(pytest.param(bits, torch.float32, marks=pytest.mark.long) for bits in (2, 4, 8)),
+    *(pytest.param(bits, torch.float16, marks=pytest.mark.long) for bits in (2, 3, 8)),
+]
+"""Bits, dtype; not bfloat16, in which Triton's interpreter can not multiply. Codes of 3 bits lie across bytes."""
 Arguments = tuple[Any, ...]
 
 
@@ -82,16 +89,12 @@ def test_is_a_linear_layer_of_the_inputs_dtype(bits: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("bits", "dtype"), KERNEL_WAYS, ids=str)
 @pytest.mark.parametrize(("lead", "depth", "rows", "group_size"), KERNEL_SHAPES)
 def test_the_kernel_matches_float64(
     lead: tuple[int, ...], depth: int, rows: int, group_size: int, bits: int, dtype: torch.dtype
 ) -> None:
-    """A sum of K products and the bias is rounded K + 1 times, then once to `dtype`; the weights are in it already.
-
-    Not in bfloat16, in which Triton's interpreter can not multiply.
-    """
+    """A sum of K products and the bias is rounded K + 1 times, then once to `dtype`; the weights are in it already."""
     given = arguments(lead, depth, rows, group_size, bits, dtype, bias=bits != 3)
     x, offset = given[0].double(), torch.zeros(()) if given[3] is None else given[3].double()
     # As the operation rounds them: in float32, then to the dtype.
