@@ -34,6 +34,7 @@ from diffpress.zoo.data import load_digits
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from diffpress_rows import SPARE_BITS
 from environment import PEERS, python_for
+from tables import quantizers
 
 STEPS = 25
 GUIDANCE = 3.0
@@ -98,7 +99,7 @@ def run(job: Job, work: Path, count: int, iterations: int) -> None:
         else:
             command = [
                 sys.executable,
-                folder / "own.py",
+                folder / "diffpress_rows.py",
                 job.row.removesuffix("-same-size"),
                 "--model",
                 job.model,
@@ -243,30 +244,7 @@ def main() -> None:
         model: table([job for job in wanted if job.model == model], arguments.work, arguments.digits)
         for model in models
     }
-    print(json.dumps(results, indent=1) if arguments.json else markdown(results["models"]))
-
-
-def markdown(models: dict[str, list[dict[str, Any]]]) -> str:
-    """The table that the README shows."""
-    lines = []
-    for model, rows in models.items():
-        lines += [
-            f"\n| {model} | | PSNR dB | SSIM | latent MSE | bytes | seconds | more memory |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [_line(row) for row in rows]
-    return "\n".join(lines)
-
-
-def _line(row: dict[str, Any]) -> str:
-    if "error" in row:
-        return f"| {row['bits']} | {row['row']} | {row['error']} | | | | | |"
-    memory = f"{row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else ""
-    seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
-    return (
-        f"| {row['bits']} | {row['row']} | {row['psnr_db']:.1f} | {row['ssim']:.4f} | {row['latent_mse']:.2g} "
-        f"| {row['denoiser_bytes']:,} | {seconds} | {memory} |"
-    )
+    print(json.dumps(results, indent=1) if arguments.json else quantizers(results))
 
 
 if __name__ == "__main__":

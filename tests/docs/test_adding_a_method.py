@@ -37,7 +37,8 @@ def recipe_type(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[recipe.
     file = tmp_path / "method.py"
     file.write_text(METHOD, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(entry.module, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     method = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, entry.module, method)
     spec.loader.exec_module(method)
