@@ -63,6 +63,13 @@ def tables() -> Iterator[ModuleType]:
     sys.path.remove(str(ROOT / "bench"))
 
 
+def test_advice_quotes_what_was_recorded(tables: ModuleType) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (advice,) = re.findall(r"^## Which preset\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    recorded = tables.recorded("recipes") + tables.recorded("cpu")
+    assert set(re.findall(r"\d+\.\d+", advice)) <= set(re.findall(r"\d+\.\d+", recorded))
+
+
 @pytest.mark.parametrize(
     ("name", "document"),
     [
