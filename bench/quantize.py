@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ from diffpress.recipe import Recipe, RecordSection
 from diffpress.stages import recorded_conditions
 from diffpress.zoo import PIPELINES
 from diffpress.zoo.classifier import load_classifier
-from diffpress.zoo.data import load_digits
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from diffpress_rows import SPARE_BITS
 from environment import PEERS, python_for
 from machine import machine
+from tables import quantizers
 
 STEPS = 25
 GUIDANCE = 3.0
@@ -99,7 +98,7 @@ def run(job: Job, work: Path, count: int, iterations: int) -> None:
         else:
             command = [
                 sys.executable,
-                folder / "own.py",
+                folder / "diffpress_rows.py",
                 job.row.removesuffix("-same-size"),
                 "--model",
                 job.model,
@@ -149,7 +148,7 @@ def request_of(model: str, count: int) -> dict[str, Any]:
     }
 
 
-def table(model_jobs: list[Job], work: Path, digits: Path | None) -> list[dict[str, Any]]:
+def table(model_jobs: list[Job], work: Path) -> list[dict[str, Any]]:
     """All rows of one model beside its teacher's, over the images that every one of them drew."""
     found = {job: _read(job.file(work)) for job in model_jobs}
     count = min(len(each.images) for each in found.values() if each.images is not None)
@@ -165,8 +164,8 @@ def table(model_jobs: list[Job], work: Path, digits: Path | None) -> list[dict[s
                 "ssim": ssim(images, truth.images[:count]),
                 "latent_mse": float((latents - truth.latents[:count]).square().mean()),
             }
-            if job.model.startswith("zoo:digits"):
-                row |= judged_digits(images, job.model, digits)
+            if job.model == "zoo:digits":
+                row["class_accuracy"] = class_accuracy(images)
         rows.append(row)
     return rows
 
@@ -189,34 +188,10 @@ def _read(file: Path) -> Found:
 
 
 @torch.no_grad()
-def judged_digits(images: Tensor, model: str, digits: Path | None) -> dict[str, float]:
-    """Accuracy of the classifier on images that cycle through the classes, and Frechet distance to real ones."""
-    classifier = load_classifier()
-    row = {}
-    if model == "zoo:digits":
-        found = classifier(images * 2 - 1).argmax(1)
-        row["class_accuracy"] = float((found == torch.arange(len(images)) % 10).float().mean())
-    if digits is not None:
-        row["feature_fid"] = frechet(classifier.features(images * 2 - 1), real_features(digits)[0])
-    return row
-
-
-@cache
-def real_features(digits: Path) -> tuple[Tensor, Tensor]:
-    """The classifier's features of two halves of the real test set."""
-    images = load_digits(digits, "test").images
-    with torch.no_grad():
-        features = load_classifier().features(images)
-    return features[0::2], features[1::2]
-
-
-def frechet(left: Tensor, right: Tensor) -> float:
-    """Frechet distance of two sets of features [N, D] (Heusel et al. 2017, arXiv 1706.08500, eq. 6), in float64."""
-    means = [each.double().mean(0) for each in (left, right)]
-    spreads = [each.double().t().cov() for each in (left, right)]
-    # The trace of the square root of a product is the sum of the roots of its eigenvalues, which are not negative.
-    roots = torch.linalg.eigvals(spreads[0] @ spreads[1]).real.clamp(min=0).sqrt().sum()
-    return float((means[0] - means[1]).square().sum() + spreads[0].trace() + spreads[1].trace() - 2 * roots)
+def class_accuracy(images: Tensor) -> float:
+    """Of the classifier, on images [N, C, H, W] in 0..1 that cycle through the classes."""
+    found = load_classifier()(images * 2 - 1).argmax(1)
+    return float((found == torch.arange(len(images)) % 10).float().mean())
 
 
 def main() -> None:
@@ -225,7 +200,6 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=BITS, choices=BITS)
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--ablation", default="zoo:digits-unet", help="the model that is taken apart; empty for none")
-    parser.add_argument("--digits", type=Path, help="MNIST as npz, for the distance to real images")
     parser.add_argument("--count", type=int, default=64, help="pairs of images")
     parser.add_argument("--iterations", type=int, default=1200, help="of everything that learns")
     parser.add_argument("--work", type=Path, required=True, help="where finished rows are kept")
@@ -237,37 +211,11 @@ def main() -> None:
         print(f"{number + 1}/{len(wanted)} {job.model} {job.bits} {job.row}", file=sys.stderr, flush=True)
         run(job, arguments.work, arguments.count, arguments.iterations)
     results: dict[str, Any] = {"machine": machine(), "count": arguments.count, "iterations": arguments.iterations}
-    if arguments.digits is not None:
-        results["real_feature_fid"] = frechet(*real_features(arguments.digits))
     models = dict.fromkeys(job.model for job in wanted)
     results["models"] = {
-        model: table([job for job in wanted if job.model == model], arguments.work, arguments.digits)
-        for model in models
+        model: table([job for job in wanted if job.model == model], arguments.work) for model in models
     }
-    print(json.dumps(results, indent=1) if arguments.json else markdown(results["models"]))
-
-
-def markdown(models: dict[str, list[dict[str, Any]]]) -> str:
-    """The table that the README shows."""
-    lines = []
-    for model, rows in models.items():
-        lines += [
-            f"\n| {model} | | PSNR dB | SSIM | latent MSE | bytes | seconds | more memory |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [_line(row) for row in rows]
-    return "\n".join(lines)
-
-
-def _line(row: dict[str, Any]) -> str:
-    if "error" in row:
-        return f"| {row['bits']} | {row['row']} | {row['error']} | | | | | |"
-    memory = f"{row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else ""
-    seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
-    return (
-        f"| {row['bits']} | {row['row']} | {row['psnr_db']:.1f} | {row['ssim']:.4f} | {row['latent_mse']:.2g} "
-        f"| {row['denoiser_bytes']:,} | {seconds} | {memory} |"
-    )
+    print(json.dumps(results, indent=1) if arguments.json else quantizers(results))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from diffpress.zoo import PIPELINES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import machine
+from tables import recipes
 
 STEPS = 25
 FEWER_STEPS = 20
@@ -108,20 +109,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for model in arguments.models:
             results[model] = measure(rows_of(model, arguments.presets, Path(work)), arguments.count, arguments.repeats)
-    if arguments.json:
-        print(json.dumps({"machine": machine(), "count": arguments.count, "models": results}, indent=1))
-        return
-    for model, rows in results.items():
-        print(f"\n| {model} | denoiser | folder | PSNR dB | SSIM | time | peak memory |\n|---|---|---|---|---|---|---|")
-        for row in rows:
-            if "error" in row:
-                print(f"| {row['row']} | does not run: {row['error']} | | | | | |")
-                continue
-            print(
-                f"| {row['row']} | {row['denoiser_bytes'] / 1e6:.2f} MB | {row['folder_bytes'] / 1e6:.2f} MB "
-                f"| {row['psnr_db']:.1f} | {row['ssim']:.4f} | {row['latency_ratio']:.2f} "
-                f"| {row['peak_memory_bytes'] / 1e6:.1f} MB |"
-            )
+    found = {"machine": machine(), "count": arguments.count, "models": results}
+    print(json.dumps(found, indent=1) if arguments.json else recipes(found))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def overlaid(model: nn.Module, wraps: Mapping[str, Wrap], clock: StepClock | Non
     """Lay `wraps` around the forwards of the named modules while the context lasts, `clock` following the model's calls.
 
     Overlays nest: an inner one is laid around what the outer one answers. Whoever set a forward before, accelerate for
-    example, finds it again afterwards.
+    example, finds it again afterwards. Raises AttributeError where `model` has no module of a name.
     """
     with ExitStack() as stack:
         if clock is not None:

@@ -47,11 +47,11 @@ class QuantizedLayer:
     """[O] where the method changed it."""
 
     def weight(self) -> Tensor:
-        """The float32 weight that the codes stand for."""
+        """The float32 weight that the codes stand for, [O, C] or [O, C, height, width]."""
         return dequantize(self.codes, broadcast_scale(self.weight_scale, self.codes.shape, self.format.group_size))
 
     def rounded(self, x: Tensor, clock: StepClock) -> Tensor:
-        """What the codes of the (smoothed) input stand for, in float32."""
+        """What the codes of the (smoothed) input stand for, in float32 and its shape: [..., C] or [B, C, H, W]."""
         if self.activation_scale is None:
             return x
         scale = clock.select(self.activation_scale.to(x.device))
@@ -99,7 +99,7 @@ def smoothed(layer: nn.Module, x: Tensor, smoothing: Tensor | None) -> Tensor:
 
 
 def call_with(layer: nn.Module, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `forward` of a Linear, Conv2d or Embedding answers while the layer holds another weight and bias.
+    """What `forward` of a Linear, Conv2d or Embedding answers to `x` while the layer holds another weight and bias [O].
 
     The forward is called, rather than its operation: what an earlier stage has laid around it takes part.
     """

@@ -34,7 +34,7 @@ class EditsQuantizer(DiffusersQuantizer):
         return param_name in self.exact
 
     def check_quantized_param_shape(self, param_name: str, expected: Tensor, given: Tensor) -> None:
-        """Called where they differ only."""
+        """Called where the shapes differ only. Raises ArtifactError with both."""
         raise ArtifactError(f"{param_name} should have shape {list(expected.shape)}, but has {list(given.shape)}.")
 
     def create_quantized_param(
@@ -61,13 +61,16 @@ class EditsQuantizer(DiffusersQuantizer):
 
 
 def build(model_class: Any, config: dict[str, Any]) -> nn.Module:
+    """See `Library`; likewise the other two."""
     return model_class.from_config(config)
 
 
 def held(model: nn.Module) -> dict[str, Tensor]:
+    """Diffusers ties nothing."""
     return model.state_dict()
 
 
 def renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's own table, which changes `tensors` in place."""
     model._fix_state_dict_keys_on_load(tensors)
     return tensors

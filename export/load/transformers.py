@@ -39,14 +39,17 @@ class EditsQuantizer(HfQuantizer):
 
 
 def build(model_class: Any, config: dict[str, Any]) -> nn.Module:
+    """See `Library`; likewise the other two."""
     return model_class(model_class.config_class.from_dict(config))
 
 
 def held(model: Any) -> dict[str, Tensor]:
+    """Without the aliases of tied ones."""
     return {name: tensor for name, tensor in model.state_dict().items() if name not in ties(model)}
 
 
 def renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the model's own table of conversions; an alias of a tied tensor gets the name of the one that is kept."""
     conversions = get_model_conversion_mapping(model)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]

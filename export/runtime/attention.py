@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from diffpress.kernels import LARGEST_HEAD, int8_attention
 
 Attention = Callable[..., Tensor]
-"""Stands for `scaled_dot_product_attention`, and takes its arguments."""
+"""Stands for `scaled_dot_product_attention`, and takes its arguments: queries [B, H, M, K], keys and values [B, H, N, K]."""
 
 
 class AttentionOverride:
@@ -54,7 +54,7 @@ class _Answering(TorchFunctionMode):
 
 
 class Int8Attention:
-    """Attention by `int8_attention`, or in floats for a call that this cannot answer.
+    """Attention by `int8_attention`, or in floats for a call that this cannot answer: [B, H, M, K] as the queries are.
 
     `compute` stands for the operation where that has to be learned through.
     """
@@ -78,7 +78,10 @@ def why_not_int8(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> str | None:
-    """The reason why a call of `scaled_dot_product_attention` cannot be computed on integers, or None where it can."""
+    """The reason why a call of `scaled_dot_product_attention` cannot be computed on integers, or None where it can.
+
+    It can where queries are [B, H, M, K], keys and values [B, H, N, K], and nothing else is asked for.
+    """
     if attn_mask is not None or is_causal:
         return "attention mask"
     if dropout_p:

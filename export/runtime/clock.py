@@ -49,7 +49,7 @@ class StepClock:
         self._thread.weights = value
 
     def set(self, timestep: Tensor | float) -> None:
-        """Move to `timestep`; between two known steps the tables are interpolated, outside them held."""
+        """Move to `timestep` (of a tensor, its first entry); between known steps tables are interpolated, outside them held."""
         self.weights = step_weights(self.timesteps, torch.as_tensor(timestep).flatten()[0])
 
     def follow(self, denoiser: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -91,7 +91,9 @@ def timestep_name(denoiser: nn.Module) -> str | None:
 
 
 def find_timestep(denoiser: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor | float | None:
-    """The time step among the arguments of one call of `denoiser`."""
+    """The time step among the arguments of one call of `denoiser`, a tensor of one entry, or [B] of equal ones; None where
+    there is none. Raises TypeError where its forward does not take the arguments.
+    """
     bound = inspect.signature(denoiser.forward).bind(*arguments, **options).arguments
     return next((bound[name] for name in TIMESTEPS if name in bound), None)
 

@@ -39,7 +39,7 @@ CONV2D = Operations(quantized_conv2d, weight_only_conv2d, fp8_conv2d)
 
 
 class PackedLayer(nn.Module):
-    """The tensors of a `Pack` edit; `clock` says which entry of the tables over steps holds now."""
+    """The tensors of a `Pack` edit, in the shapes said there; `clock` says which entry of the tables over steps holds now."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -68,7 +68,7 @@ class PackedLayer(nn.Module):
         return f"{len(self.weight)}, {self.columns}, {self.edit.words()}"
 
     def compute(self, x: Tensor, operations: Operations, *geometry: Sequence[int]) -> Tensor:
-        """The layer's output, from an input that is smoothed already."""
+        """The layer's output [..., out] or [B, out, H', W'] from an input [..., in] or [B, in, H, W], smoothed already."""
         edit, weight = self.edit, (self.weight, self.weight_scale)
         if self.clock is None or self.activation_scale is None:
             return operations.weight_only(x, *weight, self.bias, *geometry, edit.weight_bits, edit.group_size)

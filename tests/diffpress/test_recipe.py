@@ -106,8 +106,8 @@ def test_files_that_are_no_mapping_are_refused(tmp_path: Path, text: str):
         load_recipe(path)
 
 
-def test_readme_holds_the_generated_recipe_reference():
-    assert reference() in Path(__file__).parents[2].joinpath("README.md").read_text()
+def test_the_docs_hold_the_generated_recipe_reference():
+    assert reference() in Path(__file__).parents[2].joinpath("docs", "recipe.md").read_text(encoding="utf-8")
 
 
 def test_every_key_is_explained():

@@ -14,7 +14,10 @@ from .graph import CannotFuseError, Writer, value, word
 
 
 def group_norm_codes(writer: Writer, chain: Chain, layer: Node, is_conv: bool) -> Node:
-    """int8 codes as the layer takes them: [B, H, W, C] of a convolution, else laid out as its input is."""
+    """int8 codes as the layer takes them: [B, H, W, C] of a convolution, else laid out as its input is.
+
+    Raises CannotFuseError where a step comes between that the fused operation does not compute.
+    """
     norm, x = chain.norm, chain.norm.x
     axis: int | None = 1
     activation, smoothing = "none", None
@@ -50,7 +53,10 @@ def group_norm_codes(writer: Writer, chain: Chain, layer: Node, is_conv: bool) -
 
 
 def row_norm_codes(writer: Writer, chain: Chain, layer: Node, is_conv: bool) -> Node:
-    """int8 codes laid out as the input of a linear layer is: y = (norm(x) w + b) (1 + scale) + shift, times any vectors."""
+    """int8 codes laid out as the input of a linear layer is: y = (norm(x) w + b) (1 + scale) + shift, times any vectors.
+
+    Raises CannotFuseError where a step comes between that the fused operation does not compute, or the layer is a convolution.
+    """
     norm = chain.norm
     if is_conv:
         raise CannotFuseError(f"a {norm.kind} norm is over the last axis, and not over the channels of a convolution")
