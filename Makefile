@@ -10,7 +10,7 @@ WORKERS ?= 2
 # One thread a worker; who is done first takes from the rest of another's tests, which lie together file by file.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long lint clean always
 
 demo: .venv/ready
 	$(BIN)/diffpress compress zoo:emoji --recipe balanced --out $(OUT)/emoji
@@ -32,7 +32,13 @@ lint: .venv/ready build/links
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+# The editable install knows files by their names: where one comes or goes, it is made anew.
+build/files: always
+	@mkdir -p build
+	@find calibration compress diffpress export kernels -name '*.py' | sort > $@.now
+	@cmp -s $@.now $@ || cp $@.now $@
+
+.venv/ready: pyproject.toml constraints.txt CMakeLists.txt build/files $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
