@@ -1,0 +1,122 @@
+"""What holds for every kind of edit: a new kind adds an example here, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from diffpress.compress.overlay import overlaid
+from diffpress.export.apply import apply_edits_
+from diffpress.export.artifact import load_pipeline
+from diffpress.export.edits import Edit, EditBase, Pack, QuantizeAttention, own_tensors, store_edits
+from diffpress.export.errors import ArtifactError
+from diffpress.export.folder import PipelineFolder
+from diffpress.export.runtime import StepClock
+from diffpress.kernels import pack_codes
+
+STEPS = [900.0, 500.0, 0.0]
+LAYER, ATTENTION = "transformer_blocks.1.ff.net.2", "transformer_blocks.0.attn1"
+KINDS: tuple[type[EditBase], ...] = get_args(get_args(Edit)[0])
+Example = tuple[EditBase, dict[str, Tensor]]
+
+
+def packed(**form: Any) -> Example:
+    """Of a layer of 64 columns and 16 rows, at three steps."""
+    edit = Pack(component="transformer", module=LAYER, **form)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (16, 64), generator=generator, dtype=torch.int8)
+    scale = 0.01 + 0.01 * torch.rand(16, generator=generator)
+    tensors = {"weight": pack_codes(codes, edit.weight_bits)}
+    tensors["weight_scale"] = scale if edit.group_size is None else scale[:, None].repeat(1, 64 // edit.group_size)
+    if edit.activation_bits is not None:
+        tensors["activation_scale"] = torch.tensor([0.03, 0.02, 0.01])
+    if edit.asymmetric:
+        tensors["zero_point"] = torch.tensor([1.0, -2.0, 3.0])
+    if edit.smoothed:
+        tensors["smoothing"] = torch.linspace(0.5, 2, 64)
+    return edit, {f"{LAYER}.{name}": tensor for name, tensor in tensors.items()}
+
+
+EXAMPLES: dict[type[EditBase], list[Example]] = {
+    Pack: [
+        packed(weight_bits=8, activation_bits=8),
+        packed(weight_bits=4, activation_bits=8, asymmetric=True, smoothed=True),
+        packed(weight_bits=4, activation_bits=None, group_size=16),
+    ],
+    QuantizeAttention: [
+        (QuantizeAttention(component="transformer", module=ATTENTION), {}),
+        (QuantizeAttention(component="transformer", module=ATTENTION, integer_values=True), {}),
+    ],
+}
+ALL = [example for kind in KINDS for example in EXAMPLES[kind]]
+every_example = pytest.mark.parametrize("example", ALL, ids=lambda example: example[0].words())
+
+
+@pytest.fixture
+def model(tiny_class: Path) -> Any:
+    """A transformer of two blocks."""
+    return load_pipeline(PipelineFolder(tiny_class, "tiny")).transformer
+
+
+@torch.no_grad()
+def answers(model: nn.Module) -> list[Tensor]:
+    sample = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([1, 2])
+    return [
+        model(sample, timestep=torch.full((2,), step), class_labels=labels, return_dict=False)[0]
+        for step in (*STEPS, 700.0)
+    ]
+
+
+def applied(model: nn.Module, example: Example) -> nn.Module:
+    """As it is loaded: onto the empty model, which is then filled with what is stored."""
+    edit, own = example
+    stored = store_edits(model.state_dict(), [edit], own)
+    empty = copy.deepcopy(model)
+    with init_empty_weights(include_buffers=True):
+        apply_edits_(empty, [edit], STEPS)
+    assert edit.exact() <= stored.keys()
+    empty.load_state_dict(stored, strict=True, assign=True)
+    return empty
+
+
+def test_every_kind_has_an_example() -> None:
+    assert set(EXAMPLES) == set(KINDS)
+    kinds = [kind.model_fields["kind"].default for kind in KINDS]
+    assert len(set(kinds)) == len(kinds)
+
+
+@every_example
+def test_it_is_read_back_as_it_was_written(example: Example) -> None:
+    edit = example[0]
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[Edit, "every kind"])
+    assert adapter.validate_json(adapter.dump_json(edit)) == edit
+    with pytest.raises(ValueError, match="extra"):
+        adapter.validate_python(edit.model_dump() | {"another": 1})
+
+
+@every_example
+def test_worn_it_answers_as_it_is_loaded(example: Example, model: nn.Module) -> None:
+    edit, own = example
+    before, loaded = answers(model), answers(applied(model, example))
+    assert not torch.equal(loaded[0], before[0])
+    clock = StepClock(STEPS)
+    wrap = edit.wrap(model.get_submodule(edit.module), own_tensors(edit, own), clock)
+    with overlaid(model, {edit.module: wrap}, clock):
+        worn = answers(model)
+    assert all(torch.equal(found, expected) for found, expected in zip(worn, loaded, strict=True))
+    assert all(torch.equal(found, expected) for found, expected in zip(answers(model), before, strict=True))
+
+
+@every_example
+def test_on_a_model_that_has_no_such_module_it_is_refused(example: Example, model: nn.Module) -> None:
+    edit = example[0].model_copy(update={"module": "no.such.module"})
+    with pytest.raises(ArtifactError, match=r"edit of transformer\.no\.such\.module does not apply"):
+        apply_edits_(model, [edit], STEPS)  # type: ignore[list-item]
