@@ -9,14 +9,14 @@ from enum import Enum
 from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from diffpress.export.errors import UserError
 
-from .console import ERRORS, OUTPUT, print_comparison, print_json, print_table, stages
-from .explain import explained
+from .console import ERRORS, OUTPUT, print_comparison, print_estimate, print_json, print_table, stages
+from .explain import as_typed, explained
 
 app = typer.Typer(
     help="Make a diffusers pipeline smaller and faster, prove it, and export it.",
@@ -71,18 +71,22 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Make MODEL smaller by a recipe, measure the result, and save it with the proof beside it."""
+    from .defaults import check_device, check_recipe_fits
     from .models import resolve
     from .recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or (), seed)
     source = resolve(model)
-    _check_device(device)
+    check_device(device)
     if only_estimate:
-        from .defaults import check_recipe_fits
         from .estimate import estimate
 
         check_recipe_fits(source, resolved)
-        _print_estimate(estimate(source, resolved, device), as_json)
+        values = estimate(source, resolved, device)
+        if as_json:
+            print_json(values)
+        else:
+            print_estimate(values)
         return
     from .flow import compress as run_flow
     from .pairs import COSTS
@@ -144,7 +148,7 @@ def run(
         raise UserError("give --prompt or --label, not both.")
     if guidance is not None and not isfinite(guidance):
         raise UserError(f"--guidance {guidance} must be a finite number, such as 7.5.")
-    wanted = Wanted(None if prompt is None else _as_typed(prompt), label, seed, steps, guidance)
+    wanted = Wanted(None if prompt is None else as_typed(prompt), label, seed, steps, guidance)
     chosen = wanted_engine(model, engine.value if engine else None)
     if chosen == "onnx":
         check_output_file(out, [Path(model)])
@@ -259,36 +263,6 @@ def zoo_train(
     from .zoo.training import train_by_name
 
     train_by_name(name.value, data, out, seed, steps, force)
-
-
-def _as_typed(text: str) -> str:
-    """What the user typed in UTF-8, also where the locale is ASCII and Python kept its bytes. Raises UserError for others."""
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeError as error:
-        raise UserError(f"--prompt {text!r} is no text in UTF-8.") from error
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} cannot be used here: {reason}") from error
-
-
-def _print_estimate(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(values)
-        return
-    rows = [(f"{stage}, seconds", f"{seconds:,.0f}") for stage, seconds in values["seconds"].items()]
-    rows += [(name, f"{values[name] / 1e6:,.0f} MB") for name in ("disk_bytes", "memory_bytes")]
-    for order, needed in values.get("learning_bytes", {}).items():
-        taken = ", taken" if order == values["order"] else ""
-        rows.append((f"learning memory, order {order}{taken}", f"{needed / 1e6:,.0f} MB"))
-    print_table("estimate, from one timed step", ("", ""), rows, numbers=True)
 
 
 QUIET = {

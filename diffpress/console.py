@@ -79,5 +79,15 @@ def print_comparison(metrics: Mapping[str, Any], cost: Mapping[str, Any]) -> Non
     print_table(title, ("", "reference", "candidate", "ratio"), rows, numbers=True)
 
 
+def print_estimate(values: Mapping[str, Any]) -> None:
+    """What a `compress` will take."""
+    rows = [(f"{stage}, seconds", f"{seconds:,.0f}") for stage, seconds in values["seconds"].items()]
+    rows += [(name, f"{values[name] / 1e6:,.0f} MB") for name in ("disk_bytes", "memory_bytes")]
+    for order, needed in values.get("learning_bytes", {}).items():
+        taken = ", taken" if order == values["order"] else ""
+        rows.append((f"learning memory, order {order}{taken}", f"{needed / 1e6:,.0f} MB"))
+    print_table("estimate, from one timed step", ("", ""), rows, numbers=True)
+
+
 def _figure(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

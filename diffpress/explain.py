@@ -67,3 +67,11 @@ def _of_package(error: ImportError) -> str | None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+
+
+def as_typed(text: str) -> str:
+    """What the user typed in UTF-8, also where the locale is ASCII and Python kept its bytes. Raises UserError for others."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"--prompt {text!r} is no text in UTF-8.") from error

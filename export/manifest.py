@@ -97,10 +97,18 @@ def read_manifest(folder: Path) -> Manifest:
             raise ArtifactError(f"{path} has schema {version}, this diffpress reads up to {SCHEMA}: update diffpress.")
         manifest = Manifest.model_validate(data)
     except (ValueError, ValidationError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from error
+        raise ArtifactError(f"{path} is damaged: {damage(error)}. Copy the artifact again or compress anew.") from error
     for name in manifest.files:
         inside(folder, name)
     return manifest
+
+
+def damage(error: ValueError) -> str:
+    """What is wrong with a manifest, in one line: of several things the first."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -141,6 +141,9 @@ def _check_writable(out: Path, place: Path, option: str = "--out") -> None:
     Raises OutputError where that fails.
     """
     missing = [parent for parent in place.parents if not parent.exists()]
+    there = next(parent for parent in place.parents if parent.exists())
+    if not there.is_dir():
+        raise OutputError(f"{option} {out} cannot be written: {there} is a file. Move it away, or name another place.")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         for folder in (place.parent, *([place] if place.is_dir() else [])):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..digests import digest
 from ..errors import ArtifactError
-from ..manifest import File, inside
+from ..manifest import File, damage, inside
 
 EXPORT = "export.json"
 SCHEMA = 1
@@ -144,7 +144,7 @@ def read_export(folder: Path) -> ExportManifest:
             raise ArtifactError(f"{path} has schema {version}, this diffpress reads up to {SCHEMA}: update diffpress.")
         manifest = ExportManifest.model_validate(data)
     except (ValueError, ValidationError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}. Export again.") from error
+        raise ArtifactError(f"{path} is damaged: {damage(error)}. Export again.") from error
     _check_names(folder, manifest)
     return manifest
 

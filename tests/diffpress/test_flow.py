@@ -25,6 +25,7 @@ from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, read_manifest
 from diffpress.export.runtime import PackedLayer
 from diffpress.flow import compress
+from diffpress.pairs import COSTS
 from diffpress.recipe import load_recipe
 
 
@@ -45,6 +46,8 @@ def test_every_kind_of_pipeline_goes_the_whole_way(diffpress, digests, request, 
         assert printed["size_bytes"]["candidate"] < printed["size_bytes"]["reference"]
         assert {path.name for path in tmp_path.iterdir() if fixture in path.name} == {fixture}
         verify(out)
+        again = json.loads(diffpress("compress", model, "--recipe", quick_recipe, "--out", out, "--json").output)
+        assert again == {**printed, **dict.fromkeys(COSTS)}
 
 
 def test_artifact_is_smaller_and_holds_no_pickle(compressed: Path, tiny_text: Path):
@@ -261,7 +264,29 @@ def test_commands_that_only_tell(diffpress, arguments):
 def test_inspect_shows_plan_and_source(diffpress, compressed):
     printed = json.loads(diffpress("inspect", compressed, "--json").output)
     assert {row["module"] for row in printed["plan"]} >= {"conv_in", "conv_out"}
-    assert "conv_in" in diffpress("inspect", compressed).output
+    shown = " ".join(diffpress("inspect", compressed).output.split())
+    before, after = (sum(row[key] for row in printed["plan"]) for key in ("source_bytes", "bytes"))
+    assert "conv_in" in shown
+    assert f"unet bytes │ {before:,} -> {after:,}" in shown
+
+
+def test_the_folder_one_is_in_takes_an_artifact(diffpress, tiny_pixels, quick_recipe, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    status, _, errors = diffpress("compress", tiny_pixels, "--recipe", quick_recipe, "--out", ".")
+    assert status == 0, errors
+    assert diffpress("verify", ".").status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_an_export_never_replaces_its_artifact(diffpress, digests, compressed, tmp_path):
+    before = digests(compressed)
+    (tmp_path / "link").symlink_to(compressed, target_is_directory=True)
+    for out in (compressed, tmp_path / "link", compressed / "onnx"):
+        status, _, errors = diffpress("export", compressed, "--to", "onnx", "--out", out, "--force")
+        assert status == 2
+        assert "the input" in errors
+    assert digests(compressed) == before
 
 
 def test_press_takes_names_and_returns_an_artifact(tiny_pixels, quick_recipe, tmp_path):

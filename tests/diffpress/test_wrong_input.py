@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -205,7 +206,7 @@ def refused_unread(diffpress, digests, request, monkeypatch, tmp_path) -> Callab
     [
         ("run tiny_text --out OUT/a.jpg", "must end in .png"),
         ("run tiny_text --out OUT/folder.png", "folder.png is a folder. Name a file in it"),
-        ("run tiny_text --out OUT/file/a.png", "file/a.png cannot be written: File exists"),
+        ("run tiny_text --out OUT/file/a.png", "file is a file. Move it away"),
         ("run tiny_text --steps 1001 --out OUT/a.png", "--steps 1001: the scheduler of"),
         (f"run tiny_text --seed {LARGE} --out OUT/a.png", "Invalid value for '--seed'"),
         ("run tiny_text --guidance inf --out OUT/a.png", "--guidance inf must be a finite number"),
@@ -333,6 +334,14 @@ def test_a_fault_of_ours_keeps_its_traceback(diffpress, model, monkeypatch):
     monkeypatch.setattr("diffpress.inspecting.inspect_folder", lambda path: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         diffpress("inspect", model)
+
+
+def test_a_prompt_is_read_as_it_was_typed_whatever_the_locale(diffpress, tiny_text, tmp_path):
+    """Where the locale is ASCII, Python hands on the bytes of other letters one by one."""
+    typed = [os.fsencode("grüner").decode("ascii", "surrogateescape"), "gr\udcfcner"]
+    for prompt, status in zip(typed, (0, 2), strict=True):
+        arguments = ("--steps", 1, "--out", tmp_path / "a.png")
+        assert diffpress("run", tiny_text, "--prompt", prompt, *arguments).status == status
 
 
 def test_label_that_the_model_has_not(diffpress, tiny_class, tmp_path):

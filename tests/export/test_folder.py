@@ -211,7 +211,7 @@ def test_an_empty_folder_is_named(copy: PipelineFolder) -> None:
 
 def test_settings_that_are_no_json_are_named(copy: PipelineFolder) -> None:
     (copy.path / "scheduler" / "scheduler_config.json").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(ModelFileError, match=r"my-model: scheduler/scheduler_config\.json is no JSON"):
+    with pytest.raises(ModelFileError, match=r"my-model: scheduler/scheduler_config\.json cannot be read"):
         copy.check()
 
 

@@ -158,3 +158,19 @@ def test_values_that_make_no_sense_are_damage(folder: Path, values: dict[str, ob
 def test_a_folder_without_manifest_is_no_artifact(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is no artifact of diffpress"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "all of it: input should be a valid dictionary"),
+        ('{"fingerprint": 3}', "fingerprint: input should be a valid string"),
+    ],
+)
+def test_a_damaged_manifest_is_said_to_be_so_in_one_line(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(ArtifactError) as caught:
+        read_manifest(tmp_path)
+    assert f"{MANIFEST} is damaged: {words}" in str(caught.value)
+    assert "\n" not in str(caught.value)
