@@ -102,7 +102,7 @@ def test_a_model_without_repeated_modules_has_no_blocks() -> None:
     assert find_blocks(nn.ModuleList([nn.Linear(2, 2), nn.ReLU()])) == []
 
 
-@pytest.mark.parametrize("source", ["tiny_text", "tiny_class"])
+@pytest.mark.parametrize("source", [pytest.param("tiny_text", marks=pytest.mark.long), "tiny_class"])
 def test_each_block_gets_nearer_to_the_teachers(school: School, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its own error over everything recorded, before and after; every evaluation is better, so that all is kept."""
     student, training_data, runs, options = classroom(school, source, **TAUGHT)

@@ -145,7 +145,7 @@ def test_references_may_be_asked_for(packed, watched, check_codes, monkeypatch: 
     assert check_codes(graphs[0]) == 5
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compilers_take_the_rewritten_graph(backend: str, pack_tiny) -> None:
     model = TwoLayers().eval()
     clock: StepClock = pack_tiny(model, smoothed=True, asymmetric=True)
