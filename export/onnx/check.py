@@ -149,7 +149,7 @@ def _check_piece(piece: Piece, inputs: tuple[Tensor, ...], found: Tensor) -> Non
 def _check_whole(part: Part, session: Session, inputs: Mapping[str, Tensor]) -> Agreement:
     expected, found = part.module(*inputs.values()), run(session, inputs)[part.output]
     check_shape(f"{part.name}'s output", found, expected)
-    with at_edges(part.module, rounding_of(part)):
+    with at_edges(part.module):
         moved = relative(part.module(*inputs.values()), expected)
     error, tolerance = relative(found, expected), rounding_of(part) + 2 * moved
     if not error <= tolerance:

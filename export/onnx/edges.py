@@ -12,16 +12,18 @@ from diffpress.kernels import quantize
 
 from ..runtime import PackedLayer
 from .pieces import Piece, answering
-from .rounding import codes, smoothed, token_scales
+from .rounding import codes, layer_rounding, smoothed, token_scales
 
 
 @contextmanager
-def at_edges(module: nn.Module, rounding: float) -> Iterator[None]:
-    """Move every value that lies within `rounding` (of its tensor's root mean square) of an edge between codes across it.
+def at_edges(module: nn.Module) -> Iterator[None]:
+    """Move every value that lies within a layer's rounding, of its tensor's root mean square, of an edge across it.
 
     What this does to the output is what one code of each quantiser, where engines may differ in it, can explain; the codes
     that move because of others are in it, as they are in an engine.
     """
+
+    rounding = layer_rounding(module)
 
     def answer(piece: Piece, inputs: tuple[Tensor, ...]) -> Tensor:
         if not isinstance(piece.owner, PackedLayer):

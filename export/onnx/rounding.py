@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffpress.kernels import code_range, dequantize_groups, quantize, to_fp8
 from diffpress.kernels.int8_attention.reference import LARGEST_CODE
 
-from ..runtime import Int8Attention, PackedConv2d, PackedEmbedding, PackedLayer
+from ..runtime import Int8Attention, PackedConv2d, PackedEmbedding, PackedLayer, attention_overrides
 from .clocks import EPSILON, scale_now, scale_rounding, zero_now
 from .part import packed_layers
 
@@ -24,15 +24,26 @@ EPILOGUE = 8
 
 
 def model_rounding(module: nn.Module, latest: float = 0.0) -> float:
-    """Relative root mean square by which a model's floats may differ, given the same codes.
+    """Relative root mean square by which a model's floats may differ, given the same codes: every layer adds its own.
 
-    Every layer adds the square root of its sums' length, in roundings (Higham and Mary 2019, doi 10.1137/18M1226312). A
-    time step of `latest` is an angle of a sine, and rounded as one: it adds itself.
+    A time step of `latest` is an angle of a sine, and rounded as one: it adds itself.
     """
-    weights = [weight for weight in module.parameters() if weight.ndim > 1]
-    layers = packed_layers(module)
-    longest = max([weight[0].numel() for weight in weights] + [layer.columns for layer in layers], default=1)
-    return ((len(weights) + len(layers) + 1) * math.sqrt(longest) + latest) * EPSILON
+    count = len(_float_weights(module)) + len(packed_layers(module)) + len(attention_overrides(module))
+    return count * layer_rounding(module) + latest * EPSILON
+
+
+def layer_rounding(module: nn.Module) -> float:
+    """The same of one layer with what stands around it: the square root of its sums' length, and a few more roundings.
+
+    Higham and Mary 2019, A new approach to probabilistic rounding error analysis, doi 10.1137/18M1226312.
+    """
+    lengths = [weight[0].numel() for weight in _float_weights(module)]
+    longest = max(lengths + [layer.columns for layer in packed_layers(module)], default=1)
+    return (math.sqrt(longest) + EPILOGUE) * EPSILON
+
+
+def _float_weights(module: nn.Module) -> list[Tensor]:
+    return [weight for weight in module.parameters() if weight.ndim > 1]
 
 
 def layer_bound(layer: PackedLayer, x: Tensor, output: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from ..errors import ArtifactError
 from ..portable.manifest import ExportManifest, SelfTest, write_export
 from ..portable.pipeline import PortablePipeline
 from ..portable.verify import self_test_error
-from .check import rounding_of
 from .edges import at_edges
 from .kinds import Kind, torch_image
 from .part import Part
@@ -38,7 +37,7 @@ def write_self_test(
     np.save(folder / IMAGE, image.numpy())
     with ExitStack() as stack:
         for part in parts:
-            stack.enter_context(at_edges(part.module, rounding_of(part)))
+            stack.enter_context(at_edges(part.module))
         other = torch_image(kind, pipeline, kind.example, SEED, steps, guidance_scale)
     moved = float((other - image).square().mean().sqrt())
     return SelfTest(
