@@ -21,7 +21,7 @@ from .part import Part
 
 IMAGE = "selftest.npy"
 SEED = 0
-FLOAT_LIMIT = 1e-3
+FLOAT_LIMIT = 1 / 4 / 255
 """Root mean square difference of images in 0..1 that float rounding may make: a quarter of an 8-bit level."""
 
 

@@ -7,16 +7,20 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from diffpress.export.artifact import load_pipeline, write_pipeline
 from diffpress.export.engines.engine import Array, Form, Session
 from diffpress.export.engines.onnxruntime import ONNXRUNTIME
 from diffpress.export.engines.worst_case import findings, require_exact
 from diffpress.export.errors import ArtifactError
+from diffpress.export.folder import PipelineFolder
+from diffpress.export.onnx.export import export_onnx
 from diffpress.export.onnx.worst_case import write_worst_case
 
 FORM: Form = "uint8 x uint8"
@@ -107,9 +111,20 @@ def test_an_engine_that_saturates_is_refused_with_that_reason(graph: Path, large
         require_exact(Saturating(largest), graph)
 
 
+def test_an_export_to_such_an_engine_leaves_nothing(tiny_pixels: Path, pack_all: Any, tmp_path: Path) -> None:
+    timesteps = [999.0, 1.0]
+    source = PipelineFolder(tiny_pixels, "pixels")
+    edits, tensors = pack_all(load_pipeline(source).unet, "unet", 8, 8, len(timesteps))
+    write_pipeline(tmp_path / "source", source, edits, {"unet": tensors}, timesteps)
+    with pytest.raises(ArtifactError, match="computes linear on codes wrong"):
+        export_onnx(PipelineFolder(tmp_path / "source", "packed"), tmp_path / "out", engine=Saturating(2.0**20))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 SCRIPT = """
 import json, sys
 from pathlib import Path
+from typing import Any
 from diffpress.export.engines.onnxruntime import ONNXRUNTIME
 from diffpress.export.engines.worst_case import findings
 print(json.dumps([findings(ONNXRUNTIME, Path(path)) for path in sys.argv[1:]]))

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.edits import Pack
 from diffpress.export.engines.onnxruntime import FLOAT_KERNELS, ONNXRUNTIME, integer_share, kernels_of
-from diffpress.export.onnx.check import check_graph, rounding_of
+from diffpress.export.onnx.check import check_graph, relative, rounding_of
+from diffpress.export.onnx.edges import at_edges
 from diffpress.export.onnx.part import Input, Part, packed_layers
 from diffpress.export.onnx.passes import widen_weights_
-from diffpress.export.onnx.rounding import EPSILON
+from diffpress.export.onnx.rounding import EPSILON, model_rounding
+from diffpress.export.onnx.wrappers import PromptDenoiser
 from diffpress.export.onnx.write import write_graph
+from diffpress.export.portable.manifest import read_export
 from diffpress.export.portable.pipeline import PortablePipeline
 from diffpress.export.portable.verify import verify_export
 from diffpress.export.runtime import PackedLayer, StepClock, attach_clock_, pack_layer
@@ -156,10 +159,8 @@ def test_weights_lie_ready_in_the_graph(packed: Any) -> None:
         assert not (constant and node.op_type in ("Transpose", "Reshape")), node
 
 
-def test_denoiser_agrees_and_runs_on_integers(packed: Any) -> None:
-    graph = packed.manifest.components["denoiser"]
-    assert graph.format == "int8"
-    assert graph.relative_error < graph.tolerance
+def test_denoiser_runs_on_integers(packed: Any) -> None:
+    assert packed.manifest.components["denoiser"].format == "int8"
     inputs = {
         "sample": np.zeros((2, 4, 8, 8), np.float32),
         "timestep": np.array([500], np.float32),
@@ -173,29 +174,42 @@ def test_denoiser_agrees_and_runs_on_integers(packed: Any) -> None:
     assert {kernel.operator for kernel in kernels} & FLOAT_KERNELS <= {"MatMul", "FusedMatMul"}
 
 
+@torch.no_grad()
 def test_the_time_step_moves_the_scales(packed: Any) -> None:
+    """As far from torch as codes at edges explain, and farther from what torch gives where the clock stands still."""
     session = ONNXRUNTIME.open(packed.export / "denoiser.onnx", threads=1)
-    unet = load_pipeline(packed.source).unet
-    generator = torch.Generator().manual_seed(3)
+    unet, stuck = load_pipeline(packed.source).unet, load_pipeline(packed.source).unet
+    for layer in packed_layers(stuck):
+        layer.activation_scale[:] = layer.activation_scale[0].clone()
+    denoiser, generator = PromptDenoiser(unet), torch.Generator().manual_seed(3)
     sample, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 16, generator=generator)
-    for now in (999.0, 750.0, 500.0, 20.0):
-        timestep = torch.tensor([now])
-        with torch.no_grad():
-            expected = unet(sample, timestep, states).sample.numpy()
-        inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": states}
-        found = session.run({name: value.numpy() for name, value in inputs.items()})["output"]
-        assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 1 / 128
+    for now in (750.0, 500.0, 20.0):
+        inputs = (sample, torch.tensor([now]), states)
+        names = ("sample", "timestep", "encoder_hidden_states")
+        arrays = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+        found, expected = torch.from_numpy(session.run(arrays)["output"]), denoiser(*inputs)
+        with at_edges(denoiser):
+            tolerance = model_rounding(denoiser, 999) + 2 * relative(denoiser(*inputs), expected)
+        assert relative(found, expected) < tolerance < relative(PromptDenoiser(stuck)(*inputs), expected)
 
 
 def test_image_follows_torch_and_verifies(packed: Any) -> None:
     verify_export(packed.export, ONNXRUNTIME)
-    torch_pipeline = load_pipeline(packed.source)
+    torch_pipeline, test = load_pipeline(packed.source), packed.manifest.self_test
     expected = torch_pipeline(
         "blue square",
-        num_inference_steps=packed.manifest.steps,
+        num_inference_steps=test.steps,
         guidance_scale=packed.manifest.guidance_scale,
         generator=torch.Generator().manual_seed(5),
         output_type="np",
     ).images[0]
-    found = PortablePipeline(packed.export, ONNXRUNTIME, threads=1).generate("blue square", seed=5)
-    assert np.sqrt(np.mean((found - expected) ** 2)) < 0.02
+    found = PortablePipeline(packed.export, ONNXRUNTIME, threads=1).generate("blue square", seed=5, steps=test.steps)
+    # Derived for as many steps of another image.
+    assert np.sqrt(np.mean((found - expected) ** 2)) < test.tolerance
+
+
+def test_the_manifest_says_which_form_was_written_and_why(packed: Any) -> None:
+    manifest = read_export(packed.export)
+    assert (manifest.schema_version, manifest.form) == (2, "uint8 x uint8")
+    assert "x86 without VNNI" in manifest.form_reason
+    assert manifest.worst_case in manifest.files
