@@ -35,6 +35,8 @@ class Agreement(NamedTuple):
     max_abs_error: float
     relative_error: float
     tolerance: float
+    rounding: dict[str, float]
+    """How far what each piece is given was off, which float rounding bounds: where codes lie at an edge."""
 
 
 @torch.no_grad()
@@ -49,13 +51,13 @@ def check_graph(
     So no error hides behind another, and none is forgiven because codes might have moved. Raises ArtifactError.
     """
     session, generator = engine.open(graph, torch.get_num_threads()), torch.Generator().manual_seed(0)
-    worst = Agreement(0.0, 0.0, 0.0)
+    found, rounding = [], {}
     with opened_with_pieces(graph, places, engine) as watched:
         for inputs in examples(part, batches, generator):
             if places:
-                check_pieces(part, watched, places, inputs)
-            worst = _worse(worst, _check_whole(part, session, inputs))
-    return worst
+                rounding = _larger(rounding, check_pieces(part, watched, places, inputs))
+            found.append(_check_whole(part, session, inputs, rounding))
+    return Agreement(*(max(values) for values in zip(*found, strict=True)), rounding)
 
 
 def examples(part: Part, batches: Sequence[int], generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
@@ -92,7 +94,8 @@ class _Comparison:
     found: Mapping[str, Tensor]
     places: Sequence[Place]
     rounding: float
-    next: int = field(default=0)
+    next: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
 
     def answer(self, piece: Piece, inputs: tuple[Tensor, ...]) -> Tensor:
         """The graph's output of the next piece, once it and its inputs have been compared."""
@@ -101,12 +104,13 @@ class _Comparison:
         assert place.piece == piece.name
         given = tuple(self.found[name] for name in place.inputs)
         for name, expected, value in zip(place.inputs, inputs, given, strict=True):
-            self.follow(f"what {piece.name} is given ({name})", value, expected)
+            error = self.follow(f"what {piece.name} is given ({name})", value, expected)
+            self.errors = _larger(self.errors, {piece.module: error})
         _check_piece(piece, given, self.found[place.output])
         return self.found[place.output]
 
-    def follow(self, what: str, found: Tensor, expected: Tensor) -> None:
-        """Compare floats between pieces."""
+    def follow(self, what: str, found: Tensor, expected: Tensor) -> float:
+        """Compare floats between pieces; returns how far they are off."""
         check_shape(what, found, expected)
         error = relative(found, expected)
         # Written so that NaN fails too.
@@ -115,15 +119,22 @@ class _Comparison:
                 f"{what} differs from torch by {error:.2g} (relative root mean square), rounding explains "
                 f"{self.rounding:.2g}. {ADVICE}"
             )
+        return error
 
 
-def check_pieces(part: Part, session: Session, places: Sequence[Place], inputs: Mapping[str, Tensor]) -> None:
-    """Compare pieces and what lies between them. Raises ArtifactError naming the first that differs."""
+def check_pieces(
+    part: Part, session: Session, places: Sequence[Place], inputs: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Compare pieces and what lies between them; returns how far what each is given is off.
+
+    Raises ArtifactError naming the first that differs.
+    """
     found = run(session, inputs)
     comparison = _Comparison(found | dict(inputs), places, rounding_of(part))
     with answering(part.module, comparison.answer):
         expected = part.module(*inputs.values())
     comparison.follow(f"the output {part.output}", found[part.output], expected)
+    return comparison.errors
 
 
 def _check_piece(piece: Piece, inputs: tuple[Tensor, ...], found: Tensor) -> None:
@@ -131,12 +142,13 @@ def _check_piece(piece: Piece, inputs: tuple[Tensor, ...], found: Tensor) -> Non
     if isinstance(owner, PackedLayer):
         expected = piece.compute(*inputs)
         check_shape(piece.name, found, expected)
-        bound = layer_bound(owner, *inputs, expected)
+        bound = layer_bound(owner, inputs[0], expected)
     else:
         # The truth: kernels of a processor may take another exponential.
-        expected = int8_attention_reference(*inputs, owner.integer_values)
+        query, key, value = inputs
+        expected = int8_attention_reference(query, key, value, owner.integer_values)
         check_shape(piece.name, found, expected)
-        bound = attention_bound(owner, *inputs, expected)
+        bound = attention_bound(owner, query, key, value, expected)
     error = (found - expected).abs()
     if not bool((error <= bound).all()):
         place = int((error - bound).nan_to_num(torch.inf).argmax())
@@ -146,10 +158,13 @@ def _check_piece(piece: Piece, inputs: tuple[Tensor, ...], found: Tensor) -> Non
         )
 
 
-def _check_whole(part: Part, session: Session, inputs: Mapping[str, Tensor]) -> Agreement:
+def _check_whole(
+    part: Part, session: Session, inputs: Mapping[str, Tensor], rounding: Mapping[str, float]
+) -> tuple[float, float, float]:
+    """The largest and the relative error of the output, and the tolerance."""
     expected, found = part.module(*inputs.values()), run(session, inputs)[part.output]
     check_shape(f"{part.name}'s output", found, expected)
-    with at_edges(part.module):
+    with at_edges(part.module, rounding):
         moved = relative(part.module(*inputs.values()), expected)
     error, tolerance = relative(found, expected), rounding_of(part) + 2 * moved
     if not error <= tolerance:
@@ -157,7 +172,7 @@ def _check_whole(part: Part, session: Session, inputs: Mapping[str, Tensor]) -> 
             f"{part.name} differs from torch by {error:.2g} (relative root mean square), rounding explains "
             f"{tolerance:.2g}. {ADVICE}"
         )
-    return Agreement(float((found - expected).abs().max()), error, tolerance)
+    return float((found - expected).abs().max()), error, tolerance
 
 
 def rounding_of(part: Part) -> float:
@@ -184,5 +199,5 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).square().mean().sqrt() / size)
 
 
-def _worse(left: Agreement, right: Agreement) -> Agreement:
-    return Agreement(*map(max, left, right))
+def _larger(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, float]:
+    return {name: max(left.get(name, 0.0), right.get(name, 0.0)) for name in (*left, *right)}

@@ -18,7 +18,7 @@ from ..manifest import list_files
 from ..portable.manifest import EXPORT, ExportManifest, Graph, Port
 from ..portable.tables import STANDARD_STEPS, build_tables
 from ..publishing import check_output, check_space, publish, staging
-from .check import check_graph
+from .check import Agreement, check_graph
 from .kinds import Kind, defaults, kind_of, latent_shape
 from .part import Part, multiplies_codes
 from .passes import widen_weights_
@@ -79,10 +79,11 @@ def _write(
     integers = any(multiplies_codes(part) for part in parts)
     worst_case = _try_engine(folder, engine) if integers else None
     # The last of the steps is comparing an image with torch's.
-    total, graphs = len(parts) + 1, {}
+    total, checked = len(parts) + 1, {}
     for done, part in enumerate(parts):
         progress(done, total)
-        graphs[part.name] = _write_part(part, folder, engine)
+        checked[part.name] = (part, _write_part(part, folder, engine))
+    graphs = {name: _describe(part, agreement) for name, (part, agreement) in checked.items()}
     progress(len(parts), total)
     denoiser = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
     guidance = None if kind.first_half is None else own_guidance if guidance_scale is None else guidance_scale
@@ -105,7 +106,7 @@ def _write(
         steps=steps,
         guidance_scale=guidance,
         schedules=schedules,
-        self_test=write_self_test(kind, pipeline, parts, folder, min(schedules), guidance),
+        self_test=write_self_test(kind, pipeline, checked, folder, min(schedules), guidance),
         files=list_files(folder, (EXPORT,)),
     )
     manifest = run_self_test(manifest, folder, engine)
@@ -127,12 +128,16 @@ def _left_out(pipeline: Any, parts: list[Part]) -> tuple[str, ...]:
     return tuple(sorted(name for name, model in models.items() if id(model) not in used))
 
 
-def _write_part(part: Part, folder: Path, engine: Engine) -> Graph:
+def _write_part(part: Part, folder: Path, engine: Engine) -> Agreement:
     """One graph on disk, checked against torch."""
     widen_weights_(part.module)
     places = write_graph(part, folder, engine.form)
+    return check_graph(part, folder / f"{part.name}.onnx", places, engine)
+
+
+def _describe(part: Part, agreement: Agreement) -> Graph:
+    """What the manifest says of a graph."""
     file = f"{part.name}.onnx"
-    agreement = check_graph(part, folder / file, places, engine)
     with torch.no_grad():
         output = part.module(*part.example(1, torch.Generator().manual_seed(0)).values())
     return Graph(

@@ -16,8 +16,10 @@ from ..runtime import AttentionOverride, Int8Attention, PackedLayer, why_not_int
 class Piece:
     """One call of a packed layer, or of attention on integers."""
 
+    module: str
+    """Its path."""
     name: str
-    """Of the module, and of which of its calls this is where it is called more than once."""
+    """The path, and which of the module's calls this is where there are more than one."""
     owner: PackedLayer | Int8Attention
     compute: Callable[..., Tensor]
     """What torch answers."""
@@ -34,7 +36,7 @@ def answering(module: nn.Module, answer: Answer) -> Iterator[None]:
 
     def piece(name: str, owner: Any, compute: Callable[..., Tensor]) -> Piece:
         calls[name] = calls.get(name, 0) + 1
-        return Piece(name if calls[name] == 1 else f"{name}#{calls[name]}", owner, compute)
+        return Piece(name, name if calls[name] == 1 else f"{name}#{calls[name]}", owner, compute)
 
     try:
         for name, part in module.named_modules():

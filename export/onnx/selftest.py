@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..errors import ArtifactError
 from ..portable.manifest import ExportManifest, SelfTest, write_export
 from ..portable.pipeline import PortablePipeline
 from ..portable.verify import self_test_error
+from .check import Agreement
 from .edges import at_edges
 from .kinds import Kind, torch_image
 from .part import Part
@@ -26,9 +27,14 @@ FLOAT_LIMIT = 1 / 4 / 255
 
 
 def write_self_test(
-    kind: Kind, pipeline: Any, parts: Sequence[Part], folder: Path, steps: int, guidance_scale: float | None
+    kind: Kind,
+    pipeline: Any,
+    parts: Mapping[str, tuple[Part, Agreement]],
+    folder: Path,
+    steps: int,
+    guidance_scale: float | None,
 ) -> SelfTest:
-    """Store the image that torch makes, and how far off another engine's may be.
+    """Store the image that torch makes, and how far off another engine's may be, given how its parts agreed.
 
     Twice what becomes of it where every code at an edge is the other one (see `edges`): engines may choose half of them
     as torch does, and what the others do does not cancel.
@@ -36,8 +42,8 @@ def write_self_test(
     image = torch_image(kind, pipeline, kind.example, SEED, steps, guidance_scale)
     np.save(folder / IMAGE, image.numpy())
     with ExitStack() as stack:
-        for part in parts:
-            stack.enter_context(at_edges(part.module))
+        for part, agreement in parts.values():
+            stack.enter_context(at_edges(part.module, agreement.rounding))
         other = torch_image(kind, pipeline, kind.example, SEED, steps, guidance_scale)
     moved = float((other - image).square().mean().sqrt())
     return SelfTest(
