@@ -20,9 +20,10 @@ import numpy as np
 import onnxruntime
 import torch
 
+from diffpress.export.engines.engine import Array, Session
+from diffpress.export.engines.onnxruntime import ONNXRUNTIME, Kernel, integer_share, kernels_of
 from diffpress.export.onnx.export import export_onnx
-from diffpress.export.onnx.manifest import ExportManifest, Port
-from diffpress.export.onnx.sessions import Array, Kernel, integer_share, kernels_of, open_session, run_session
+from diffpress.export.portable.manifest import ExportManifest, Port
 from diffpress.models import resolve
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -65,7 +66,7 @@ def measure(
     graphs: Sequence[Path], manifest: ExportManifest, batch: int, calls: int, threads: int
 ) -> dict[str, int | float]:
     """Milliseconds of both denoisers at one batch size, and how they compare pair by pair."""
-    sessions, inputs = [open_session(graph, threads) for graph in graphs], inputs_of(manifest, batch)
+    sessions, inputs = [ONNXRUNTIME.open(graph, threads) for graph in graphs], inputs_of(manifest, batch)
     pairs = [[_milliseconds(session, inputs) for session in sessions] for _ in range(WARM_UP + calls)][WARM_UP:]
     return {
         "batch": batch,
@@ -106,9 +107,9 @@ def words(found: dict[str, Any]) -> str:
     return "\n".join([*lines, f"integer kernels: {found['integer_kernel_share']:.0%}", f"{found['machine']}"])
 
 
-def _milliseconds(session: Any, inputs: dict[str, Array]) -> float:
+def _milliseconds(session: Session, inputs: dict[str, Array]) -> float:
     start = perf_counter()
-    run_session(session, inputs)
+    session.run(inputs)
     return 1e3 * (perf_counter() - start)
 
 

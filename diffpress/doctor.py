@@ -5,11 +5,15 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
+from diffpress.export.extras import ONNX
 from diffpress.kernels import (
     block_sparse_linear,
     fp8_conv2d,
@@ -53,7 +57,7 @@ def examine() -> dict[str, str]:
         findings[f"low-rank and sparse layers on {device}"] = _try(partial(_low_rank_and_sparse, device))
         findings[f"norms into codes on {device}"] = _try(partial(_codes, device))
         findings[f"int8 attention on {device}"] = _try(partial(_attention, device))
-    findings["onnxruntime engine"] = _try(_onnxruntime)
+    findings |= _onnxruntime()
     return findings
 
 
@@ -157,8 +161,21 @@ def _expect(output: Tensor) -> None:
         raise ArithmeticError(f"expected {SIZE}, got {output.flatten()[0].item()}")
 
 
-def _onnxruntime() -> None:
-    import onnxruntime
+def _onnxruntime() -> dict[str, str]:
+    """Sums of worst-case codes in every kind of layer, compared with int64."""
+    found: dict[str, str | None] = {}
 
-    if "CPUExecutionProvider" not in onnxruntime.get_available_providers():
-        raise RuntimeError("no CPU execution provider")
+    def run() -> None:
+        for package in ONNX:
+            import_module(package)
+        from diffpress.export.engines.onnxruntime import ONNXRUNTIME
+        from diffpress.export.engines.worst_case import findings
+        from diffpress.export.onnx.worst_case import write_worst_case
+
+        with TemporaryDirectory() as folder:
+            found.update(findings(ONNXRUNTIME, Path(folder) / write_worst_case(Path(folder), ONNXRUNTIME.form)))
+
+    outcome = _try(run)
+    if outcome != "works":
+        return {"onnxruntime engine": outcome}
+    return {f"{kind} in onnxruntime": "works" if wrong is None else f"fails: {wrong}" for kind, wrong in found.items()}

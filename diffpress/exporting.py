@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffpress.export.errors import UserError
+from diffpress.export.extras import ONNX, import_extra
 from diffpress.export.folder import PipelineFolder
 
 from .defaults import default_sampling
 
 
 def export_to_onnx(source: PipelineFolder, out: Path, notify: Any, force: bool = False) -> dict[str, Any]:
-    """Export a pipeline or artifact; returns what was checked. Raises UserError where the extra is not installed."""
-    try:
-        from diffpress.export.onnx.export import export_onnx
-    except ImportError as error:
-        raise UserError(f"exporting to ONNX needs {error.name}: pip install 'diffpress[onnx]'") from error
+    """Export a pipeline or artifact; returns what was checked. Raises UserError where a package is not installed."""
+    for package in ONNX:
+        import_extra(package)
+    from diffpress.export.onnx.export import export_onnx
+
     sampling = default_sampling(source)
     manifest = export_onnx(
         source,

@@ -9,15 +9,16 @@ from typing import Any
 from diffpress.export.artifact import is_artifact, verify
 from diffpress.export.errors import ArtifactError, UserError
 from diffpress.export.manifest import Manifest, read_manifest
-from diffpress.export.onnx.manifest import is_export, read_export
+from diffpress.export.portable.manifest import is_export, read_export
 
 
 def verify_folder(path: Path) -> str:
     """A sentence on what was checked. Raises ArtifactError at the first thing that is not as it was saved."""
     if is_export(path):
-        from diffpress.export.onnx.verify import verify_export
+        from diffpress.export.engines.onnxruntime import ONNXRUNTIME
+        from diffpress.export.portable.verify import verify_export
 
-        verify_export(path)
+        verify_export(path, ONNXRUNTIME)
         return (
             f"{path} is sound: {len(read_export(path).files)} files match their digests, the self test gives its image"
         )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffpress.export.errors import ArtifactError, UserError
-from diffpress.export.onnx.manifest import is_export
+from diffpress.export.errors import UserError
+from diffpress.export.portable.manifest import is_export
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,11 +71,10 @@ def run_torch(folder: PipelineFolder, wanted: Wanted) -> Image:
 
 def run_onnx(folder: Path, wanted: Wanted) -> Image:
     """Run an export, without torch."""
-    try:
-        from diffpress.export.onnx.run import OnnxPipeline
-    except ImportError as error:
-        raise ArtifactError(f"running an export needs {error.name}: pip install 'diffpress[onnx]'") from error
-    pipeline = OnnxPipeline(folder)
+    from diffpress.export.engines.onnxruntime import ONNXRUNTIME
+    from diffpress.export.portable.pipeline import PortablePipeline
+
+    pipeline = PortablePipeline(folder, ONNXRUNTIME)
     manifest = pipeline.manifest
     text = wanted.text(str(folder), "prompt" if manifest.tokens else "label" if manifest.labels else "nothing")
     return to_picture(pipeline.generate(text, wanted.seed, wanted.steps, wanted.guidance))

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from .errors import OutputError, unwritable
 from .manifest import MANIFEST, REPORT
-from .onnx.manifest import EXPORT
+from .portable.manifest import EXPORT
 
 logger = logging.getLogger(__name__)
 

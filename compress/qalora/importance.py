@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffpress.export.errors import UnsupportedModelError
-from diffpress.export.onnx.tables import table_of
+from diffpress.export.portable.tables import table_of
 
 logger = logging.getLogger(__name__)
 

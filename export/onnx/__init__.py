@@ -1,4 +1,4 @@
-"""ONNX graphs of a whole pipeline, and the runner that needs neither torch nor diffusers.
+"""A pipeline as ONNX graphs: traced, translated, laid out by passes, and checked against torch.
 
-Nothing is imported here, so that `diffpress.export.onnx.run` stays light; `export.export_onnx` is the way in.
+Nothing is imported here: this folder needs torch and onnxscript; `export_onnx` is the way in.
 """

@@ -1,31 +1,32 @@
-"""A written graph against the module it came from."""
+"""A written graph against the module it came from: piece by piece, and as a whole."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from diffpress.kernels.int8_attention.reference import int8_attention_reference
+
+from ..engines.engine import Array, Engine, Session
 from ..errors import ArtifactError
-from ..runtime import Attention, AttentionOverride, attention_overrides
-from .graph import Part, packed_layers
-from .sessions import open_session, run_session
+from ..runtime import PackedLayer
+from .edges import at_edges
+from .part import Part
+from .pieces import Piece, answering
+from .rounding import attention_bound, layer_bound, model_rounding
+from .trace import Place
 
-BATCHES = (1, 3)
+BATCHES = (1, 3, 1)
 """Neither is the size that was traced."""
-EPSILON = 2.0**-23
-"""Rounding of float32."""
-JITTER = 8 * EPSILON
-"""What engines differ by in front of a quantiser, of a tensor's root mean square: sums in another order."""
-DRAWS = 32
-"""Of that noise, at most, until it explains a difference: one value at an edge may move much, and few draws find it."""
-MARGIN = 2.0
-"""How much further apart than torch and jittered torch an engine may be: both errors add up."""
+ADVICE = "Nothing was written; report this model with the versions of torch and onnxruntime."
 
 
 class Agreement(NamedTuple):
@@ -34,88 +35,169 @@ class Agreement(NamedTuple):
     max_abs_error: float
     relative_error: float
     tolerance: float
+    rounding: dict[str, float]
+    """How far what each piece is given was off, which float rounding bounds: where codes lie at an edge."""
 
 
 @torch.no_grad()
-def check_graph(part: Part, graph: Path, batches: Sequence[int] = BATCHES) -> Agreement:
-    """Run torch and onnxruntime on random inputs of several batch sizes.
+def check_graph(
+    part: Part, graph: Path, places: Sequence[Place], engine: Engine, batches: Sequence[int] = BATCHES
+) -> Agreement:
+    """Hold the file against torch on random inputs, at the first and the last time step and between.
 
-    Raises ArtifactError where the root mean square of the difference, over that of torch's output, is more than
-    rounding explains: in every layer, and at the edges between two codes of a quantiser.
+    1. Every piece, given what it is given in the graph, must give what torch's gives: see `rounding` for how closely.
+    2. What lies between pieces, given what they give in the graph, must follow torch to float rounding.
+    3. The output as users get it must follow torch's to float rounding and what codes at edges make of that.
+    So no error hides behind another, and none is forgiven because codes might have moved. Raises ArtifactError.
     """
-    session, generator = open_session(graph, threads=torch.get_num_threads()), torch.Generator().manual_seed(0)
-    worst, relative, moved = 0.0, 0.0, 0.0
-    for batch in batches:
-        inputs = part.example(batch, generator)
-        expected = part.module(*inputs.values())
-        found = torch.from_numpy(run_session(session, {name: value.numpy() for name, value in inputs.items()}))
-        if found.shape != expected.shape:
-            raise ArtifactError(
-                f"{graph.name} gives {tuple(found.shape)} where torch gives {tuple(expected.shape)}, at batch {batch}."
-            )
-        worst = max(worst, float((found - expected).abs().max()))
-        relative = max(relative, _relative(found, expected))
-        for _ in range(DRAWS):
-            with jittered(part.module, generator):
-                moved = max(moved, _relative(part.module(*inputs.values()), expected))
-            if relative <= rounding(part.module) + MARGIN * moved:
-                break
-    tolerance = rounding(part.module) + MARGIN * moved
-    # Written so that NaN fails too.
-    if not relative <= tolerance:
-        raise ArtifactError(
-            f"{graph.name} differs from torch by {relative:.2g} (relative root mean square), rounding explains "
-            f"{tolerance:.2g}. Nothing was written; report this model with the versions of torch and onnxruntime."
-        )
-    return Agreement(worst, relative, tolerance)
+    session, generator = engine.open(graph, torch.get_num_threads()), torch.Generator().manual_seed(0)
+    found, rounding = [], {}
+    with opened_with_pieces(graph, places, engine) as watched:
+        for inputs in examples(part, batches, generator):
+            if places:
+                rounding = _larger(rounding, check_pieces(part, watched, places, inputs))
+            found.append(_check_whole(part, session, inputs, rounding))
+    return Agreement(*(max(values) for values in zip(*found, strict=True)), rounding)
 
 
-def rounding(module: nn.Module) -> float:
-    """Relative difference by float rounding: every layer adds the square root of its sums' length, in roundings."""
-    weights = [weight for weight in module.parameters() if weight.ndim > 1]
-    layers = packed_layers(module)
-    longest = max([weight[0].numel() for weight in weights] + [layer.columns for layer in layers], default=1)
-    return (len(weights) + len(layers)) * math.sqrt(longest) * EPSILON
+def examples(part: Part, batches: Sequence[int], generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Random inputs at every batch size, with time steps spread evenly over the schedule from its first to its last."""
+    for count, batch in enumerate(batches):
+        share = count / max(len(batches) - 1, 1)
+        chosen = {
+            item.name: item.choices[round(share * (len(item.choices) - 1))] for item in part.inputs if item.choices
+        }
+        yield part.example(batch, generator) | {name: torch.tensor([value]) for name, value in chosen.items()}
 
 
 @contextmanager
-def jittered(module: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """Add noise as small as rounding in front of every quantiser.
+def opened_with_pieces(graph: Path, places: Sequence[Place], engine: Engine) -> Iterator[Session]:
+    """A session of the written file that gives the values at the edges of its pieces as well."""
+    model = ir.load(graph)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    given = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+    names = dict.fromkeys(name for place in places for name in (*place.inputs, place.output) if name not in given)
+    missing = sorted(names.keys() - values.keys())
+    if missing:
+        raise ArtifactError(f"{graph.name} has no value {missing[0]!r}, at which it would be checked. {ADVICE}")
+    model.graph.outputs.extend(values[name] for name in names)
+    # Beside the weights, which it shares.
+    with tempfile.NamedTemporaryFile(dir=graph.parent, suffix=".onnx") as file:
+        ir.save(model, file.name)
+        yield engine.open(Path(file.name), torch.get_num_threads())
 
-    A value at the edge between two codes then falls to the other side, and moves all that follow by whole codes. What
-    this does to torch's own output is what another engine may differ by.
+
+@dataclass
+class _Comparison:
+    """Torch's run of a model whose pieces answer what they answered in the graph."""
+
+    found: Mapping[str, Tensor]
+    places: Sequence[Place]
+    rounding: float
+    next: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def answer(self, piece: Piece, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The graph's output of the next piece, once it and its inputs have been compared."""
+        place = self.places[self.next]
+        self.next += 1
+        assert place.piece == piece.name
+        given = tuple(self.found[name] for name in place.inputs)
+        for name, expected, value in zip(place.inputs, inputs, given, strict=True):
+            error = self.follow(f"what {piece.name} is given ({name})", value, expected)
+            self.errors = _larger(self.errors, {piece.module: error})
+        _check_piece(piece, given, self.found[place.output])
+        return self.found[place.output]
+
+    def follow(self, what: str, found: Tensor, expected: Tensor) -> float:
+        """Compare floats between pieces; returns how far they are off."""
+        check_shape(what, found, expected)
+        error = relative(found, expected)
+        # Written so that NaN fails too.
+        if not error <= self.rounding:
+            raise ArtifactError(
+                f"{what} differs from torch by {error:.2g} (relative root mean square), rounding explains "
+                f"{self.rounding:.2g}. {ADVICE}"
+            )
+        return error
+
+
+def check_pieces(
+    part: Part, session: Session, places: Sequence[Place], inputs: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Compare pieces and what lies between them; returns how far what each is given is off.
+
+    Raises ArtifactError naming the first that differs.
     """
-
-    def moved(x: Tensor) -> Tensor:
-        return x + JITTER * x.square().mean().sqrt() * torch.randn(x.shape, generator=generator)
-
-    def jitter(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, *others = arguments
-        return (moved(x), *others)
-
-    def jittered_attention(own: AttentionOverride) -> Attention:
-        attend = own.attend
-
-        def answer(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
-            return attend(moved(query), moved(key), moved(value), *others, **options)
-
-        return answer
-
-    rounding_layers = [layer for layer in packed_layers(module) if layer.edit.activation_bits is not None]
-    handles = [layer.register_forward_pre_hook(jitter) for layer in rounding_layers]
-    attentions = [(own, own.attend) for own in attention_overrides(module)]
-    for own, _ in attentions:
-        own.attend = jittered_attention(own)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for own, attend in attentions:
-            own.attend = attend
+    found = run(session, inputs)
+    comparison = _Comparison(found | dict(inputs), places, rounding_of(part))
+    with answering(part.module, comparison.answer):
+        expected = part.module(*inputs.values())
+    comparison.follow(f"the output {part.output}", found[part.output], expected)
+    return comparison.errors
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
+def _check_piece(piece: Piece, inputs: tuple[Tensor, ...], found: Tensor) -> None:
+    owner = piece.owner
+    if isinstance(owner, PackedLayer):
+        expected = piece.compute(*inputs)
+        check_shape(piece.name, found, expected)
+        bound = layer_bound(owner, inputs[0], expected)
+    else:
+        # The truth: kernels of a processor may take another exponential.
+        query, key, value = inputs
+        expected = int8_attention_reference(query, key, value, owner.integer_values)
+        check_shape(piece.name, found, expected)
+        bound = attention_bound(owner, query, key, value, expected)
+    error = (found - expected).abs()
+    if not bool((error <= bound).all()):
+        place = int((error - bound).nan_to_num(torch.inf).argmax())
+        raise ArtifactError(
+            f"{piece.name} differs from torch by {float(error.flatten()[place]):.2g} where rounding explains "
+            f"{float(bound.flatten()[place]):.2g}. {ADVICE}"
+        )
+
+
+def _check_whole(
+    part: Part, session: Session, inputs: Mapping[str, Tensor], rounding: Mapping[str, float]
+) -> tuple[float, float, float]:
+    """The largest and the relative error of the output, and the tolerance."""
+    expected, found = part.module(*inputs.values()), run(session, inputs)[part.output]
+    check_shape(f"{part.name}'s output", found, expected)
+    with at_edges(part.module, rounding):
+        moved = relative(part.module(*inputs.values()), expected)
+    error, tolerance = relative(found, expected), rounding_of(part) + 2 * moved
+    if not error <= tolerance:
+        raise ArtifactError(
+            f"{part.name} differs from torch by {error:.2g} (relative root mean square), rounding explains "
+            f"{tolerance:.2g}. {ADVICE}"
+        )
+    return float((found - expected).abs().max()), error, tolerance
+
+
+def rounding_of(part: Part) -> float:
+    """See `model_rounding`."""
+    return model_rounding(part.module, max((max(item.choices) for item in part.inputs if item.choices), default=0.0))
+
+
+def run(session: Session, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs of a session, as tensors."""
+    arrays: dict[str, Array] = {name: value.numpy() for name, value in inputs.items()}
+    return {name: torch.from_numpy(value) for name, value in session.run(arrays).items()}
+
+
+def check_shape(what: str, found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape:
+        raise ArtifactError(f"{what} is {tuple(found.shape)} where torch has {tuple(expected.shape)}. {ADVICE}")
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of `expected`."""
+    found, expected = found.double(), expected.double()
     # A float32 rounding below nothing keeps an output of zeros from dividing by zero.
     size = expected.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     return float((found - expected).square().mean().sqrt() / size)
+
+
+def _larger(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, float]:
+    return {name: max(left.get(name, 0.0), right.get(name, 0.0)) for name in (*left, *right)}

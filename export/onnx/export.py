@@ -10,16 +10,22 @@ from typing import Any
 import torch
 
 from ..artifact import open_pipeline
+from ..engines.engine import REASONS, Engine
+from ..engines.onnxruntime import ONNXRUNTIME
+from ..engines.worst_case import require_exact
 from ..folder import PipelineFolder
 from ..manifest import list_files
+from ..portable.manifest import EXPORT, ExportManifest, Graph, Port
+from ..portable.tables import STANDARD_STEPS, build_tables
 from ..publishing import check_output, check_space, publish, staging
-from ..runtime import attention_overrides
-from .check import check_graph
-from .graph import OPSET, Part, packed_layers, widen_weights_, write_graph
+from .check import Agreement, check_graph
 from .kinds import Kind, defaults, kind_of, latent_shape
-from .manifest import EXPORT, ExportManifest, Graph, Port
+from .part import Part, multiplies_codes
+from .passes import widen_weights_
 from .selftest import run_self_test, write_self_test
-from .tables import STANDARD_STEPS, build_tables
+from .trace import OPSET
+from .worst_case import write_worst_case
+from .write import write_graph
 
 PACKAGES = ("diffpress", "diffusers", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
 TEST_STEPS = 4
@@ -34,12 +40,13 @@ def export_onnx(
     source: PipelineFolder,
     out: Path,
     *,
+    engine: Engine = ONNXRUNTIME,
     steps: int | None = None,
     guidance_scale: float | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] = ignore,
 ) -> ExportManifest:
-    """Write the whole pipeline at `source` as ONNX to `out`, checked against torch; returns what `export.json` says.
+    """Write the whole pipeline at `source` as ONNX to `out`, checked against torch in `engine`; returns `export.json`.
 
     `steps` and `guidance_scale` become the export's defaults, else the pipeline's own are. Raises
     UnsupportedModelError, ArtifactError or OutputError, and then leaves `out` as it was.
@@ -51,7 +58,7 @@ def export_onnx(
     components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     check_space(out, 4 * sum(tensor.numel() for part in components for tensor in part.state_dict().values()))
     with staging(out) as staged:
-        manifest = _write(kind, pipeline, staged, steps, guidance_scale, progress)
+        manifest = _write(kind, pipeline, staged, engine, steps, guidance_scale, progress)
         publish(staged, out)
     return manifest
 
@@ -60,6 +67,7 @@ def _write(
     kind: Kind,
     pipeline: Any,
     folder: Path,
+    engine: Engine,
     steps: int | None,
     guidance_scale: float | None,
     progress: Callable[[int, int], None],
@@ -68,18 +76,24 @@ def _write(
     steps = own_steps if steps is None else steps
     schedules = build_tables(pipeline.scheduler, steps, (TEST_STEPS, *STANDARD_STEPS), kind.scales_input)
     parts = kind.parts(pipeline, schedules[steps].timesteps)
+    integers = any(multiplies_codes(part) for part in parts)
+    worst_case = _try_engine(folder, engine) if integers else None
     # The last of the steps is comparing an image with torch's.
-    total, graphs = len(parts) + 1, {}
+    total, checked = len(parts) + 1, {}
     for done, part in enumerate(parts):
         progress(done, total)
-        graphs[part.name] = _write_part(part, folder)
+        checked[part.name] = (part, _write_part(part, folder, engine))
+    graphs = {name: _describe(part, agreement) for name, (part, agreement) in checked.items()}
     progress(len(parts), total)
     denoiser = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
     guidance = None if kind.first_half is None else own_guidance if guidance_scale is None else guidance_scale
     manifest = ExportManifest(
         pipeline=type(pipeline).__name__,
         opset=OPSET,
-        format="int8" if any(graph.format == "int8" for graph in graphs.values()) else "float32",
+        format="int8" if integers else "float32",
+        form=engine.form,
+        form_reason=REASONS[engine.form],
+        worst_case=worst_case,
         largest_error=max(graph.max_abs_error for graph in graphs.values()),
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
         components=graphs,
@@ -92,12 +106,19 @@ def _write(
         steps=steps,
         guidance_scale=guidance,
         schedules=schedules,
-        self_test=write_self_test(kind, pipeline, folder, min(schedules), guidance),
+        self_test=write_self_test(kind, pipeline, checked, folder, min(schedules), guidance),
         files=list_files(folder, (EXPORT,)),
     )
-    manifest = run_self_test(manifest, folder)
+    manifest = run_self_test(manifest, folder, engine)
     progress(total, total)
     return manifest
+
+
+def _try_engine(folder: Path, engine: Engine) -> str:
+    """The graph of worst cases in the export, by which it is tried wherever it goes; first of all, here."""
+    file = write_worst_case(folder, engine.form)
+    require_exact(engine, folder / file)
+    return file
 
 
 def _left_out(pipeline: Any, parts: list[Part]) -> tuple[str, ...]:
@@ -107,19 +128,22 @@ def _left_out(pipeline: Any, parts: list[Part]) -> tuple[str, ...]:
     return tuple(sorted(name for name, model in models.items() if id(model) not in used))
 
 
-def _write_part(part: Part, folder: Path) -> Graph:
+def _write_part(part: Part, folder: Path, engine: Engine) -> Agreement:
     """One graph on disk, checked against torch."""
-    rounds_inputs = any(layer.edit.activation_bits and not layer.edit.float8 for layer in packed_layers(part.module))
     widen_weights_(part.module)
-    write_graph(part, folder)
+    places = write_graph(part, folder, engine.form)
+    return check_graph(part, folder / f"{part.name}.onnx", places, engine)
+
+
+def _describe(part: Part, agreement: Agreement) -> Graph:
+    """What the manifest says of a graph."""
     file = f"{part.name}.onnx"
-    agreement = check_graph(part, folder / file)
     with torch.no_grad():
         output = part.module(*part.example(1, torch.Generator().manual_seed(0)).values())
     return Graph(
         file=file,
         data=f"{file}.data",
-        format="int8" if rounds_inputs or attention_overrides(part.module) else "float32",
+        format="int8" if multiplies_codes(part) else "float32",
         inputs=tuple(item.port() for item in part.inputs),
         outputs=(Port(name=part.output, dtype="float32", shape=("batch", *output.shape[1:])),),
         max_abs_error=agreement.max_abs_error,

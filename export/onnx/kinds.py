@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from .graph import Input, Part
-from .manifest import Labels, Tokens
+from ..portable.manifest import Labels, Tokens
+from .part import Input, Part
 from .wrappers import Decoder, LabelDenoiser, PlainDenoiser, PromptDenoiser, TextEncoder
 
 NO_CLASS = 1000

@@ -11,10 +11,10 @@ from onnxscript import opset21 as op
 
 from diffpress.kernels import code_range
 
+from ..engines.engine import ZERO
+
 Value = Any
 """A value of the graph that is being written."""
-ZERO = 128
-"""Code of zero in uint8. onnxruntime multiplies uint8 by int8 fast, int8 by int8 three to fifteen times slower."""
 END = 2**62
 """Past the end of every axis."""
 
@@ -29,7 +29,7 @@ def quantized_linear(
     weight_bits: int,
     activation_bits: int,
 ) -> Value:
-    """y = s_x s_w MatMulInteger(Q(x), W, z) + b, which onnxruntime fuses into one kernel. Weights are at 8 bits here.
+    """y = s_x s_w MatMulInteger(Q(x), W, z) + b, which onnxruntime fuses into one kernel. Weights are int8 here.
 
     Speed over floats of whole denoisers, batch 2 and 8, one thread of a Zen 5 core: 8-layer DiT of width 128 1.44 and
     1.49, emoji UNet 1.24 and 1.37. The same with Q/DQ pairs in uint8: 1.2 everywhere (three passes over the output

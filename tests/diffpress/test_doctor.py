@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -12,6 +14,14 @@ def test_every_kernel_works_on_the_cpu() -> None:
     tried = {name: finding for name, finding in doctor.examine().items() if name.endswith("on cpu")}
     assert len(tried) == 12
     assert set(tried.values()) == {"works"}
+
+
+def test_onnxruntime_is_tried_with_worst_case_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ("linear", "conv2d", "attention scores", "attention values")
+    findings = doctor.examine()
+    assert {kind: findings[f"{kind} in onnxruntime"] for kind in kinds} == dict.fromkeys(kinds, "works")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert doctor.examine()["onnxruntime engine"] == "not installed: onnxscript"
 
 
 def test_a_wrong_result_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

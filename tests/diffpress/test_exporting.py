@@ -72,3 +72,4 @@ def test_steps_without_a_table_name_those_there_are(diffpress, exported, tmp_pat
     status, _, errors = diffpress("run", exported, "--steps", 7, "--out", tmp_path / "a.png")
     assert status == 2
     assert "10, 15, 20, 25, 30" in " ".join(errors.split())
+    assert "`sampling.steps` in the recipe" in " ".join(errors.split())

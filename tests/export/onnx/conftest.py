@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffpress.export.artifact import load_pipeline, write_pipeline
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.onnx.export import export_onnx
-from diffpress.export.onnx.manifest import ExportManifest
+from diffpress.export.portable.manifest import ExportManifest
 
 STEPS, GUIDANCE = 6, 3.0
 

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.edits import Pack
-from diffpress.export.errors import ArtifactError
-from diffpress.export.onnx.check import EPSILON, check_graph, rounding
-from diffpress.export.onnx.graph import Input, Part, packed_layers, widen_weights_, write_graph
-from diffpress.export.onnx.run import OnnxPipeline
-from diffpress.export.onnx.sessions import FLOAT_KERNELS, integer_share, kernels_of, open_session, run_session
-from diffpress.export.onnx.verify import verify_export
+from diffpress.export.engines.onnxruntime import FLOAT_KERNELS, ONNXRUNTIME, integer_share, kernels_of
+from diffpress.export.onnx.check import check_graph, relative, rounding_of
+from diffpress.export.onnx.edges import at_edges
+from diffpress.export.onnx.part import Input, Part, packed_layers
+from diffpress.export.onnx.passes import widen_weights_
+from diffpress.export.onnx.rounding import EPSILON, model_rounding
+from diffpress.export.onnx.wrappers import PromptDenoiser
+from diffpress.export.onnx.write import write_graph
+from diffpress.export.portable.manifest import read_export
+from diffpress.export.portable.pipeline import PortablePipeline
+from diffpress.export.portable.verify import verify_export
 from diffpress.export.runtime import PackedLayer, StepClock, attach_clock_, pack_layer
 from diffpress.kernels import FP8_MAX
 
@@ -41,8 +46,8 @@ FORMATS: dict[str, dict[str, Any]] = {
     "W8 g16": {"weight_bits": 8, "activation_bits": None, "group_size": 16, "smoothed": True},
     "FP8": {"weight_bits": 8, "activation_bits": 8, "float8": True, "smoothed": True},
 }
-STORED = {"W2 g8": ir.DataType.INT4, "FP8": ir.DataType.FLOAT8E4M3FN}
-"""What weights are in the file, where it is not int8."""
+STORED = {"W2 g8": ir.DataType.INT4, "W8 g16": ir.DataType.INT8, "FP8": ir.DataType.FLOAT8E4M3FN}
+"""What weights are in the file, where it is not uint8."""
 
 
 class EveryLayer(nn.Module):
@@ -89,7 +94,7 @@ def test_every_layer_equals_torch(tmp_path: Path, name: str) -> None:
     with torch.no_grad():
         sample, now = torch.randn(2, CHANNELS, SIDE, SIDE), torch.tensor([650.0])
         packed_output = module(sample, now)
-        assert widen_weights_(module) == (8 if bits < 8 else 0)
+        assert widen_weights_(module) == (bits < 8)
         assert torch.equal(module(sample, now), packed_output)
     inputs = (
         Input("sample", (CHANNELS, SIDE, SIDE)),
@@ -97,21 +102,18 @@ def test_every_layer_equals_torch(tmp_path: Path, name: str) -> None:
     )
     before = [layer.clock.weights.clone() for layer in packed_layers(module)]
     part = Part("layers", module, inputs, "output")
-    write_graph(part, tmp_path)
+    places = write_graph(part, tmp_path, ONNXRUNTIME.form)
     for layer, weights in zip(packed_layers(module), before, strict=True):
         assert torch.equal(layer.clock.weights, weights)
     graph = tmp_path / "layers.onnx"
-    agreement = check_graph(part, graph, batches=(1, 3, 3, 3, 3, 3))
+    agreement = check_graph(part, graph, places, ONNXRUNTIME, batches=(1, 3, 3, 3, 3, 3))
     # One product each, summed exactly as integers: three roundings. Floats are summed in another order.
-    assert agreement.relative_error < (3 * EPSILON if rounds_to_integers else rounding(module))
+    assert agreement.relative_error < (3 * EPSILON if rounds_to_integers else rounding_of(part))
     weights = [value for value in ir.load(graph).graph.initializers.values() if value.dtype != ir.DataType.FLOAT]
     stored = {value.dtype for value in weights if value.const_value.size > CHANNELS}
-    assert stored - {ir.DataType.INT64} == {STORED.get(name, ir.DataType.INT8)}
+    assert stored - {ir.DataType.INT64} == {STORED.get(name, ir.DataType.UINT8)}
     example = {name: value.numpy() for name, value in part.example(2, torch.Generator()).items()}
     assert integer_share(kernels_of(graph, example)) == (1 if rounds_to_integers else 0)
-    packed_layers(module)[0].weight_scale *= 1.1
-    with pytest.raises(ArtifactError, match="differs from torch"):
-        check_graph(part, graph)
 
 
 class Embeddings(nn.Module):
@@ -134,11 +136,11 @@ class Embeddings(nn.Module):
 
 def test_embeddings_equal_torch_and_stay_integers(tmp_path: Path) -> None:
     module = Embeddings().eval()
-    assert widen_weights_(module) == 2
+    assert widen_weights_(module)
     part = Part("text_encoder", module, (Input("input_ids", (7,), below=20),), "states")
-    write_graph(part, tmp_path)
-    agreement = check_graph(part, tmp_path / "text_encoder.onnx")
-    assert agreement.relative_error < rounding(module)
+    places = write_graph(part, tmp_path, ONNXRUNTIME.form)
+    agreement = check_graph(part, tmp_path / "text_encoder.onnx", places, ONNXRUNTIME)
+    assert agreement.relative_error < rounding_of(part)
     values = ir.load(tmp_path / "text_encoder.onnx").graph.initializers.values()
     large = [(value.dtype, value.const_value.size) for value in values if value.const_value.size >= 60]
     scales = [(ir.DataType.FLOAT, 60)] * 2
@@ -147,7 +149,7 @@ def test_embeddings_equal_torch_and_stay_integers(tmp_path: Path) -> None:
 
 def test_weights_lie_ready_in_the_graph(packed: Any) -> None:
     model = ir.load(packed.export / "denoiser.onnx")
-    large = [value for value in model.graph.initializers.values() if value.dtype == ir.DataType.INT8 and value.shape]
+    large = [value for value in model.graph.initializers.values() if value.dtype == ir.DataType.UINT8 and value.shape]
     layers = packed_layers(load_pipeline(packed.source).unet)
     assert sum(value.const_value.size for value in large) == sum(
         layer.weight.numel() * 2 for layer in layers if layer.weight.dtype == torch.uint8
@@ -157,10 +159,8 @@ def test_weights_lie_ready_in_the_graph(packed: Any) -> None:
         assert not (constant and node.op_type in ("Transpose", "Reshape")), node
 
 
-def test_denoiser_agrees_and_runs_on_integers(packed: Any) -> None:
-    graph = packed.manifest.components["denoiser"]
-    assert graph.format == "int8"
-    assert graph.relative_error < graph.tolerance
+def test_denoiser_runs_on_integers(packed: Any) -> None:
+    assert packed.manifest.components["denoiser"].format == "int8"
     inputs = {
         "sample": np.zeros((2, 4, 8, 8), np.float32),
         "timestep": np.array([500], np.float32),
@@ -174,29 +174,46 @@ def test_denoiser_agrees_and_runs_on_integers(packed: Any) -> None:
     assert {kernel.operator for kernel in kernels} & FLOAT_KERNELS <= {"MatMul", "FusedMatMul"}
 
 
+ANGLES = {"model.time_embedding.linear_1": 999 * EPSILON}
+"""Sines of angles up to the latest time step are given to this layer, as far off as these are rounded."""
+
+
+@torch.no_grad()
 def test_the_time_step_moves_the_scales(packed: Any) -> None:
-    session = open_session(packed.export / "denoiser.onnx", threads=1)
-    unet = load_pipeline(packed.source).unet
-    generator = torch.Generator().manual_seed(3)
+    """As far from torch as codes at edges explain, and farther from what torch gives where the clock stands still."""
+    session = ONNXRUNTIME.open(packed.export / "denoiser.onnx", threads=1)
+    unet, stuck = load_pipeline(packed.source).unet, load_pipeline(packed.source).unet
+    for layer in packed_layers(stuck):
+        layer.activation_scale[:] = layer.activation_scale[0].clone()
+    denoiser, generator = PromptDenoiser(unet), torch.Generator().manual_seed(3)
     sample, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 16, generator=generator)
-    for now in (999.0, 750.0, 500.0, 20.0):
-        timestep = torch.tensor([now])
-        with torch.no_grad():
-            expected = unet(sample, timestep, states).sample.numpy()
-        inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": states}
-        found = run_session(session, {name: value.numpy() for name, value in inputs.items()})
-        assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 1 / 128
+    for now in (750.0, 500.0, 20.0):
+        inputs = (sample, torch.tensor([now]), states)
+        names = ("sample", "timestep", "encoder_hidden_states")
+        arrays = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+        found, expected = torch.from_numpy(session.run(arrays)["output"]), denoiser(*inputs)
+        with at_edges(denoiser, ANGLES):
+            tolerance = model_rounding(denoiser, 999) + 2 * relative(denoiser(*inputs), expected)
+        assert relative(found, expected) < tolerance < relative(PromptDenoiser(stuck)(*inputs), expected)
 
 
 def test_image_follows_torch_and_verifies(packed: Any) -> None:
-    verify_export(packed.export)
-    torch_pipeline = load_pipeline(packed.source)
+    verify_export(packed.export, ONNXRUNTIME)
+    torch_pipeline, test = load_pipeline(packed.source), packed.manifest.self_test
     expected = torch_pipeline(
         "blue square",
-        num_inference_steps=packed.manifest.steps,
+        num_inference_steps=test.steps,
         guidance_scale=packed.manifest.guidance_scale,
         generator=torch.Generator().manual_seed(5),
         output_type="np",
     ).images[0]
-    found = OnnxPipeline(packed.export, threads=1).generate("blue square", seed=5)
-    assert np.sqrt(np.mean((found - expected) ** 2)) < 0.02
+    found = PortablePipeline(packed.export, ONNXRUNTIME, threads=1).generate("blue square", seed=5, steps=test.steps)
+    # Derived for as many steps of another image.
+    assert np.sqrt(np.mean((found - expected) ** 2)) < test.tolerance
+
+
+def test_the_manifest_says_which_form_was_written_and_why(packed: Any) -> None:
+    manifest = read_export(packed.export)
+    assert (manifest.schema_version, manifest.form) == (2, "uint8 x uint8")
+    assert "x86 without VNNI" in manifest.form_reason
+    assert manifest.worst_case in manifest.files

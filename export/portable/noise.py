@@ -8,7 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UserError
+
 Floats = NDArray[np.float32]
+SEEDS = 2**63
+"""All seeds are below."""
 BLOCK = 16
 """torch draws normal numbers in blocks of this size; smaller tensors take another path there."""
 
@@ -16,8 +20,11 @@ BLOCK = 16
 def torch_noise(shape: Sequence[int], seed: int) -> Floats:
     """What `torch.randn(shape, generator=torch.Generator().manual_seed(seed))` gives, to float32 rounding.
 
-    Raises ValueError for fewer than sixteen numbers, which torch draws in another way.
+    Raises ValueError for fewer than sixteen numbers, which torch draws in another way, and UserError for a seed that is
+    out of range.
     """
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"A seed is a whole number from 0 to 2^63 - 1, but got {seed}.")
     size = math.prod(shape)
     if size < BLOCK:
         raise ValueError(f"noise of shape {tuple(shape)} has {size} numbers, at least {BLOCK} are needed")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffpress.export.onnx.noise import torch_noise
+from diffpress.export.errors import UserError
+from diffpress.export.portable.noise import torch_noise
 
 
-@pytest.mark.parametrize("seed", [0, 1, 12345, 2**32 + 7, 2**63])
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**32 + 7, 2**63 - 1])
 @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (16,), (17,), (31,), (1, 3, 5, 7), (1, 1, 28, 28)])
 def test_equals_torch(shape: tuple[int, ...], seed: int) -> None:
     expected = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
@@ -20,3 +21,9 @@ def test_equals_torch(shape: tuple[int, ...], seed: int) -> None:
 def test_few_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 16"):
         torch_noise((1, 3, 2, 2), 0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 + 3])
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(UserError, match="from 0 to"):
+        torch_noise((16,), seed)

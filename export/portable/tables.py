@@ -42,7 +42,7 @@ def build_table(scheduler: Any, steps: int, scales_input: bool = True) -> Schedu
         table = table_of(scheduler)
     except (ValueError, NotImplementedError) as error:
         raise UnsupportedModelError(
-            f"{type(scheduler).__name__} cannot make {steps} steps: {error} Choose another number of --steps."
+            f"{type(scheduler).__name__} cannot make {steps} steps: {error} Take other `sampling.steps`."
         ) from error
     if not scales_input:
         _check_unscaled(scheduler, table)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..engines.engine import Array, Session
 from ..errors import ArtifactError, UserError
+from ..extras import import_extra
 from .manifest import ExportManifest, Labels, Tokens
-from .sessions import Array, open_session, run_session
 
 
 class Conditioner(Protocol):
@@ -27,21 +27,21 @@ class Conditioner(Protocol):
 class PromptConditioner:
     """CLIP's way: tokens cut and padded to a fixed length, then the text encoder."""
 
-    def __init__(self, folder: Path, tokens: Tokens, encoder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, tokens: Tokens, encoder: Session) -> None:
         self.tokenizer = _open_tokenizer(folder / tokens.file)
         self.tokenizer.enable_truncation(tokens.length)
         pad = self.tokenizer.token_to_id(tokens.pad_token)
         if pad is None:
             raise ArtifactError(f"{folder}: {tokens.file} does not know the token {tokens.pad_token!r}. Export again.")
         self.tokenizer.enable_padding(length=tokens.length, pad_id=pad, pad_token=tokens.pad_token)
-        self.encoder = open_session(encoder, threads)
+        self.encoder = encoder
 
     def tokenize(self, texts: Sequence[str]) -> Array:
         """Token ids [B, T] of prompts."""
         return np.array([encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))], np.int64)
 
     def encode(self, texts: Sequence[str]) -> dict[str, Array]:
-        return {"encoder_hidden_states": run_session(self.encoder, {"input_ids": self.tokenize(texts)})}
+        return self.encoder.run({"input_ids": self.tokenize(texts)})
 
     def encode_null(self, count: int) -> dict[str, Array]:
         return {name: np.repeat(value, count, axis=0) for name, value in self.encode([""]).items()}
@@ -80,19 +80,15 @@ class NoConditioner:
         return {}
 
 
-def conditioner_of(folder: Path, manifest: ExportManifest, threads: int) -> Conditioner:
-    """The conditioner that an export folder calls for."""
+def conditioner_of(folder: Path, manifest: ExportManifest, open_graph: Callable[[str], Session]) -> Conditioner:
+    """The conditioner that an export folder calls for; `open_graph` opens one of its components by name."""
     if manifest.tokens is not None:
-        encoder = folder / manifest.components["text_encoder"].file
-        return PromptConditioner(folder, manifest.tokens, encoder, threads)
+        return PromptConditioner(folder, manifest.tokens, open_graph("text_encoder"))
     return NoConditioner() if manifest.labels is None else LabelConditioner(manifest.labels)
 
 
 def _open_tokenizer(file: Path) -> Any:
-    try:
-        tokenizers = importlib.import_module("tokenizers")
-    except ImportError as error:
-        raise UserError("Prompts need the tokenizers package: pip install 'diffpress[onnx]'.") from error
+    tokenizers = import_extra("tokenizers")
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception

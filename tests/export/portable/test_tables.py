@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from diffpress.export.errors import UnsupportedModelError
-from diffpress.export.onnx.sampler import sample_by_table
-from diffpress.export.onnx.tables import build_table, build_tables
+from diffpress.export.portable.sampler import sample_by_table
+from diffpress.export.portable.tables import build_table, build_tables
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LINEAR = {
@@ -77,7 +77,7 @@ def test_what_is_not_linear_is_refused(scheduler: Any, words: str) -> None:
 def test_too_many_steps_are_refused_and_others_left_out() -> None:
     scheduler = diffusers.DDIMScheduler(num_train_timesteps=20, clip_sample=False)
     assert sorted(build_tables(scheduler, 5, (10, 50), scales_input=False)) == [5, 10]
-    with pytest.raises(UnsupportedModelError, match="--steps"):
+    with pytest.raises(UnsupportedModelError, match=r"sampling\.steps"):
         build_table(scheduler, 50)
 
 

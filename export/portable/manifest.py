@@ -9,11 +9,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..digests import digest
+from ..engines.engine import Form
 from ..errors import ArtifactError
 from ..manifest import File, damage, inside
 
 EXPORT = "export.json"
-SCHEMA = 1
+SCHEMA = 2
+"""2 says in which form products of codes are written and why, and has a graph that tries an engine; all of 1 is as it was."""
 
 
 class _Data(BaseModel):
@@ -98,6 +100,11 @@ class ExportManifest(_Data):
     opset: int
     format: Literal["float32", "int8"]
     """`int8` where any graph multiplies integers."""
+    form: Form = "uint8 x int8"
+    """How the two sides of products of codes are written, where there are some."""
+    form_reason: str = "written by schema 1, which knew no other"
+    worst_case: str | None = None
+    """The graph that shows whether an engine computes this form exactly; its weights lie beside it."""
     largest_error: float
     """Of all graphs' outputs against torch's, absolute."""
     versions: dict[str, str]
@@ -150,7 +157,8 @@ def read_export(folder: Path) -> ExportManifest:
 
 
 def _check_names(folder: Path, manifest: ExportManifest) -> None:
-    named = {manifest.self_test.image, *([manifest.tokens.file] if manifest.tokens else [])}
+    tokens = None if manifest.tokens is None else manifest.tokens.file
+    named = {name for name in (manifest.self_test.image, manifest.worst_case, tokens) if name is not None}
     for graph in manifest.components.values():
         named |= {graph.file, graph.data}
     for name in sorted(named | manifest.files.keys()):

@@ -6,18 +6,22 @@ from pathlib import Path
 
 import numpy as np
 
+from ..engines.engine import Engine
+from ..engines.worst_case import require_exact
 from ..errors import ArtifactError
 from .manifest import ExportManifest
-from .run import OnnxPipeline
+from .pipeline import PortablePipeline
 
 
-def verify_export(path: Path, threads: int = 0) -> ExportManifest:
-    """Check every digest, load every graph and run the self test; returns the manifest.
+def verify_export(path: Path, engine: Engine, threads: int = 0) -> ExportManifest:
+    """Check every digest, the engine's sums on this machine, every graph and the self test; returns the manifest.
 
     Raises ArtifactError at the first thing that is not as it was exported.
     """
-    pipeline = OnnxPipeline(path, threads)
+    pipeline = PortablePipeline(path, engine, threads)
     test = pipeline.manifest.self_test
+    if pipeline.manifest.worst_case is not None:
+        require_exact(engine, path / pipeline.manifest.worst_case)
     error = self_test_error(pipeline, path)
     # Written so that NaN fails too.
     if not error <= test.tolerance:
@@ -28,7 +32,7 @@ def verify_export(path: Path, threads: int = 0) -> ExportManifest:
     return pipeline.manifest
 
 
-def self_test_error(pipeline: OnnxPipeline, path: Path) -> float:
+def self_test_error(pipeline: PortablePipeline, path: Path) -> float:
     """Root mean square difference between the self test's image and what this machine makes of it."""
     test = pipeline.manifest.self_test
     try:

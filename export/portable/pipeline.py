@@ -1,4 +1,4 @@
-"""Run an export folder with numpy, onnxruntime and tokenizers alone."""
+"""Run an export folder with numpy, tokenizers and an engine alone."""
 
 from __future__ import annotations
 
@@ -8,28 +8,32 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engines.engine import Array, Engine, Session
 from ..errors import UserError
 from .conditions import conditioner_of
 from .manifest import ExportManifest, SchedulerTable, check_files, read_export
 from .noise import torch_noise
 from .sampler import sample_by_table
-from .sessions import Array, open_session, run_session
 
 Floats = NDArray[np.float32]
 
 
-class OnnxPipeline:
+class PortablePipeline:
     """A pipeline made of the graphs and tables of one export folder."""
 
-    def __init__(self, path: str | Path, threads: int = 0) -> None:
-        """Open the folder once every digest has matched; 0 threads leaves the number to onnxruntime."""
+    def __init__(self, path: str | Path, engine: Engine, threads: int = 0) -> None:
+        """Open the folder once every digest has matched; 0 threads leaves the number to the engine."""
         folder = Path(path)
         self.manifest: ExportManifest = read_export(folder)
         check_files(folder, self.manifest)
-        self._conditioner = conditioner_of(folder, self.manifest, threads)
-        self._denoiser = open_session(folder / self.manifest.components["denoiser"].file, threads)
-        decoder = self.manifest.components.get("decoder")
-        self._decoder = None if decoder is None else open_session(folder / decoder.file, threads)
+        components = self.manifest.components
+
+        def open_graph(name: str) -> Session:
+            return engine.open(folder / components[name].file, threads)
+
+        self._conditioner = conditioner_of(folder, self.manifest, open_graph)
+        self._denoiser = open_graph("denoiser")
+        self._decoder = open_graph("decoder") if "decoder" in components else None
 
     def generate(
         self, condition: str = "", seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
@@ -50,8 +54,6 @@ class OnnxPipeline:
         """Images [B, H, W, C] in 0..1, one for each condition and seed (see `generate`)."""
         if len(conditions) != len(seeds) or not seeds:
             raise UserError(f"Give as many seeds as conditions, and at least one: {len(conditions)} and {len(seeds)}.")
-        if any(not 0 <= seed < 2**63 for seed in seeds):
-            raise UserError(f"Seeds are numbers from 0 to 2^63 - 1, not {max(seeds, key=abs)}.")
         table, guidance = self._table(steps), self._guidance(guidance_scale)
         inputs = self._conditioner.encode(conditions)
         if guidance > 1:
@@ -61,7 +63,7 @@ class OnnxPipeline:
         def denoise(sample: Floats, timestep: float) -> Floats:
             now = np.array([timestep], np.float32)
             doubled = np.concatenate([sample, sample]) if guidance > 1 else sample
-            output = run_session(self._denoiser, {"sample": doubled, "timestep": now, **inputs})
+            output = _only(self._denoiser.run({"sample": doubled, "timestep": now, **inputs}))
             return self._guide(output, guidance) if guidance > 1 else output
 
         return self._decode(sample_by_table(noise, table, denoise))
@@ -72,7 +74,8 @@ class OnnxPipeline:
         if wanted not in known:
             have = ", ".join(str(count) for count in sorted(known))
             raise UserError(
-                f"This export has no schedule of {wanted} steps. Use one of {have}, or export with --steps."
+                f"This export has no schedule of {wanted} steps. Use one of {have}; another number needs an export of a "
+                "pipeline that was compressed for it (`sampling.steps` in the recipe)."
             )
         return known[wanted]
 
@@ -95,5 +98,11 @@ class OnnxPipeline:
 
     def _decode(self, sample: Floats) -> Floats:
         if self._decoder is not None:
-            sample = run_session(self._decoder, {"latents": sample / np.float32(self.manifest.scaling_factor)})
+            sample = _only(self._decoder.run({"latents": sample / np.float32(self.manifest.scaling_factor)}))
         return np.ascontiguousarray((sample / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1))
+
+
+def _only(outputs: dict[str, Array]) -> Floats:
+    """The output of a graph that has one."""
+    (value,) = outputs.values()
+    return value.astype(np.float32, copy=False)

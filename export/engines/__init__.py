@@ -1,0 +1,4 @@
+"""What runs the graphs of an export: one file an engine, each held to the same protocol.
+
+Nothing is imported here, so that naming an engine costs nothing.
+"""

@@ -1,0 +1,19 @@
+"""What is done to a graph between tracing and writing it: one file a pass."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ...engines.engine import Form
+from .center_weights import CenterWeights
+from .lay_weights_out import LayWeightsOut
+from .narrow_weights import NarrowWeights
+from .widen_weights import widen_weights_
+
+__all__ = ["CenterWeights", "LayWeightsOut", "NarrowWeights", "passes_for", "widen_weights_"]
+
+
+def passes_for(form: Form) -> list[ir.passes.InPlacePass]:
+    """The passes that bring a traced graph into a form, in their order."""
+    centered = [CenterWeights()] if form == "uint8 x uint8" else []
+    return [LayWeightsOut(), *centered, NarrowWeights()]

@@ -1,0 +1,127 @@
+"""A module to a graph in memory."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from .clocks import clocks_kept
+from .part import Input, Part
+from .pieces import Piece, answering
+from .translate import translations
+
+OPSET = 21
+TRACED_BATCH = 2
+"""A dynamic axis cannot be traced at size 1."""
+
+
+class Place(NamedTuple):
+    """Where a piece lies in its graph: names of values."""
+
+    piece: str
+    inputs: tuple[str, ...]
+    output: str
+
+
+class Traced(NamedTuple):
+    """A graph whose first output is the module's; the others, by name, are what its pieces are given and give."""
+
+    model: ir.Model
+    places: list[Place]
+
+
+class _Watched(nn.Module):
+    """A module that gives, behind its own output, the inputs and outputs of all its pieces."""
+
+    def __init__(self, module: nn.Module, output: str) -> None:
+        super().__init__()
+        self.module, self.output = module, output
+        self.names: dict[int, str] = {}
+        self.places: list[Place] = []
+
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        self.names, self.places, seen = {}, [], []
+
+        def named(value: Tensor, name: str) -> str:
+            # Layers may share an input, but no two outputs of a graph may be one value.
+            if id(value) not in self.names:
+                self.names[id(value)] = name
+                seen.append(value)
+            return self.names[id(value)]
+
+        def watch(piece: Piece, inputs: tuple[Tensor, ...]) -> Tensor:
+            names = tuple(named(value, f"{piece.name}:input{place}") for place, value in enumerate(inputs))
+            output = piece.compute(*inputs)
+            self.places.append(Place(piece.name, names, named(output, f"{piece.name}:output")))
+            return output
+
+        with answering(self.module, watch):
+            output = self.module(*arguments)
+        return output, *self._others(output, seen)
+
+    def _others(self, output: Tensor, seen: list[Tensor]) -> list[Tensor]:
+        """All that pieces give and are given but the module's own output, which a last piece may give."""
+        own = self.names.pop(id(output), None)
+        self.places = [
+            Place(place.piece, place.inputs, self.output) if place.output == own else place for place in self.places
+        ]
+        return [value for value in seen if value is not output]
+
+
+def trace(part: Part) -> Traced:
+    """The graph of a part, its batch left open. Raises UnsupportedModelError where torch cannot trace it."""
+    watched = _Watched(part.module, part.output)
+    with clocks_kept(part.module), _quiet():
+        example = tuple(part.example(TRACED_BATCH, torch.Generator().manual_seed(0)).values())
+        with torch.no_grad():
+            watched(*example)
+        outputs = [part.output, *watched.names.values()]
+        model = _onnx(part.name, watched, part.inputs, example, outputs)
+    return Traced(model, watched.places)
+
+
+def _onnx(
+    name: str, module: nn.Module, inputs: Sequence[Input], example: tuple[Tensor, ...], outputs: Sequence[str]
+) -> ir.Model:
+    batch = torch.export.Dim("batch")
+    # `forward` takes its inputs in one tuple.
+    dynamic = (tuple(None if item.choices else {0: batch} for item in inputs),)
+    try:
+        program = torch.onnx.export(
+            module,
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=dynamic,
+            input_names=[item.name for item in inputs],
+            output_names=outputs,
+            custom_translation_table=translations(),
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"{name} cannot be exported to ONNX: torch says {reason!r}.") from error
+    assert program is not None
+    return program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Tracing warns about packages and about its own future, neither of which a user can do anything about."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

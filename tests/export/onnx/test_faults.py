@@ -1,0 +1,125 @@
+"""What the check of a graph refuses: every fault on a whole denoiser, in the file as it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from diffusers import DiTPipeline
+from torch import nn
+
+from diffpress.export.edits import QuantizeAttention
+from diffpress.export.engines.onnxruntime import ONNXRUNTIME
+from diffpress.export.errors import ArtifactError
+from diffpress.export.onnx.check import check_graph
+from diffpress.export.onnx.part import Input, Part
+from diffpress.export.onnx.trace import Place
+from diffpress.export.onnx.wrappers import LabelDenoiser
+from diffpress.export.onnx.write import write_graph
+
+TIMESTEPS = [999.0, 500.0, 1.0]
+ATTENTION = [f"transformer_blocks.{block}.attn1" for block in (0, 1)]
+LAYER = "transformer_blocks.1.ff.net.2"
+
+
+class Written(NamedTuple):
+    part: Part
+    graph: Path
+    places: list[Place]
+
+
+@pytest.fixture(scope="module")
+def written(tiny_class: Path, pack_all: Any, edited: Any, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """A whole denoiser at W8A8 with zero points, all of its attention on integers."""
+    model = DiTPipeline.from_pretrained(tiny_class, local_files_only=True).transformer.eval()
+    edits, tensors = pack_all(model, "transformer", 8, 8, len(TIMESTEPS))
+    packs: list[Any] = [edit.model_copy(update={"asymmetric": True}) for edit in edits]
+    for place, edit in enumerate(packs):
+        # Tables that are alike become one in a graph.
+        tensors[f"{edit.module}.activation_scale"] *= 1 + place / 1000
+        tensors[f"{edit.module}.zero_point"] = torch.tensor([3.0, place, -2.0])
+    packs += [
+        QuantizeAttention(component="transformer", module=name, integer_values=values)
+        for name, values in zip(ATTENTION, (True, False), strict=True)
+    ]
+    module: nn.Module = LabelDenoiser(edited(model, (packs, tensors), TIMESTEPS)).eval()
+    label = Input("class_labels", (), below=1000)
+    inputs = (Input("sample", (4, 8, 8)), Input("timestep", (1,), choices=tuple(TIMESTEPS)), label)
+    part, folder = Part("denoiser", module, inputs, "output"), tmp_path_factory.mktemp("faults")
+    return Written(part, folder / "denoiser.onnx", write_graph(part, folder, ONNXRUNTIME.form))
+
+
+def changed(name: str, factor: float = 1, by: float = 0) -> Callable[[ir.Model], None]:
+    """A stored tensor is another."""
+
+    def change(model: ir.Model) -> None:
+        stored = model.graph.initializers[name]
+        stored.const_value = ir.tensor(stored.const_value.numpy() * np.float32(factor) + np.float32(by), name=name)
+
+    return change
+
+
+def saturated(place: int) -> Callable[[ir.Model], None]:
+    """One product clamps its sums, as one does that adds in too few bits."""
+
+    def change(model: ir.Model) -> None:
+        node = [node for node in model.graph if node.op_type == "MatMulInteger"][place]
+        bounds = [constant(model, f"bound{value}", value) for value in (-(2**11), 2**11)]
+        clip = ir.node("Clip", [node.outputs[0], *bounds])
+        clip.outputs[0].name = "clamped"
+        node.outputs[0].replace_all_uses_with(clip.outputs[0])
+        clip.replace_input_with(0, node.outputs[0])
+        model.graph.insert_after(node, clip)
+
+    return change
+
+
+def constant(model: ir.Model, name: str, value: int) -> ir.Value:
+    tensor = ir.tensor(np.array(value, np.int32), name=name)
+    made = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(made)
+    return made
+
+
+MODULE = f"module.model.{LAYER}"
+FAULTS = {
+    "a weight scale off by 1 %": changed(f"{MODULE}.weight_scale", 1.01),
+    "an activation scale off by 1 %": changed(f"{MODULE}.activation_scale", 1.01),
+    "a zero point off by one": changed(f"{MODULE}.zero_point", by=1),
+    "a saturated sum of a layer": saturated(0),
+    "a saturated sum of scores": saturated(-3),
+    "a bias off by 1 %": changed(f"{MODULE}.bias", 1.01),
+    "a float off by 1 %": changed("module.model.pos_embed.pos_embed", 1.01),
+}
+
+
+def copied(written: Written, folder: Path, change: Callable[[ir.Model], None]) -> Path:
+    model = ir.load(written.graph)
+    change(model)
+    ir.save(model, folder / "denoiser.onnx", external_data="denoiser.onnx.data")
+    return folder / "denoiser.onnx"
+
+
+def test_what_was_written_right_is_accepted(written: Written) -> None:
+    agreement = check_graph(written.part, written.graph, written.places, ONNXRUNTIME)
+    assert agreement.relative_error <= agreement.tolerance
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_refused(written: Written, tmp_path: Path, fault: str) -> None:
+    graph = copied(written, tmp_path, FAULTS[fault])
+    with pytest.raises(
+        ArtifactError, match=r"differs from torch by .* where rounding explains|relative root mean square"
+    ):
+        check_graph(written.part, graph, written.places, ONNXRUNTIME)
+
+
+def test_the_refusal_names_the_piece(written: Written, tmp_path: Path) -> None:
+    graph = copied(written, tmp_path, FAULTS["a zero point off by one"])
+    with pytest.raises(ArtifactError, match=f"{LAYER} differs"):
+        check_graph(written.part, graph, written.places, ONNXRUNTIME)
