@@ -121,7 +121,10 @@ def test_other_prompts_in_the_same_file_are_another_request(tiny_text, quick_rec
     assert fingerprints[0] != fingerprints[1]
 
 
-@pytest.mark.parametrize("stage", ["record", "quantize", "measure", "save"])
+STAGES = ["quantize", *(pytest.param(stage, marks=pytest.mark.long) for stage in ("record", "measure", "save"))]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_interrupted_run_continues_to_the_same_bytes(compressed, tiny_text, quick_recipe, digests, tmp_path, stage):
     class Killed(BaseException):
         pass
@@ -140,7 +143,7 @@ def test_interrupted_run_continues_to_the_same_bytes(compressed, tiny_text, quic
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
-def test_continued_run_keeps_what_was_recorded(tiny_text, quick_recipe, tmp_path):
+def test_continued_run_keeps_what_was_recorded(tiny_pixels, quick_recipe, tmp_path):
     class Killed(BaseException):
         pass
 
@@ -148,7 +151,7 @@ def test_continued_run_keeps_what_was_recorded(tiny_text, quick_recipe, tmp_path
         if (name, done) == ("record", 1):
             raise Killed
 
-    source, recipe = PipelineFolder(tiny_text, "tiny"), load_recipe(quick_recipe)
+    source, recipe = PipelineFolder(tiny_pixels, "tiny"), load_recipe(quick_recipe)
     with pytest.raises(Killed):
         compress(source, recipe, tmp_path / "artifact", notify=kill)
     shard = next(tmp_path.rglob("shard-00000.safetensors"))

@@ -102,7 +102,7 @@ def test_text_encoders_of_a_pipeline_without_any(tiny_pixels: Path, tmp_path: Pa
     assert {edit.component for edit in artifact.manifest.edits} == {"unet"}
 
 
-@pytest.mark.parametrize("weights", [2, 3])
+@pytest.mark.parametrize("weights", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_few_bits_go_the_whole_way(weights: int, tiny_class: Path, tmp_path: Path):
     out = tmp_path / "artifact"
     compress(PipelineFolder(tiny_class, "tiny"), recipe_of(method="ptq", weights=weights, activations=6), out)
@@ -117,7 +117,13 @@ def test_float8_goes_the_whole_way(tiny_class: Path, tmp_path: Path):
     assert artifact.manifest.metrics["psnr_db"] > 30
 
 
-@pytest.mark.parametrize("method", [{"method": "ptq"}, {**LEARN, "iterations": 4}], ids=["ptq", "qalora"])
+METHODS = [
+    pytest.param({"method": "ptq"}, id="ptq"),
+    pytest.param({**LEARN, "iterations": 4}, id="qalora", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_attention_goes_the_whole_way(method: dict, diffpress, tiny_class: Path, tmp_path: Path):
     """Into edits, plan, report and what is printed; images are those that were measured."""
     out, source = tmp_path / "out", PipelineFolder(tiny_class, "tiny")
