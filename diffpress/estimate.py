@@ -16,7 +16,7 @@ from diffpress.compress.stage import Cost, Running
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
 
-from .precision import working_dtype
+from .precision import recipe_dtype
 from .recipe import Recipe
 from .stages import Stage, component_forms, recorded_conditions, sampling_of, stages_of
 
@@ -39,7 +39,7 @@ def disk_bytes(source: PipelineFolder, recipe: Recipe, running: Running, costs: 
 def estimate(source: PipelineFolder, recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
     """Seconds, disk and memory of a `compress`, from one timed run in few steps; nothing is written."""
     forms = component_forms(source, recipe)
-    dtype = working_dtype(source, device)
+    dtype = recipe_dtype(source, recipe, device)
     pipeline = open_pipeline(source, dtype).to(device)
     stages = stages_of(source, pipeline, recipe, forms)
     running, batch = running_of(pipeline, recipe), recipe.record.batch

@@ -31,7 +31,7 @@ from .gates import check_gates
 from .measuring import measure
 from .models import resolve
 from .pairs import Pairs, paired_conditions, sizes
-from .precision import settle_dtype, working_dtype
+from .precision import recipe_dtype, settle_dtype
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import write_report
 from .stages import component_forms, recorded_conditions, run_stages, sampling_of, stages_of
@@ -134,7 +134,7 @@ def _make(
     fresh: bool,
     notify: Report,
 ) -> Artifact:
-    dtype = working_dtype(source, device)
+    dtype = recipe_dtype(source, recipe, device)
     original = load_pipeline(source, dtype).to(device)
     running = running_of(original, recipe)
     costs = costs_of(stages_of(source, original, recipe, forms), running)

@@ -9,7 +9,10 @@ import psutil
 import torch
 from safetensors import safe_open
 
+from diffpress.compress.options import Qalora
 from diffpress.export.folder import PipelineFolder
+
+from .recipe import Recipe
 
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 """What a file calls the floats that a model may be loaded in."""
@@ -33,6 +36,12 @@ def working_dtype(folder: PipelineFolder, device: str = "cpu") -> torch.dtype:
     if stored is torch.bfloat16 and torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(False):
         return torch.float32
     return stored
+
+
+def recipe_dtype(folder: PipelineFolder, recipe: Recipe, device: str = "cpu") -> torch.dtype:
+    """The same for a `compress`: what learns needs gradients, which vanish in float16 (its smallest number is 6e-8)."""
+    dtype = working_dtype(folder, device)
+    return torch.float32 if dtype is torch.float16 and isinstance(recipe.quantize, Qalora) else dtype
 
 
 def settle_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:

@@ -15,8 +15,8 @@ from diffpress import flow
 from diffpress.calibration.trajectory import record
 from diffpress.export.folder import PipelineFolder
 from diffpress.flow import compress
-from diffpress.precision import settle_dtype, working_dtype
-from diffpress.recipe import load_recipe
+from diffpress.precision import recipe_dtype, settle_dtype, working_dtype
+from diffpress.recipe import load_recipe, parse_recipe
 
 
 def stored_in(dtype: torch.dtype, source: Path, folder: Path) -> PipelineFolder:
@@ -48,6 +48,14 @@ def test_a_gpu_computes_in_what_is_stored(tiny_class: Path, tmp_path: Path, monk
         assert working_dtype(brain, "cuda") == (torch.bfloat16 if knows else torch.float32)
 
 
+def test_learning_never_has_gradients_in_float16(tiny_class: Path, tmp_path: Path) -> None:
+    half, brain = PipelineFolder(tiny_class, "tiny"), stored_in(torch.bfloat16, tiny_class, tmp_path / "source")
+    rounding, learning = (parse_recipe({"quantize": {"method": method}}) for method in ("ptq", "qalora"))
+    assert recipe_dtype(half, rounding, "meta") == torch.float16
+    assert recipe_dtype(half, learning, "meta") == torch.float32
+    assert recipe_dtype(brain, learning, "meta") == torch.bfloat16
+
+
 def test_work_goes_on_in_the_precision_it_began_in(tmp_path: Path) -> None:
     assert settle_dtype(tmp_path, torch.bfloat16) == torch.bfloat16
     assert settle_dtype(tmp_path, torch.float32) == torch.bfloat16
@@ -69,7 +77,7 @@ def test_compress_works_in_half_precision(
         return runs
 
     monkeypatch.setattr(flow, "record", watched)
-    monkeypatch.setattr(flow, "working_dtype", lambda *_: dtype)
+    monkeypatch.setattr(flow, "recipe_dtype", lambda *_: dtype)
     half = compress(folder, recipe, tmp_path / "half")
     assert seen == [dtype]
     # Rounding to four bits misses by more than either precision does.
