@@ -8,6 +8,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -18,6 +19,9 @@ from diffpress.export.runtime import PackedLayer
 from .conditions import Condition
 from .sampling import Sampling, denoiser_of, device_of, sample
 from .shortest import shortest
+
+SPARE = 0.9
+"""Share of the free memory that anything may count on."""
 
 
 def macs_per_image(pipeline: Any, condition: Condition, sampling: Sampling) -> int:
@@ -99,9 +103,16 @@ def weight_bytes(pipeline: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def free_bytes(pipeline: Any) -> int:
+    """Memory of the pipeline's device that is free, or is taken by the pipeline itself."""
+    device = device_of(denoiser_of(pipeline))
+    if device.type == "cuda":
+        return weight_bytes(pipeline) + torch.cuda.mem_get_info(device)[0]
+    return weight_bytes(pipeline) + psutil.virtual_memory().available
+
+
 def parameter_count(model: nn.Module) -> int:
     """Numbers the model computes with, however many bits each is stored in."""
     packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
-    biases = [layer.bias.numel() for layer in packed if layer.bias is not None]
     weights = [len(layer.weight) * layer.columns for layer in packed]
-    return sum(parameter.numel() for parameter in model.parameters()) + sum(weights) + sum(biases)
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from diffpress.export.manifest import read_manifest
 from diffpress.export.publishing import check_output_file, replacing
 
 from .defaults import check_sampling, default_sampling
+from .measuring import measure
 from .models import resolve
-from .pairs import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
+from .pairs import Pairs, paired_conditions, sizes
+from .precision import working_dtype
 from .report import write_report
 
 
@@ -39,11 +42,10 @@ def compare(
 ) -> tuple[dict[str, Any], dict[str, Any], Pairs]:
     """Metrics that depend on seeds alone, what an image costs, and the pairs behind them."""
     check_comparable(reference, candidate)
-    first, second = open_pipeline(reference), open_pipeline(candidate)
-    wanted = paired_conditions(first, count, seed)
-    pairs = compare_pairs(first, second, wanted, sampling, progress)
-    metrics = {**pairs.metrics(), **sizes(reference, candidate)}
-    return metrics, measure_cost(first, second, wanted[0], sampling), pairs
+    dtype = working_dtype(reference)
+    first, second = (partial(open_pipeline, folder, dtype) for folder in (reference, candidate))
+    pairs, cost = measure(first, second, lambda pipeline: paired_conditions(pipeline, count, seed), sampling, progress)
+    return {**pairs.metrics(), **sizes(reference, candidate)}, cost, pairs
 
 
 def compare_by_name(

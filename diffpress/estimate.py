@@ -16,6 +16,7 @@ from diffpress.compress.stage import Cost, Running
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.folder import PipelineFolder
 
+from .precision import recipe_dtype
 from .recipe import Recipe
 from .stages import Stage, component_forms, recorded_conditions, sampling_of, stages_of
 
@@ -38,7 +39,8 @@ def disk_bytes(source: PipelineFolder, recipe: Recipe, running: Running, costs: 
 def estimate(source: PipelineFolder, recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
     """Seconds, disk and memory of a `compress`, from one timed run in few steps; nothing is written."""
     forms = component_forms(source, recipe)
-    pipeline = open_pipeline(source).to(device)
+    dtype = recipe_dtype(source, recipe, device)
+    pipeline = open_pipeline(source, dtype).to(device)
     stages = stages_of(source, pipeline, recipe, forms)
     running, batch = running_of(pipeline, recipe), recipe.record.batch
     costs = costs_of(stages, running)
@@ -46,6 +48,7 @@ def estimate(source: PipelineFolder, recipe: Recipe, device: str = "cpu") -> dic
     wanted = recorded_conditions(pipeline, recipe)[:batch]
     return {
         "steps": running.steps,
+        "dtype": str(dtype).removeprefix("torch."),
         "seconds": {
             "record": run_seconds * running.recorded_batches,
             **{name: seconds for cost in costs for name, seconds in cost.seconds.items()},

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.compress.changes import Changes
 from diffpress.compress.plan import plan_rows
@@ -26,8 +28,10 @@ from .defaults import check_recipe_fits
 from .estimate import costs_of, disk_bytes, needed_bytes, running_of
 from .exporting import export_to_onnx
 from .gates import check_gates
+from .measuring import measure
 from .models import resolve
-from .pairs import Pairs, compare_pairs, measure_cost, paired_conditions, sizes
+from .pairs import Pairs, paired_conditions, sizes
+from .precision import recipe_dtype, settle_dtype
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import write_report
 from .stages import component_forms, recorded_conditions, run_stages, sampling_of, stages_of
@@ -130,16 +134,21 @@ def _make(
     fresh: bool,
     notify: Report,
 ) -> Artifact:
-    original = load_pipeline(source).to(device)
+    dtype = recipe_dtype(source, recipe, device)
+    original = load_pipeline(source, dtype).to(device)
     running = running_of(original, recipe)
     costs = costs_of(stages_of(source, original, recipe, forms), running)
     check_space(out, disk_bytes(source, recipe, running, costs))
     with work_folder(out, request, fresh) as work:
+        if (settled := settle_dtype(work.folder, dtype)) != dtype:
+            dtype, original = settled, load_pipeline(source, settled).to(device)
         trajectories = _record(original, recipe, work, notify)
         stages = stages_of(source, original, recipe, forms, work.recorded)
         changes = run_stages(stages, work, notify)
         manifest = _stage(source, recipe, request, forms, changes, trajectories.timesteps, work)
-        pairs, cost = _measure(original, source, work, recipe, device, notify)
+        # Measuring loads as many pipelines as fit.
+        del original, stages
+        pairs, cost = _measure(source, work, recipe, dtype, device, notify)
         manifest.metrics = {**pairs.metrics(), **sizes(source, PipelineFolder(work.staged, str(out)))}
         missed = check_gates(recipe.gates, manifest.metrics, cost)
         manifest.metrics["gates_missed"] = missed
@@ -228,11 +237,15 @@ def _settled(recipe: Recipe, changes: Mapping[str, Changes]) -> dict[str, Any]:
 
 
 def _measure(
-    teacher: Any, source: PipelineFolder, work: Work, recipe: Recipe, device: str, notify: Report
+    source: PipelineFolder, work: Work, recipe: Recipe, dtype: torch.dtype, device: str, notify: Report
 ) -> tuple[Pairs, dict[str, Any]]:
     """Compare the staged artifact, loaded from disk as a user will, with the original."""
-    candidate = load_pipeline(PipelineFolder(work.staged, source.name)).to(device)
-    wanted = paired_conditions(teacher, MEASURED, recipe.seed)
-    sampling = sampling_of(recipe)
-    pairs = compare_pairs(teacher, candidate, wanted, sampling, lambda done, total: notify("measure", done, total))
-    return pairs, measure_cost(teacher, candidate, wanted[0], sampling)
+    folders = (source, PipelineFolder(work.staged, source.name))
+    original, candidate = (lambda folder=folder: load_pipeline(folder, dtype).to(device) for folder in folders)
+    return measure(
+        original,
+        candidate,
+        lambda pipeline: paired_conditions(pipeline, MEASURED, recipe.seed),
+        sampling_of(recipe),
+        lambda done, total: notify("measure", done, total),
+    )

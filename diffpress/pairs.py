@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffpress.calibration.conditions import Condition, conditions
-from diffpress.calibration.cost import latencies_ms, macs_per_image, median_ratio, parameter_count, peak_memory_bytes
 from diffpress.calibration.metrics import psnr_db, ssim
-from diffpress.calibration.sampling import Call, Sampling, denoiser_of, sample, watch
+from diffpress.calibration.sampling import Call, Sample, Sampling, sample, watch
 from diffpress.calibration.trajectory import Progress
 from diffpress.export.folder import PipelineFolder
 
 BATCH = 8
-REPEATS = 5
 COSTS = ("parameters", "macs_per_image", "latency_ms", "peak_memory_bytes")
 """What `measure_cost` measures."""
 
@@ -53,66 +51,65 @@ def paired_conditions(pipeline: Any, count: int, seed: int) -> list[Condition]:
     return conditions(pipeline, "builtin", count, seed, "compare")
 
 
-def compare_pairs(
-    reference: Any, candidate: Any, wanted: Sequence[Condition], sampling: Sampling, progress: Progress | None = None
-) -> Pairs:
-    """Sample both pipelines under `wanted`."""
+class Side(NamedTuple):
+    """What one pipeline made of N conditions."""
+
+    images: Tensor
+    """[N, C, H, W] in 0..1"""
+    latents: Tensor
+    outputs: list[list[Tensor]]
+    """Of the denoiser in float32, for every batch and step."""
+
+
+def sample_side(
+    pipeline: Any, wanted: Sequence[Condition], sampling: Sampling, progress: Progress | None = None
+) -> Side:
+    """Sample one of two pipelines under `wanted`; what it made is kept in main memory."""
     groups = [list(wanted[start : start + BATCH]) for start in range(0, len(wanted), BATCH)]
-    images: list[list[Tensor]] = [[], []]
-    latents: list[list[Tensor]] = [[], []]
-    errors: list[Tensor] = []
+    made, outputs = [], []
     for index, group in enumerate(groups):
-        outputs = []
-        for side, pipeline in enumerate((reference, candidate)):
-            result, calls = _watched(pipeline, group, sampling)
-            images[side].append(result.images)
-            latents[side].append(result.latents)
-            outputs.append(calls)
-        errors.append(torch.stack([(a - b).square().mean() for a, b in zip(*outputs, strict=True)]))
+        result, calls = _watched(pipeline, group, sampling)
+        made.append(result)
+        outputs.append(calls)
         if progress is not None:
             progress(index + 1, len(groups))
-    first, second = torch.cat(images[0]), torch.cat(images[1])
+    return Side(torch.cat([own.images for own in made]), torch.cat([own.latents for own in made]), outputs)
+
+
+def pairs_of(reference: Side, candidate: Side, wanted: Sequence[Condition]) -> Pairs:
+    """What both made of the same conditions."""
+    errors = torch.stack(
+        [
+            torch.stack([(a - b).square().mean() for a, b in zip(first, second, strict=True)])
+            for first, second in zip(reference.outputs, candidate.outputs, strict=True)
+        ]
+    )
     return Pairs(
         list(wanted),
-        first,
-        second,
-        psnr_db(second, first).tolist(),
-        ssim(second, first),
-        float((torch.cat(latents[0]) - torch.cat(latents[1])).square().mean()),
-        torch.stack(errors).mean(0).tolist(),
-        len(errors[0]),
+        reference.images,
+        candidate.images,
+        psnr_db(candidate.images, reference.images).tolist(),
+        ssim(candidate.images, reference.images),
+        float((reference.latents - candidate.latents).square().mean()),
+        errors.mean(0).tolist(),
+        errors.shape[1],
     )
 
 
-def _watched(pipeline: Any, group: list[Condition], sampling: Sampling) -> tuple[Any, list[Tensor]]:
-    calls: list[Tensor] = []
+def compare_pairs(reference: Any, candidate: Any, wanted: Sequence[Condition], sampling: Sampling) -> Pairs:
+    """Sample both pipelines under `wanted`."""
+    return pairs_of(sample_side(reference, wanted, sampling), sample_side(candidate, wanted, sampling), wanted)
+
+
+def _watched(pipeline: Any, group: list[Condition], sampling: Sampling) -> tuple[Sample, list[Tensor]]:
+    calls: dict[int, Tensor] = {}
 
     def receive(call: Call) -> None:
-        output = call.output.float()
-        if call.step < len(calls):
-            calls[call.step] = output
-        else:
-            calls.append(output)
+        calls[call.step] = call.output.float().cpu()
 
     with watch(pipeline, receive):
-        return sample(pipeline, group, sampling), calls
-
-
-def measure_cost(reference: Any, candidate: Any, wanted: Condition, sampling: Sampling) -> dict[str, Any]:
-    """Multiplications, time in alternation and memory of one image from each."""
-    both = {"reference": reference, "candidate": candidate}
-    times = latencies_ms([lambda p=p: sample(p, [wanted], sampling) for p in both.values()], REPEATS)
-    medians = [sorted(own)[len(own) // 2] for own in times]
-    return {
-        "parameters": {name: parameter_count(denoiser_of(p)) for name, p in both.items()},
-        "macs_per_image": {name: macs_per_image(p, wanted, sampling) for name, p in both.items()},
-        "latency_ms": {
-            "reference": medians[0],
-            "candidate": medians[1],
-            "ratio": median_ratio(times[1], times[0]),
-        },
-        "peak_memory_bytes": {name: peak_memory_bytes(p, wanted, sampling) for name, p in both.items()},
-    }
+        result = sample(pipeline, group, sampling)
+    return Sample(result.images, result.latents.cpu()), list(calls.values())
 
 
 def sizes(reference: PipelineFolder, candidate: PipelineFolder) -> dict[str, Any]:

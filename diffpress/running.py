@@ -58,10 +58,11 @@ def run_torch(folder: PipelineFolder, wanted: Wanted) -> Image:
 
     from .defaults import check_sampling, default_sampling
     from .models import pipeline_class
+    from .precision import working_dtype
 
     text = wanted.text(folder.name, kind(pipeline_class(folder)))
     check_sampling(folder, Sampling(wanted.steps, wanted.guidance))
-    pipeline = open_pipeline(folder)
+    pipeline = open_pipeline(folder, working_dtype(folder))
     check_text(pipeline, text)
     made_for = default_sampling(folder)
     guidance = made_for.guidance_scale if wanted.guidance is None else wanted.guidance

@@ -125,12 +125,12 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> diffusers.Diff
     return load_pipeline(PipelineFolder(path, str(path)), dtype)
 
 
-def open_pipeline(folder: PipelineFolder) -> diffusers.DiffusionPipeline:
+def open_pipeline(folder: PipelineFolder, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
     """The running pipeline; of an artifact only after every digest has matched, of others after every weight was read."""
     if is_artifact(folder.path):
-        return load(folder.path)
+        return load(folder.path, dtype)
     folder.check()
-    return load_pipeline(folder)
+    return load_pipeline(folder, dtype)
 
 
 def load_pipeline(folder: PipelineFolder, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import psutil
-import torch
 from torch import nn
 
-from diffpress.calibration.cost import peak_memory_bytes, weight_bytes
-from diffpress.calibration.sampling import Call, denoiser_of, device_of, sample, watch
+from diffpress.calibration.cost import SPARE, free_bytes, peak_memory_bytes, weight_bytes
+from diffpress.calibration.sampling import Call, denoiser_of, sample, watch
 from diffpress.calibration.shortest import shortest
 from diffpress.export.errors import RecipeError
 
@@ -19,9 +16,6 @@ from ..options import Order, Qalora
 from ..stage import Subject
 from .blocks import find_blocks
 from .memory import learning_needs
-
-SPARE = 0.9
-"""Share of the free memory that learning may count on."""
 
 
 def settle_order(subject: Subject, options: Qalora, folder: Path) -> Order:
@@ -61,11 +55,3 @@ def learning_bytes(subject: Subject, options: Qalora) -> dict[Order, int]:
     running = (peak_memory_bytes(pipeline, condition, sampling) - weights) * subject.batch
     needs = learning_needs(denoiser_of(pipeline), calls[0], options)
     return {order: weights + own.state + max(own.graph, running) for order, own in needs.items()}
-
-
-def free_bytes(pipeline: Any) -> int:
-    """Memory of the pipeline's device that is free, or is taken by the pipeline itself."""
-    device = device_of(denoiser_of(pipeline))
-    if device.type == "cuda":
-        return weight_bytes(pipeline) + torch.cuda.mem_get_info(device)[0]
-    return weight_bytes(pipeline) + psutil.virtual_memory().available

@@ -9,6 +9,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
+from ..runtime import PackedEmbedding
 from .config import EditsConfig
 from .empty import apply_to_empty_, exact_names
 
@@ -25,7 +26,11 @@ class EditsQuantizer(DiffusersQuantizer):
         self.exact = exact_names(self.quantization_config)
         model.config["quantization_config"] = self.quantization_config
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
+        for layer in model.modules():
+            # Diffusers builds models in float32 and casts what it fills them with, which an embedding reads no input to see.
+            if isinstance(layer, PackedEmbedding):
+                layer.dtype = model.dtype
         return model
 
     def check_if_quantized_param(

@@ -62,7 +62,8 @@ class PackedLayer(nn.Module):
         self.register_buffer("activation_scale", None if edit.activation_bits is None else torch.ones(steps))
         self.register_buffer("zero_point", torch.zeros(steps) if edit.asymmetric else None)
         self.register_buffer("smoothing", torch.ones(channels) if edit.smoothed else None)
-        self.register_buffer("bias", torch.zeros(rows) if has_bias else None)
+        # A parameter, for a pipeline asks those of its models which precision to compute in.
+        self.register_parameter("bias", nn.Parameter(torch.zeros(rows), requires_grad=False) if has_bias else None)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, {self.columns}, {self.edit.words()}"

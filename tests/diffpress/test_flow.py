@@ -191,7 +191,7 @@ def test_estimate_writes_nothing(diffpress, tiny_text, quick_recipe, digests, tm
     before, out = digests(tiny_text), tmp_path / "out"
     status, output, _ = diffpress("compress", tiny_text, "--recipe", quick_recipe, "--out", out, "--estimate", "--json")
     assert status == 0
-    assert set(json.loads(output)) == {"steps", "seconds", "disk_bytes", "memory_bytes"}
+    assert set(json.loads(output)) == {"steps", "dtype", "seconds", "disk_bytes", "memory_bytes"}
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["here", "temporary"]
     assert digests(tiny_text) == before
 

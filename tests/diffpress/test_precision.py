@@ -1,0 +1,84 @@
+"""Which precision pipelines are loaded in, and that everything works in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from diffpress import flow
+from diffpress.calibration.trajectory import record
+from diffpress.export.folder import PipelineFolder
+from diffpress.flow import compress
+from diffpress.precision import recipe_dtype, settle_dtype, working_dtype
+from diffpress.recipe import load_recipe, parse_recipe
+
+
+def stored_in(dtype: torch.dtype, source: Path, folder: Path) -> PipelineFolder:
+    DiffusionPipeline.from_pretrained(source, dtype=dtype).save_pretrained(folder)
+    return PipelineFolder(folder, "tiny")
+
+
+def free(amount: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=amount))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_cpu_computes_in_float32_where_that_fits(
+    dtype: torch.dtype, tiny_class: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stored_in(dtype, tiny_class, tmp_path / "source")
+    numbers = sum(tensor.numel() for part in ("transformer", "vae") for _, tensor in folder.tensors(part))
+    free(8 * numbers, monkeypatch)
+    assert working_dtype(folder) == torch.float32
+    free(8 * numbers - 1, monkeypatch)
+    assert working_dtype(folder) == dtype
+
+
+def test_a_gpu_computes_in_what_is_stored(tiny_class: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half, brain = PipelineFolder(tiny_class, "tiny"), stored_in(torch.bfloat16, tiny_class, tmp_path / "source")
+    for knows in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda _emulated, knows=knows: knows)
+        assert working_dtype(half, "cuda") == torch.float16
+        assert working_dtype(brain, "cuda") == (torch.bfloat16 if knows else torch.float32)
+
+
+def test_learning_never_has_gradients_in_float16(tiny_class: Path, tmp_path: Path) -> None:
+    half, brain = PipelineFolder(tiny_class, "tiny"), stored_in(torch.bfloat16, tiny_class, tmp_path / "source")
+    rounding, learning = (parse_recipe({"quantize": {"method": method}}) for method in ("ptq", "qalora"))
+    assert recipe_dtype(half, rounding, "meta") == torch.float16
+    assert recipe_dtype(half, learning, "meta") == torch.float32
+    assert recipe_dtype(brain, learning, "meta") == torch.bfloat16
+
+
+def test_work_goes_on_in_the_precision_it_began_in(tmp_path: Path) -> None:
+    assert settle_dtype(tmp_path, torch.bfloat16) == torch.bfloat16
+    assert settle_dtype(tmp_path, torch.float32) == torch.bfloat16
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_compress_works_in_half_precision(
+    dtype: torch.dtype, tiny_class: Path, quick_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded, searched and measured in what is stored, with results near those of float32."""
+    folder, recipe = stored_in(dtype, tiny_class, tmp_path / "source"), load_recipe(quick_recipe)
+    whole = compress(folder, recipe, tmp_path / "whole")
+    seen: list[torch.dtype] = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        runs = record(*arguments, **options)
+        seen.append(runs.call(runs.shards[0], 0).output.dtype)
+        return runs
+
+    monkeypatch.setattr(flow, "record", watched)
+    monkeypatch.setattr(flow, "recipe_dtype", lambda *_: dtype)
+    half = compress(folder, recipe, tmp_path / "half")
+    assert seen == [dtype]
+    # Rounding to four bits misses by more than either precision does.
+    assert half.manifest.metrics["psnr_db"] == pytest.approx(whole.manifest.metrics["psnr_db"], abs=3)
