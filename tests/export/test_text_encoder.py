@@ -233,6 +233,10 @@ def test_parts_that_are_no_models_we_know_are_refused(
 ) -> None:
     edits = read_manifest(spoilt).edits
     rename_class(spoilt, "text_encoder", library, name)
+    if library == "diffusers":
+        # Where its loader looks for them.
+        weights = spoilt / "text_encoder" / "model.safetensors"
+        weights.rename(weights.with_name("diffusion_pytorch_model.safetensors"))
     resign(spoilt)
     with pytest.raises(UnsupportedModelError, match=message):
         verify(spoilt)
