@@ -14,6 +14,7 @@ from diffusers import DiTPipeline
 from torch import nn
 
 from diffpress.export.edits import QuantizeAttention
+from diffpress.export.engines.engine import ZERO
 from diffpress.export.engines.onnxruntime import ONNXRUNTIME
 from diffpress.export.errors import ArtifactError
 from diffpress.export.onnx.check import check_graph
@@ -24,6 +25,8 @@ from diffpress.export.onnx.write import write_graph
 
 TIMESTEPS = [999.0, 500.0, 1.0]
 ATTENTION = [f"transformer_blocks.{block}.attn1" for block in (0, 1)]
+FIRST_ZERO = 3
+"""Code of 0 at the first step."""
 LAYER = "transformer_blocks.1.ff.net.2"
 
 
@@ -42,7 +45,7 @@ def written(tiny_class: Path, pack_all: Any, edited: Any, tmp_path_factory: pyte
     for place, edit in enumerate(packs):
         # Tables that are alike become one in a graph.
         tensors[f"{edit.module}.activation_scale"] *= 1 + place / 1000
-        tensors[f"{edit.module}.zero_point"] = torch.tensor([3.0, place, -2.0])
+        tensors[f"{edit.module}.zero_point"] = torch.tensor([FIRST_ZERO, place, -2.0])
     packs += [
         QuantizeAttention(component="transformer", module=name, integer_values=values)
         for name, values in zip(ATTENTION, (True, False), strict=True)
@@ -54,12 +57,12 @@ def written(tiny_class: Path, pack_all: Any, edited: Any, tmp_path_factory: pyte
     return Written(part, folder / "denoiser.onnx", write_graph(part, folder, ONNXRUNTIME.form))
 
 
-def changed(name: str, factor: float = 1, by: float = 0) -> Callable[[ir.Model], None]:
-    """A stored tensor is another."""
+def scaled(name: str, factor: float) -> Callable[[ir.Model], None]:
+    """A stored tensor is so many times too large."""
 
     def change(model: ir.Model) -> None:
         stored = model.graph.initializers[name]
-        stored.const_value = ir.tensor(stored.const_value.numpy() * np.float32(factor) + np.float32(by), name=name)
+        stored.const_value = ir.tensor(stored.const_value.numpy() * np.float32(factor), name=name)
 
     return change
 
@@ -79,8 +82,18 @@ def saturated(place: int) -> Callable[[ir.Model], None]:
     return change
 
 
-def constant(model: ir.Model, name: str, value: int) -> ir.Value:
-    tensor = ir.tensor(np.array(value, np.int32), name=name)
+def zero_is(place: int, value: int) -> Callable[[ir.Model], None]:
+    """One product takes another code for that of 0 in its first factor."""
+
+    def change(model: ir.Model) -> None:
+        node = [node for node in model.graph if node.op_type == "MatMulInteger"][place]
+        node.replace_input_with(2, constant(model, "wrong_zero", value, np.uint8))
+
+    return change
+
+
+def constant(model: ir.Model, name: str, value: int, dtype: type[np.generic] = np.int32) -> ir.Value:
+    tensor = ir.tensor(np.array(value, dtype), name=name)
     made = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(made)
     return made
@@ -88,13 +101,14 @@ def constant(model: ir.Model, name: str, value: int) -> ir.Value:
 
 MODULE = f"module.model.{LAYER}"
 FAULTS = {
-    "a weight scale off by 1 %": changed(f"{MODULE}.weight_scale", 1.01),
-    "an activation scale off by 1 %": changed(f"{MODULE}.activation_scale", 1.01),
-    "a zero point off by one": changed(f"{MODULE}.zero_point", by=1),
+    "a weight scale off by 1 %": scaled(f"{MODULE}.weight_scale", 1.01),
+    "an activation scale off by 1 %": scaled(f"{MODULE}.activation_scale", 1.01),
+    "a zero point of inputs off by one": zero_is(5, ZERO + FIRST_ZERO + 1),
+    "a zero point of queries off by one": zero_is(-3, ZERO - 1),
     "a saturated sum of a layer": saturated(0),
     "a saturated sum of scores": saturated(-3),
-    "a bias off by 1 %": changed(f"{MODULE}.bias", 1.01),
-    "a float off by 1 %": changed("module.model.pos_embed.pos_embed", 1.01),
+    "a bias off by 1 %": scaled(f"{MODULE}.bias", 1.01),
+    "a float off by 1 %": scaled("module.model.pos_embed.pos_embed", 1.01),
 }
 
 
@@ -120,6 +134,6 @@ def test_a_fault_is_refused(written: Written, tmp_path: Path, fault: str) -> Non
 
 
 def test_the_refusal_names_the_piece(written: Written, tmp_path: Path) -> None:
-    graph = copied(written, tmp_path, FAULTS["a zero point off by one"])
+    graph = copied(written, tmp_path, FAULTS["an activation scale off by 1 %"])
     with pytest.raises(ArtifactError, match=f"{LAYER} differs"):
         check_graph(written.part, graph, written.places, ONNXRUNTIME)
