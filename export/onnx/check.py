@@ -51,13 +51,15 @@ def check_graph(
     So no error hides behind another, and none is forgiven because codes might have moved. Raises ArtifactError.
     """
     session, generator = engine.open(graph, torch.get_num_threads()), torch.Generator().manual_seed(0)
-    found, rounding = [], {}
+    found: list[tuple[float, float, float]] = []
+    rounding: dict[str, float] = {}
     with opened_with_pieces(graph, places, engine) as watched:
         for inputs in examples(part, batches, generator):
             if places:
                 rounding = _larger(rounding, check_pieces(part, watched, places, inputs))
             found.append(_check_whole(part, session, inputs, rounding))
-    return Agreement(*(max(values) for values in zip(*found, strict=True)), rounding)
+    largest, error, tolerance = (max(values) for values in zip(*found, strict=True))
+    return Agreement(largest, error, tolerance, rounding)
 
 
 def examples(part: Part, batches: Sequence[int], generator: torch.Generator) -> Iterator[dict[str, Tensor]]:

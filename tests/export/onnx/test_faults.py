@@ -17,7 +17,7 @@ from diffpress.export.edits import QuantizeAttention
 from diffpress.export.engines.engine import ZERO
 from diffpress.export.engines.onnxruntime import ONNXRUNTIME
 from diffpress.export.errors import ArtifactError
-from diffpress.export.onnx.check import check_graph
+from diffpress.export.onnx.check import check_graph, check_pieces, opened_with_pieces
 from diffpress.export.onnx.part import Input, Part
 from diffpress.export.onnx.trace import Place
 from diffpress.export.onnx.wrappers import LabelDenoiser
@@ -99,12 +99,21 @@ def constant(model: ir.Model, name: str, value: int, dtype: type[np.generic] = n
     return made
 
 
+def stand_still(model: ir.Model) -> None:
+    """Every step has the scales of the first."""
+    for name, stored in model.graph.initializers.items():
+        if name.endswith("activation_scale"):
+            scales = stored.const_value.numpy()
+            stored.const_value = ir.tensor(np.full_like(scales, scales[0]), name=name)
+
+
 MODULE = f"module.model.{LAYER}"
 FAULTS = {
     "a weight scale off by 1 %": scaled(f"{MODULE}.weight_scale", 1.01),
     "an activation scale off by 1 %": scaled(f"{MODULE}.activation_scale", 1.01),
     "a zero point of inputs off by one": zero_is(5, ZERO + FIRST_ZERO + 1),
     "a zero point of queries off by one": zero_is(-3, ZERO - 1),
+    "a clock that stands still": stand_still,
     "a saturated sum of a layer": saturated(0),
     "a saturated sum of scores": saturated(-3),
     "a bias off by 1 %": scaled(f"{MODULE}.bias", 1.01),
@@ -122,6 +131,14 @@ def copied(written: Written, folder: Path, change: Callable[[ir.Model], None]) -
 def test_what_was_written_right_is_accepted(written: Written) -> None:
     agreement = check_graph(written.part, written.graph, written.places, ONNXRUNTIME)
     assert agreement.relative_error <= agreement.tolerance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("now", [750.0, 20.0])
+def test_scales_between_steps_follow_torch(written: Written, now: float) -> None:
+    inputs = written.part.example(2, torch.Generator().manual_seed(1)) | {"timestep": torch.tensor([now])}
+    with opened_with_pieces(written.graph, written.places, ONNXRUNTIME) as session:
+        check_pieces(written.part, session, written.places, inputs)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

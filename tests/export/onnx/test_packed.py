@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.edits import Pack
 from diffpress.export.engines.onnxruntime import FLOAT_KERNELS, ONNXRUNTIME, integer_share, kernels_of
-from diffpress.export.onnx.check import check_graph, relative, rounding_of
-from diffpress.export.onnx.edges import at_edges
+from diffpress.export.onnx.check import check_graph, rounding_of
 from diffpress.export.onnx.part import Input, Part, packed_layers
 from diffpress.export.onnx.passes import widen_weights_
-from diffpress.export.onnx.rounding import EPSILON, model_rounding
-from diffpress.export.onnx.wrappers import PromptDenoiser
+from diffpress.export.onnx.rounding import EPSILON
 from diffpress.export.onnx.write import write_graph
 from diffpress.export.portable.manifest import read_export
 from diffpress.export.portable.pipeline import PortablePipeline
@@ -172,29 +170,6 @@ def test_denoiser_runs_on_integers(packed: Any) -> None:
     assert len(integer) == len(layers)
     # What is left in floats are the products of attention, of which no factor is a weight.
     assert {kernel.operator for kernel in kernels} & FLOAT_KERNELS <= {"MatMul", "FusedMatMul"}
-
-
-ANGLES = {"model.time_embedding.linear_1": 999 * EPSILON}
-"""Sines of angles up to the latest time step are given to this layer, as far off as these are rounded."""
-
-
-@torch.no_grad()
-def test_the_time_step_moves_the_scales(packed: Any) -> None:
-    """As far from torch as codes at edges explain, and farther from what torch gives where the clock stands still."""
-    session = ONNXRUNTIME.open(packed.export / "denoiser.onnx", threads=1)
-    unet, stuck = load_pipeline(packed.source).unet, load_pipeline(packed.source).unet
-    for layer in packed_layers(stuck):
-        layer.activation_scale[:] = layer.activation_scale[0].clone()
-    denoiser, generator = PromptDenoiser(unet), torch.Generator().manual_seed(3)
-    sample, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 16, generator=generator)
-    for now in (750.0, 500.0, 20.0):
-        inputs = (sample, torch.tensor([now]), states)
-        names = ("sample", "timestep", "encoder_hidden_states")
-        arrays = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-        found, expected = torch.from_numpy(session.run(arrays)["output"]), denoiser(*inputs)
-        with at_edges(denoiser, ANGLES):
-            tolerance = model_rounding(denoiser, 999) + 2 * relative(denoiser(*inputs), expected)
-        assert relative(found, expected) < tolerance < relative(PromptDenoiser(stuck)(*inputs), expected)
 
 
 def test_image_follows_torch_and_verifies(packed: Any) -> None:
