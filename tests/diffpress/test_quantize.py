@@ -62,7 +62,7 @@ def test_learned_artifact_holds_packed_integers_and_else_what_its_source_holds(l
 def test_learning_is_written_down_and_shown(learned: Path):
     history = read_manifest(learned).learning
     assert [row["iteration"] for row in history][:3] == [0, 2, 4]
-    assert all(set(row) == {"iteration", "loss", "validation_images"} for row in history)
+    assert all(set(row) == {"iteration", "loss", "evaluation"} for row in history)
     assert "<h2>Learning</h2>" in (learned / REPORT).read_text()
 
 
@@ -137,7 +137,7 @@ def test_attention_goes_the_whole_way(method: dict, diffpress, tiny_class: Path,
     assert rows[0].format in (out / REPORT).read_text()
     assert rows[0].format in " ".join(diffpress("inspect", out).output.split())
     teacher, sampling = load_pipeline(source), Sampling(3)
-    pairs = compare_pairs(teacher, load(out), paired_conditions(teacher, MEASURED, 0), sampling, lambda *_: None)
+    pairs = compare_pairs(teacher, load(out), paired_conditions(teacher, MEASURED, 0), sampling)
     assert pairs.metrics()["psnr_db"] == manifest.metrics["psnr_db"]
     # Learning sees integers in attention too, so it ends elsewhere.
     other = compress(source, recipe_of(**method), tmp_path / "plain").manifest
