@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .digests import digest
+from .digests import File, damage, digest, inside
 from .edits import Edit
 from .errors import ArtifactError
 
 MANIFEST = "diffpress.json"
 REPORT = "report.html"
 """Holds timings, so it differs from run to run and is not under the digests."""
-SCHEMA = 2
-"""2 has QuantizeAttention edits, and what became of attention in the plan; all of 1 is as it was."""
-
-
-class File(BaseModel):
-    """One file of the artifact."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    size_bytes: int
-    sha256: str
+SCHEMA = 3
+"""2 has edits of attention, and what became of it in the plan; 3 calls them `quantize_attention`. All else is as it was."""
 
 
 class PlanRow(BaseModel):
@@ -101,23 +92,6 @@ def read_manifest(folder: Path) -> Manifest:
     for name in manifest.files:
         inside(folder, name)
     return manifest
-
-
-def damage(error: ValueError) -> str:
-    """What is wrong with a manifest, in one line: of several things the first."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def inside(folder: Path, name: str) -> Path:
-    """The path of `name` in `folder`. Raises ArtifactError where it would leave it, through `..`, a root or a link."""
-    pure = PurePosixPath(name)
-    path = folder / pure
-    if pure.is_absolute() or ".." in pure.parts or "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
-        raise ArtifactError(f"{folder}: the path {name!r} leaves the folder, the artifact is not safe to use.")
-    return path
 
 
 def check_files(folder: Path, files: dict[str, File]) -> None:

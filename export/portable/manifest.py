@@ -8,10 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..digests import digest
+from ..digests import File, damage, digest, inside
 from ..engines.engine import Form
 from ..errors import ArtifactError
-from ..manifest import File, damage, inside
 
 EXPORT = "export.json"
 SCHEMA = 2

@@ -57,12 +57,12 @@ def test_edits_written_before_there_were_other_formats_are_read() -> None:
     ],
 )
 def test_the_word_for_a_format(options: dict[str, Any], word: str) -> None:
-    assert Pack(component="unet", module="a", **options).format == word
+    assert Pack(component="unet", module="a", **options).words() == word
 
 
 @pytest.mark.parametrize(("integer_values", "word"), [(False, "attention Q·K int8"), (True, "attention int8")])
 def test_the_word_for_attention(integer_values: bool, word: str) -> None:
-    assert QuantizeAttention(component="unet", module="a", integer_values=integer_values).format == word
+    assert QuantizeAttention(component="unet", module="a", integer_values=integer_values).words() == word
 
 
 def test_an_edit_is_what_its_kind_says() -> None:

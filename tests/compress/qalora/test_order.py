@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+from diffpress.calibration import cost
 from diffpress.calibration.conditions import conditions
 from diffpress.compress.options import Qalora
 from diffpress.compress.qalora import order as orders
@@ -86,11 +87,11 @@ def test_free_memory_counts_what_the_pipeline_takes_itself(
     class Memory:
         available = 1000
 
-    monkeypatch.setattr(orders.psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(cost.psutil, "virtual_memory", Memory)
     pipeline = subject_of("tiny_class").pipeline
     weights = sum(
         tensor.numel() * tensor.element_size()
         for part in (pipeline.transformer, pipeline.vae)
         for tensor in (*part.parameters(), *part.buffers())
     )
-    assert orders.free_bytes(pipeline) == 1000 + weights
+    assert cost.free_bytes(pipeline) == 1000 + weights
