@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diffpress.calibration.observe import layer_matrix, observe_inputs
 from diffpress.calibration.sampling import denoiser_of, sample
 from diffpress.calibration.trajectory import Trajectories, record
+from diffpress.compress.data_flow import edge_layers
 from diffpress.compress.layers import HIGH_BITS, choose_formats, find_layers, weights_only
 from diffpress.compress.options import Qalora, Rounding
 from diffpress.compress.plan import plan_rows
@@ -130,7 +131,8 @@ def nearest(component: str, denoiser: nn.Module, trajectories: Trajectories, opt
     layers, _ = find_layers(denoiser, options)
     layers = {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
     seen = observe_inputs(denoiser, layers, trajectories, 0)
-    formats, _ = choose_formats(layers, seen, options)
+    edges = edge_layers(denoiser, next(trajectories.calls()))
+    formats, _ = choose_formats(layers, seen, edges, options)
     steps = len(trajectories.timesteps)
     found = QuantizationResult(component)
     for name, layer in layers.items():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from diffpress.kernels import code_range
 from diffpress.kernels.windows import output_size
 
-from .sampling import replay
+from .replaying import Key, OncePerInput, looked_at, observed_shards, replay_with, spread_evenly
 from .trajectory import Progress, Trajectories
 
 ROWS = 64
@@ -24,8 +22,11 @@ KEPT_ROWS = 512
 """Rows of a layer's input that are kept, over all calls."""
 PROBED = 16
 """Rows by which it is told whether a layer is fed the same at every step."""
-SHARDS = 8
-"""Recorded shards that are looked at, spread over all: ranges settle long before learning has enough."""
+STEP_SHARDS = 4
+"""Of these, those that say which range suits which step: two to choose by, two to evaluate by."""
+
+Look = Callable[[str, Tensor, int], None]
+"""Called with the name of a layer, what it is fed, and the step."""
 
 
 @dataclass
@@ -66,30 +67,41 @@ def observe_inputs(
     trajectories: Trajectories,
     seed: int,
     progress: Progress | None = None,
+    others: Sequence[Look] = (),
 ) -> dict[str, LayerInput]:
-    """Replay all recorded calls and collect ranges, moments and a sample; layers that were never called are missing."""
+    """Replay all recorded calls and collect ranges, moments and a sample; layers that were never called are missing.
+
+    `others` look on in the same replay.
+    """
     steps = len(trajectories.timesteps)
-    calls = sum(len(trajectories.steps(shard)) for shard in observed_shards(trajectories))
+    calls = sum(map(len, looked_at(trajectories, observed_shards(trajectories)).values()))
     kept = max(1, KEPT_ROWS // calls)
     generator = torch.Generator().manual_seed(seed)
     seen: dict[str, LayerInput] = {}
     counts: dict[str, int] = {}
     samples: dict[str, list[Tensor]] = {}
     probes: dict[str, _Probes] = {}
+    reduce = OncePerInput(_reduced)
+    first = latest = 0
 
     def look(name: str, x: Tensor, step: int) -> None:
-        rows = as_rows(layers[name], x)
+        nonlocal first, latest
+        # A step before the latest one is the first of another shard.
+        first, latest = step if step < latest else first, step
+        layer = layers[name]
+        rows, low, high, squares = reduce(layer, x)
         if name not in seen:
-            seen[name] = _nothing_seen(rows.shape[1], x.ndim == 2)
+            seen[name] = _nothing_seen(rows.shape[-1], x.ndim == 2)
             counts[name], samples[name], probes[name] = 0, [], _Probes()
         entry = seen[name]
-        probes[name].look(rows[:: max(1, len(rows) // PROBED)].clone(), step)
-        entry.low = torch.minimum(entry.low, rows.amin(0).cpu())
-        entry.high = torch.maximum(entry.high, rows.amax(0).cpu())
-        entry.second_moment += rows.square().sum(0).cpu()
-        entry.macs += _positions(layers[name], x) * layer_matrix(layers[name]).numel()
+        probes[name].look(rows[:: max(1, len(rows) // PROBED)].clone(), step, first)
+        entry.low, entry.high = torch.minimum(entry.low, low), torch.maximum(entry.high, high)
+        entry.second_moment += squares
+        entry.macs += _positions(layer, x) * layer_matrix(layer).numel()
         counts[name] += len(rows)
         samples[name].append(_some(rows, kept, generator).cpu())
+        for other in others:
+            other(name, x, step)
 
     replay_with(denoiser, layers, trajectories, look, progress)
     for name, entry in seen.items():
@@ -111,22 +123,29 @@ class _Probes:
         self._known: dict[tuple[int, torch.Size], Tensor] = {}
         self._compared, self._moved = False, False
 
-    def look(self, probe: Tensor, step: int) -> None:
-        """See what the layer is fed at `step`."""
+    def look(self, probe: Tensor, step: int, first: int) -> None:
+        """See what the layer is fed at `step` of a run of which `first` is the first step that is looked at."""
         if step < self._step:
             # Another run, with prompts of its own.
             self._known = {}
         self._place = self._place + 1 if step == self._step else 0
         self._step = step
         # A layer that is not called at the first step does change with the step.
-        self._moved |= step > 0 and not self._known
-        first = self._known.setdefault((self._place, probe.shape), probe)
-        self._compared |= first is not probe
-        self._moved |= not torch.equal(first, probe)
+        self._moved |= step > first and not self._known
+        known = self._known.setdefault((self._place, probe.shape), probe)
+        self._compared |= known is not probe
+        self._moved |= not torch.equal(known, probe)
 
     @property
     def still(self) -> bool:
         return self._compared and not self._moved
+
+
+def _reduced(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The input as rows [N, C], and of each channel [C] the smallest, the largest and the sum of squares."""
+    rows = as_rows(layer, x)
+    low, high = torch.aminmax(rows, dim=0)
+    return rows, low.cpu(), high.cpu(), torch.linalg.vector_norm(rows, dim=0).square().cpu()
 
 
 def _nothing_seen(channels: int, conditioning: bool) -> LayerInput:
@@ -153,14 +172,14 @@ def _some(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def rounding_errors(
     denoiser: nn.Module,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[Key, nn.Module],
     trajectories: Trajectories,
-    grids: Mapping[str, RangeCandidates],
-    smoothings: Mapping[str, Tensor],
-    bits: Mapping[str, int],
+    grids: Mapping[Key, RangeCandidates],
+    smoothings: Mapping[Key, Tensor],
+    bits: Mapping[Key, int],
     seed: int,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
+) -> dict[Key, Tensor]:
     """Squared error at a layer's output from rounding its input, for K candidates a layer: [2, S, K] each.
 
     Inputs are multiplied by the layer's smoothing [C] before they are rounded. Errors of different channels are taken as
@@ -168,19 +187,19 @@ def rounding_errors(
     halves, one to choose on and one to evaluate by.
     """
     steps = len(trajectories.timesteps)
-    errors = {name: torch.zeros(2, steps, len(grid.scale)) for name, grid in grids.items()}
-    weights = {name: channel_weights(layers[name], smoothings[name]) for name in grids}
+    errors = {key: torch.zeros(2, steps, len(grid.scale)) for key, grid in grids.items()}
+    weights = {key: channel_weights(layers[key], smoothings[key]) for key in grids}
     generator = torch.Generator().manual_seed(seed)
     half = 0
 
-    def look(name: str, x: Tensor, step: int) -> None:
-        rows = _some(as_rows(layers[name], x), ROWS, generator) * smoothings[name].to(x.device)
-        errors[name][half, step] += range_errors(rows, weights[name], grids[name], bits[name]).cpu()
+    def look(key: Key, x: Tensor, step: int) -> None:
+        rows = _some(as_rows(layers[key], x), ROWS, generator) * smoothings[key].to(x.device)
+        errors[key][half, step] += range_errors(rows, weights[key], grids[key], bits[key]).cpu()
 
-    chosen = {name: layers[name] for name in grids}
+    chosen = {key: layers[key] for key in grids}
+    shards = spread_evenly(trajectories.shards, STEP_SHARDS)
     for half in (0, 1):
-        shards = observed_shards(trajectories)[half::2] or trajectories.shards
-        replay_with(denoiser, chosen, trajectories, look, progress, shards)
+        replay_with(denoiser, chosen, trajectories, look, progress, shards[half::2] or shards)
     return errors
 
 
@@ -206,46 +225,6 @@ def quantize_dequantize(values: Tensor, scale: Tensor, bits: int, zero_point: Te
         return codes.clamp_(low, high).mul_(scale)
     # Clipping the codes without z is the same, and exact: (clip(r + z) - z) = clip(r, low - z, high - z).
     return codes.clamp_(low - zero_point, high - zero_point).mul_(scale)
-
-
-def replay_with(
-    denoiser: nn.Module,
-    layers: Mapping[str, nn.Module],
-    trajectories: Trajectories,
-    look: Callable[[str, Tensor, int], None],
-    progress: Progress | None = None,
-    shards: Sequence[Path] | None = None,
-) -> None:
-    """Replay recorded calls and hand each layer's input, with the step, to `look`."""
-    chosen = observed_shards(trajectories) if shards is None else shards
-    step = 0
-
-    def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, arguments: look(name, arguments[0].float(), step)
-
-    with _hooks({name: (layer, watcher(name)) for name, layer in layers.items()}):
-        for index, shard in enumerate(chosen):
-            for call in trajectories.calls([shard]):
-                step = call.step
-                replay(denoiser, call)
-            if progress is not None:
-                progress(index + 1, len(chosen))
-
-
-def observed_shards(trajectories: Trajectories) -> list[Path]:
-    """At most SHARDS of what was recorded, spread evenly."""
-    shards = trajectories.shards
-    return shards[:: max(1, -(-len(shards) // SHARDS))]
-
-
-@contextmanager
-def _hooks(watchers: Mapping[str, tuple[nn.Module, Callable[[nn.Module, tuple[Tensor, ...]], None]]]) -> Iterator[None]:
-    handles = [layer.register_forward_pre_hook(watcher) for layer, watcher in watchers.values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def as_rows(layer: nn.Module, x: Tensor) -> Tensor:

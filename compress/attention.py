@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpress.calibration.sampling import Call
+from diffpress.calibration.sampling import replay
 from diffpress.calibration.trajectory import Trajectories
-from diffpress.export.runtime import Int8Attention, StepClock, computes_attention, why_not_int8
+from diffpress.export.runtime import Int8Attention, computes_attention, why_not_int8
 from diffpress.kernels import int8_attention
 
 from .options import Products, Rounding
 from .overlay import overlaid, overriding_attention
-from .search import evaluation_calls, output_error
+from .sensitivity import evaluation_calls, measure_attention
 
 
 @dataclass(frozen=True)
@@ -35,41 +35,40 @@ class AttentionChoice:
     where none are."""
 
 
-@torch.no_grad()
 def choose_attention(
-    denoiser: nn.Module, trajectories: Trajectories, options: Rounding, layers: Mapping[str, float]
+    denoiser: nn.Module, trajectories: Trajectories, options: Rounding, layers: Mapping[str, float], seed: int
 ) -> dict[str, AttentionChoice]:
     """What becomes of every attention, nothing where no integers are asked for; `layers` are the errors of rounded layers.
 
     Products stay in float where they err more than the layers do in the mean. As there are four layers and more to an
     attention, all attentions then add no more than a quarter to what the layers err.
     """
-    wanted = options.attention
-    if wanted == "none":
+    if options.attention == "none":
         return {}
-    clock, calls = StepClock(trajectories.timesteps), evaluation_calls(trajectories)
-    limit = sum(layers.values()) / max(1, len(layers))
-
-    def error(name: str, products: Products) -> float:
-        with overlaid(denoiser, overriding_attention({name: Int8Attention(products == "all")}), clock):
-            return output_error(denoiser, calls)
-
-    def chosen(name: str, seen: AttentionChoice) -> AttentionChoice:
+    choices = _observe(denoiser, trajectories)
+    for name, choice in choices.items():
         if any(fnmatchcase(f"{name}.processor", pattern) for pattern in options.keep):
-            return replace(seen, reason="kept by the recipe")
-        if seen.reason:
-            return seen
-        first = error(name, wanted)
-        if first <= limit:
-            return replace(seen, products=wanted, error=first)
-        if wanted == "all" and (scores := error(name, "scores")) <= limit:
-            return replace(seen, products="scores", error=scores, reason="sensitive: softmax·V stays in float")
-        return replace(seen, error=first, reason="sensitive: stays in float")
-
-    return {name: chosen(name, seen) for name, seen in _observe(denoiser, calls, clock).items()}
+            choices[name] = replace(choice, reason="kept by the recipe")
+    possible = [name for name, choice in choices.items() if not choice.reason]
+    ways: tuple[Products, ...] = ("all", "scores") if options.attention == "all" else ("scores",)
+    attention = {name: [Int8Attention(way == "all") for way in ways] for name in possible}
+    limit = sum(layers.values()) / max(1, len(layers))
+    for name, errors in measure_attention(denoiser, attention, trajectories, seed).items():
+        choices[name] = _choice(choices[name], dict(zip(ways, errors, strict=True)), limit)
+    return choices
 
 
-def _observe(denoiser: nn.Module, calls: Sequence[Call], clock: StepClock) -> dict[str, AttentionChoice]:
+def _choice(seen: AttentionChoice, errors: Mapping[Products, float], limit: float) -> AttentionChoice:
+    """The first of the products asked for, in falling order, whose error is at most `limit`."""
+    wanted = next(iter(errors))
+    for products, error in errors.items():
+        if error <= limit:
+            reason = "" if products == wanted else "sensitive: softmax·V stays in float"
+            return replace(seen, products=products, error=error, reason=reason)
+    return replace(seen, error=errors[wanted], reason="sensitive: stays in float")
+
+
+def _observe(denoiser: nn.Module, trajectories: Trajectories) -> dict[str, AttentionChoice]:
     """The shape of every attention, and the reason where it cannot be computed on integers."""
     names = [name for name, module in denoiser.named_modules() if computes_attention(module)]
     seen = {name: AttentionChoice(reason="no call of its attention was seen while recording") for name in names}
@@ -85,8 +84,9 @@ def _observe(denoiser: nn.Module, calls: Sequence[Call], clock: StepClock) -> di
 
         return attend
 
-    with overlaid(denoiser, overriding_attention({name: watch(name) for name in names}), clock):
-        output_error(denoiser, calls)
+    with overlaid(denoiser, overriding_attention({name: watch(name) for name in names})):
+        for call in evaluation_calls(trajectories):
+            replay(denoiser, call)
     return {name: replace(own, reason=refused.get(name, own.reason)) for name, own in seen.items()}
 
 

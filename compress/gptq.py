@@ -1,140 +1,88 @@
-"""Weights rounded column after column, the columns to come making up for the errors of those before (GPTQ)."""
+"""GPTQ: weights rounded column after column, the columns to come making up for the errors of those before.
+
+Frantar et al. 2022, arXiv 2210.17323: for each row w of W [O, K] minimize (w - q) H (w - q)^T, H = E[x x^T], over q on the
+row's grid. Rounding column j and moving the columns F that are not rounded yet by
+
+    delta_F = - (w_j - quant(w_j)) / [H_F^-1]_jj . [H_F^-1]_j,F                                                   (eq. 2)
+
+is the best that can be done for j. What H_F^-1 is after each column stands in the rows of one Cholesky factor U of
+H^-1 = U^T U: [H_F^-1]_j,F / [H_F^-1]_jj = U_j,F / U_jj (section 3.3, step 3).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import ceil
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpress.calibration.observe import input_rows, layer_matrix, replay_with
-from diffpress.calibration.trajectory import Progress, Trajectories
-from diffpress.export.runtime import StepClock
+from diffpress.calibration.moments import in_blocks
+from diffpress.calibration.observe import layer_matrix
 from diffpress.kernels import code_range
 
-from .quantized_layer import QuantizedLayer, broadcast_scale, smoothed
+from .quantized_layer import QuantizedLayer, broadcast_scale
 
-BLOCK = 512
-"""Columns that make up for each other at most; more gain nothing, and their moments grow with the square."""
-DAMPING = 0.3
-"""Share of the mean second moment that is added to each: other images are correlated less than those that were recorded."""
-ROWS = 128
-"""Rows of a layer's input that are looked at per call."""
-MOMENT_BYTES = 2**29
-"""Second moments that are collected in one replay of the recorded calls."""
+LAMBDA = 0.3
+"""Share of the mean of H's diagonal that is added to it. The paper takes 0.01, for what is meant to be run on texts like
+those that were recorded; other images are correlated less than the few that were."""
+LAZY = 32
+"""Columns whose errors reach the columns behind them in one product (the paper's B, section 3.3, step 2)."""
 
 
-@torch.no_grad()
-def gptq_layers(
-    denoiser: nn.Module,
-    layers: Mapping[str, QuantizedLayer],
-    trajectories: Trajectories,
-    seed: int,
-    progress: Progress | None = None,
-) -> dict[str, QuantizedLayer]:
-    """The same layers with other codes where weights are integers; scales stay.
+def gptq(layer: nn.Module, own: QuantizedLayer, h: Tensor) -> QuantizedLayer:
+    """The same with other codes where weights are integers; scales stay. `h` [blocks, width, width] is of the layer's inputs.
 
-    Frantar et al. 2022, arXiv 2210.17323, within blocks of columns and with strong damping. No code moves by more than one
-    from the nearest, so that a weight stays what it was.
+    No code moves by more than one from the nearest, so that a weight stays what it was.
     """
-    found = dict(layers)
-    for part in _parts({name: own for name, own in layers.items() if not own.format.float8}):
-        moments = _second_moments(denoiser, part, trajectories, seed, progress)
-        for name, own in part.items():
-            weight = layer_matrix(denoiser.get_submodule(name))
-            if own.smoothing is not None:
-                weight = weight / own.smoothing[None, :, None]
-            scale = broadcast_scale(own.weight_scale, own.codes.shape, own.format.group_size).flatten(1)
-            codes = round_columns(weight.flatten(1), scale, moments.pop(name), own.format.weight_bits)
-            found[name] = replace(own, codes=codes.view(own.codes.shape))
-    return found
+    if own.format.float8:
+        return own
+    weight = layer_matrix(layer)
+    if own.smoothing is not None:
+        weight = weight / own.smoothing[None, :, None]
+        h = smoothed_moments(h, own.smoothing, weight.shape[2])
+    s = broadcast_scale(own.weight_scale, own.codes.shape, own.format.group_size).flatten(1)
+    codes = round_columns(weight.flatten(1), s, h, own.format.weight_bits)
+    return replace(own, codes=codes.view(own.codes.shape))
 
 
-def _parts(layers: Mapping[str, QuantizedLayer]) -> Iterator[dict[str, QuantizedLayer]]:
-    """The layers in groups whose moments fit into MOMENT_BYTES, one at least."""
-    part: dict[str, QuantizedLayer] = {}
-    taken = 0
-    for name, own in layers.items():
-        blocks, width = _blocks(own.codes[0].numel())
-        size = blocks * width**2 * 4
-        if part and taken + size > MOMENT_BYTES:
-            yield part
-            part, taken = {}, 0
-        part[name] = own
-        taken += size
-    if part:
-        yield part
+def smoothed_moments(h: Tensor, smoothing: Tensor, taps: int) -> Tensor:
+    """E[(d x) (d x)^T] = d d^T * E[x x^T], block by block, for inputs whose channels are multiplied by `smoothing` [C]."""
+    d = in_blocks(smoothing.repeat_interleave(taps)[None]).squeeze(1)
+    return h * d[:, :, None] * d[:, None, :]
 
 
-def _blocks(columns: int) -> tuple[int, int]:
-    """How many blocks the columns are cut into, and how wide they are; the last may be short."""
-    count = ceil(columns / BLOCK)
-    return count, ceil(columns / count)
+def round_columns(weight: Tensor, s: Tensor, h: Tensor, bits: int) -> Tensor:
+    """int8 codes [O, K] of `weight` [O, K] on the grid s q (`s` broadcasts against it), for inputs of second moments `h`.
 
-
-def _second_moments(
-    denoiser: nn.Module,
-    layers: Mapping[str, QuantizedLayer],
-    trajectories: Trajectories,
-    seed: int,
-    progress: Progress | None,
-) -> dict[str, Tensor]:
-    """Sums of x x^T over rows of each layer's smoothed and rounded input, block by block: [blocks, width, width]."""
-    modules = {name: denoiser.get_submodule(name) for name in layers}
-    generator = torch.Generator().manual_seed(seed)
-    timesteps = trajectories.timesteps
-    clock = StepClock(timesteps)
-    moments: dict[str, Tensor] = {}
-
-    def look(name: str, x: Tensor, step: int) -> None:
-        own, layer = layers[name], modules[name]
-        clock.set(timesteps[step])
-        rows = own.rounded(input_rows(layer, smoothed(layer, x, own.smoothing), ROWS, generator), clock)
-        blocks = _in_blocks(rows)
-        product = blocks.transpose(1, 2) @ blocks
-        moments[name] = product if name not in moments else moments[name].add_(product)
-
-    replay_with(denoiser, modules, trajectories, look, progress)
-    return moments
-
-
-def _in_blocks(rows: Tensor, filling: float = 0.0) -> Tensor:
-    """[N, K] as [blocks, N, width]."""
-    count, width = _blocks(rows.shape[1])
-    return F.pad(rows, (0, count * width - rows.shape[1]), value=filling).unflatten(1, (count, width)).transpose(0, 1)
-
-
-def round_columns(weight: Tensor, scale: Tensor, moments: Tensor, bits: int) -> Tensor:
-    """int8 codes [O, K] of `weight` [O, K] in units of `scale` (which broadcasts against it), for inputs of those `moments`.
-
-    `moments` [blocks, width, width] as of `_second_moments`. Columns with large inputs go first.
+    `h` is [blocks, width, width]: blocks of columns do not see each other. Columns with large inputs go first.
     """
-    rest, units = _in_blocks(weight).clone(), _in_blocks(scale.expand_as(weight), 1.0)
-    nearest = (rest / units).round_()
-    first, last = code_range(bits)
-    codes = torch.empty_like(rest)
-    order = moments.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
-    factor = _inverse_factor(moments, order)
-    rest, units, nearest = (value.take_along_dim(order[:, None], 2) for value in (rest, units, nearest))
-    for place in range(rest.shape[2]):
-        column, unit, near = rest[:, :, place], units[:, :, place], nearest[:, :, place]
-        code = torch.minimum(torch.maximum((column / unit).round_(), near - 1), near + 1).clamp_(first, last)
-        codes[:, :, place] = code
-        error = (column - code * unit) / factor[:, place, place, None]
-        rest[:, :, place:] -= error[:, :, None] * factor[:, None, place, place:]
-    codes = codes.take_along_dim(order.argsort(1)[:, None], 2)
-    return codes.transpose(0, 1).flatten(1)[:, : weight.shape[1]].to(torch.int8)
+    columns = weight.shape[1]
+    w, s = in_blocks(weight).clone(), in_blocks(s.expand_as(weight), 1.0)
+    order = h.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
+    w, s = (each.take_along_dim(order[:, None], 2) for each in (w, s))
+    u = inverse_factor(h.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2))
+    q, nearest = torch.empty_like(w), (w / s).round_()
+    low, high = code_range(bits)
+    for i in range(0, w.shape[2], LAZY):
+        lazy = slice(i, min(i + LAZY, w.shape[2]))
+        errors = torch.empty_like(w[:, :, lazy])
+        for j in range(lazy.start, lazy.stop):
+            code = torch.clamp((w[:, :, j] / s[:, :, j]).round_(), nearest[:, :, j] - 1, nearest[:, :, j] + 1)
+            q[:, :, j] = code.clamp_(low, high)
+            error = (w[:, :, j] - q[:, :, j] * s[:, :, j]) / u[:, j, j, None]
+            w[:, :, j : lazy.stop] -= error[:, :, None] * u[:, None, j, j : lazy.stop]
+            errors[:, :, j - i] = error
+        w[:, :, lazy.stop :] -= errors @ u[:, lazy, lazy.stop :]
+    codes = q.take_along_dim(order.argsort(1)[:, None], 2)
+    return codes.transpose(0, 1).flatten(1)[:, :columns].to(torch.int8)
 
 
-def _inverse_factor(moments: Tensor, order: Tensor) -> Tensor:
-    """The upper triangle U with U^T U the inverse of the damped moments, their columns in that `order` [blocks, width]."""
-    ordered = moments.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2)
-    diagonal = ordered.diagonal(dim1=1, dim2=2)
+def inverse_factor(h: Tensor) -> Tensor:
+    """The upper triangle U with U^T U = (H + lambda mean(diag H) I)^-1, for each of `h` [blocks, width, width]."""
+    h = h.clone()
+    diagonal = h.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
     # What is always fed zeros has any inverse.
-    diagonal += (DAMPING * mean).where(mean > 0, 1)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
+    diagonal += (LAMBDA * mean).where(mean > 0, 1)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     return torch.linalg.cholesky(inverse, upper=True)

@@ -69,22 +69,20 @@ def _nothing_left(model: nn.Module, reasons: Mapping[str, str]) -> str:
 
 
 def choose_formats(
-    layers: Mapping[str, nn.Module], seen: Mapping[str, LayerInput], options: Rounding
+    layers: Mapping[str, nn.Module], seen: Mapping[str, LayerInput], edges: Mapping[str, str], options: Rounding
 ) -> tuple[dict[str, Format], dict[str, str]]:
     """The format of each Linear or Conv2d: as asked, but 8 bits where an error would reach everything, and why.
 
-    A conditioning layer sees one row an image, so leaving its input in float costs nothing; the first and last layers are
-    small.
+    A conditioning layer sees one row an image, so leaving its input in float costs nothing; the first and last layers, the
+    `edges` (see `data_flow`), are small.
     """
-    order = list(layers)
-    edges = {name: f"{word} layer" for word, name in zip(("first", "last"), order[:1] + order[-1:], strict=False)}
     formats: dict[str, Format] = {}
     reasons: dict[str, str] = {}
     for name, layer in layers.items():
-        why = "conditioning layer" if seen[name].conditioning else edges.get(name)
+        why = "conditioning" if seen[name].conditioning else edges.get(name)
         if why is not None:
             formats[name] = weights_only(layer, HIGH_BITS, EDGE_GROUP if name in edges else None)
-            reasons[name] = f"{why}: weights in {HIGH_BITS} bits, inputs in float"
+            reasons[name] = f"{why} layer: weights in {HIGH_BITS} bits, inputs in float"
         elif options.activation_bits is None:
             formats[name] = weights_only(layer, options.weights, options.group_size)
         else:
@@ -103,18 +101,25 @@ def high_format(format: Format) -> Format:
     return replace(format, weight_bits=HIGH_BITS, activation_bits=None if format.activation_bits is None else HIGH_BITS)
 
 
+def stored_bits(layer: QuantizedLayer) -> int:
+    """Bits that the weight of a layer takes, its scales counted."""
+    return layer.codes.numel() * layer.format.weight_bits + 8 * layer.weight_scale.nbytes
+
+
 def select_high_precision(
-    gains: Mapping[str, float], layers: Mapping[str, QuantizedLayer], effective_bits: float
+    gains: Mapping[str, float],
+    low: Mapping[str, QuantizedLayer],
+    high: Mapping[str, QuantizedLayer],
+    effective_bits: float,
 ) -> list[str]:
-    """Those of `layers` that get the safe number of bits, by gain a bit, so that all average at most `effective_bits`."""
-    sizes = {name: layer.codes.numel() for name, layer in layers.items()}
-    left = sum(size * (effective_bits - layers[name].format.weight_bits) for name, size in sizes.items())
+    """Those of `low` that become as in `high`, by gain a bit, so that all average at most `effective_bits` a weight."""
+    costs = {name: stored_bits(high[name]) - stored_bits(layer) for name, layer in low.items()}
+    left = sum(layer.codes.numel() * effective_bits - stored_bits(layer) for layer in low.values())
     chosen = []
-    for name in sorted(gains, key=lambda name: gains[name] / sizes[name], reverse=True):
-        cost = sizes[name] * (HIGH_BITS - layers[name].format.weight_bits)
-        if gains[name] > 0 and cost <= left:
+    for name in sorted(gains, key=lambda name: gains[name] / costs[name], reverse=True):
+        if gains[name] > 0 and costs[name] <= left:
             chosen.append(name)
-            left -= cost
+            left -= costs[name]
     return chosen
 
 

@@ -38,8 +38,8 @@ class Rounding(BaseModel):
         default=None,
         ge=2,
         le=8,
-        description="bits a weight may take on average, of those that `weights` is meant for: what is left over goes to the "
-        "layers that measure as most sensitive",
+        description="bits a weight may take on average, its scales counted, of those that `weights` is meant for: what is left "
+        "over goes to the layers that measure as most sensitive",
     )
     float_activations: float = Field(
         default=0,

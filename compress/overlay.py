@@ -73,3 +73,30 @@ def overriding_attention(attention: Mapping[str, Attention]) -> dict[str, Wrap]:
         return lambda forward: AttentionOverride(forward, answer)
 
     return {name: wrap(answer) for name, answer in attention.items()}
+
+
+@contextmanager
+def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """While the context lasts `model` keeps the inputs of its blocks only, where that is `wanted` and it knows how to."""
+    knows = getattr(model, "_supports_gradient_checkpointing", False)
+    if not (wanted and knows) or model.is_gradient_checkpointing:
+        yield
+        return
+    model.enable_gradient_checkpointing()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.disable_gradient_checkpointing()  # type: ignore[operator]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No weight of `model` needs a gradient while the context lasts."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

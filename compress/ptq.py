@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from diffpress.calibration.observe import SHARDS, layer_matrix, observe_inputs
+from diffpress.calibration.moments import SecondMoments
+from diffpress.calibration.observe import STEP_SHARDS, LayerInput, layer_matrix, observe_inputs
+from diffpress.calibration.replaying import SHARDS
 from diffpress.calibration.sampling import denoiser_of
 from diffpress.calibration.trajectory import Progress, Trajectories
 from diffpress.export.errors import UnsupportedModelError
@@ -16,7 +20,8 @@ from diffpress.export.source import Form
 
 from .attention import choose_attention
 from .changes import Changes
-from .gptq import gptq_layers
+from .data_flow import edge_layers
+from .gptq import gptq
 from .layers import (
     HIGH_BITS,
     choose_formats,
@@ -29,7 +34,8 @@ from .layers import (
 from .options import Rounding
 from .quantized_layer import Format, QuantizedLayer
 from .result import QuantizationResult, changes_of, drop_what_does_not_shrink_
-from .search import measure_sensitivity, round_weight, search
+from .search import Way, round_weight, search
+from .sensitivity import measure_layers
 from .stage import Cost, Report, Running, Subject
 from .stage_folder import StageFolder
 
@@ -37,8 +43,10 @@ ASK_FOR_A_DTYPE = ".wo"
 """Transformers' T5 casts what it feeds to `wo` to the dtype of that weight, unless it is int8."""
 
 
-REPLAYS = 4
-"""Passes over what was recorded that rounding takes, the search counted for its extra work."""
+WATCHING = 2
+"""What a replayed call takes, over what the call itself takes, while all inputs of layers are looked at and searched for."""
+MEASURING = 64
+"""Calls that it takes to measure: in each of three, forwards and backwards, and the rounding in both."""
 
 
 def check(subject: Subject, options: Rounding) -> None:
@@ -47,12 +55,13 @@ def check(subject: Subject, options: Rounding) -> None:
 
 
 def estimate(subject: Subject, options: Rounding, running: Running) -> Cost:
-    """Replaying recorded calls is what takes time; nothing but the changes is written."""
+    """Calls of the denoiser are what takes time, whatever its size; nothing but the changes is written."""
     # The changes are at most as large as what is changed.
     disk_bytes = sum(form.size_bytes for form in subject.forms.values())
     if subject.model is not denoiser_of(subject.pipeline):
         return Cost({}, disk_bytes)
-    seconds = REPLAYS * min(SHARDS, running.recorded_batches) * running.steps * running.step_seconds
+    shards = sum(min(most, running.recorded_batches) for most in (SHARDS, STEP_SHARDS))
+    seconds = (WATCHING * shards * running.steps + MEASURING) * running.step_seconds
     return Cost({"quantize": seconds}, disk_bytes)
 
 
@@ -93,32 +102,88 @@ def quantize_denoiser(
     found = QuantizationResult(component)
     candidates, found.reasons = find_layers(denoiser, options)
     layers = {name: layer for name, layer in candidates.items() if not isinstance(layer, nn.Embedding)}
-    seen = observe_inputs(denoiser, layers, trajectories, seed, progress) if layers else {}
-    found.reasons |= {name: "never called while recording" for name in layers if name not in seen}
-    layers = {name: layer for name, layer in layers.items() if name in seen}
-    formats, why = choose_formats(layers, seen, options)
-    found.reasons |= why
-
-    def rounded(formats: Mapping[str, Format]) -> dict[str, QuantizedLayer]:
-        chosen = {name: layers[name] for name in formats}
-        quantized = search(denoiser, chosen, seen, formats, trajectories, options, seed, progress)
-        return gptq_layers(denoiser, quantized, trajectories, seed, progress) if options.gptq else quantized
-
-    found.layers = rounded(formats)
-    found.sensitivity = measure_sensitivity(denoiser, found.layers, trajectories)
-    if options.effective_bits is not None:
-        _allocate_bits_(found, denoiser, trajectories, options.effective_bits, rounded)
-    if options.float_activations:
-        macs = {name: entry.macs for name, entry in seen.items()}
-        _keep_activations_in_float_(found, denoiser, trajectories, macs, options.float_activations, rounded)
-    found.layers |= _without_inputs(
-        {name: candidates[name] for name in candidates if name not in layers}, options, found
-    )
+    if layers:
+        _quantize_layers_(found, denoiser, layers, trajectories, options, seed, progress)
+    others = {name: layer for name, layer in candidates.items() if name not in found.layers}
+    found.layers |= _without_inputs(others, options, found)
     drop_what_does_not_shrink_(found, forms)
-    found.attention = choose_attention(denoiser, trajectories, options, found.sensitivity)
+    found.attention = choose_attention(denoiser, trajectories, options, found.sensitivity, seed)
+    if progress is not None:
+        progress(1, 1)
     if not found.layers:
         raise UnsupportedModelError(f"{type(denoiser).__name__} has no layer that would be smaller than it is now.")
     return found
+
+
+def _quantize_layers_(
+    found: QuantizationResult,
+    denoiser: nn.Module,
+    layers: Mapping[str, nn.Module],
+    trajectories: Trajectories,
+    options: Rounding,
+    seed: int,
+    progress: Progress | None,
+) -> None:
+    """Round every Linear and Conv2d that was called, in the format that suits it."""
+    moments = SecondMoments(denoiser, layers, trajectories, seed) if options.gptq else None
+    others = () if moments is None else (moments.look,)
+    seen = observe_inputs(denoiser, layers, trajectories, seed, progress, others)
+    found.reasons |= {name: "never called while recording" for name in layers if name not in seen}
+    layers = {name: layer for name, layer in layers.items() if name in seen}
+    edges = edge_layers(denoiser, next(trajectories.calls()))
+    formats, why = choose_formats(layers, seen, edges, options)
+    found.reasons |= why
+    rounded = _Rounder(denoiser, seen, moments, trajectories, options, seed, progress)
+    low = {} if options.effective_bits is None else {n: f for n, f in formats.items() if f.weight_bits < HIGH_BITS}
+    results = rounded([*formats.items(), *((name, high_format(format)) for name, format in low.items())])
+    for way in formats.items():
+        _take_(found, way, results)
+    if options.effective_bits is not None:
+        _allocate_bits_(found, low, results, options.effective_bits)
+    if options.float_activations:
+        macs = {name: entry.macs for name, entry in seen.items()}
+        _keep_activations_in_float_(found, layers, macs, options.float_activations, rounded)
+
+
+class _Rounded(NamedTuple):
+    """A layer in a format."""
+
+    layer: QuantizedLayer
+    error: float
+    """Of the denoiser's output when only this layer is rounded."""
+
+
+@dataclass(frozen=True)
+class _Rounder:
+    """Rounds layers of a denoiser, and measures what that loses."""
+
+    denoiser: nn.Module
+    seen: Mapping[str, LayerInput]
+    moments: SecondMoments | None
+    """None where weights need not make up for each other."""
+    trajectories: Trajectories
+    options: Rounding
+    seed: int
+    progress: Progress | None
+
+    def __call__(self, ways: Sequence[Way]) -> dict[Way, _Rounded]:
+        layers = search(self.denoiser, ways, self.seen, self.trajectories, self.options, self.seed, self.progress)
+        by_name: dict[str, list[Way]] = {}
+        for way in ways:
+            by_name.setdefault(way[0], []).append(way)
+        for name, h in self.moments.of(by_name, self.progress) if self.moments is not None else ():
+            layers |= {way: gptq(self.denoiser.get_submodule(name), layers[way], h) for way in by_name[name]}
+        chosen = {name: [layers[way] for way in own] for name, own in by_name.items()}
+        errors = measure_layers(self.denoiser, chosen, self.trajectories, self.seed)
+        return {
+            way: _Rounded(layers[way], error)
+            for name, own in by_name.items()
+            for way, error in zip(own, errors[name], strict=True)
+        }
+
+
+def _take_(found: QuantizationResult, way: Way, results: Mapping[Way, _Rounded]) -> None:
+    found.layers[way[0]], found.sensitivity[way[0]] = results[way]
 
 
 def quantize_weights(
@@ -157,38 +222,37 @@ def _without_inputs(
 
 
 def _allocate_bits_(
-    found: QuantizationResult,
-    denoiser: nn.Module,
-    trajectories: Trajectories,
-    effective_bits: float,
-    rounded: Callable[[Mapping[str, Format]], dict[str, QuantizedLayer]],
+    found: QuantizationResult, low: Mapping[str, Format], results: Mapping[Way, _Rounded], effective_bits: float
 ) -> None:
-    """Give the layers that gain most for a bit the safe number of bits, until the average is `effective_bits`."""
-    low = {name: layer for name, layer in found.layers.items() if layer.format.weight_bits < HIGH_BITS}
-    safer = rounded({name: high_format(layer.format) for name, layer in low.items()})
-    errors = measure_sensitivity(denoiser, safer, trajectories)
-    gains = {name: found.sensitivity[name] - errors[name] for name in low}
-    for name in select_high_precision(gains, low, effective_bits):
-        found.layers[name], found.sensitivity[name] = safer[name], errors[name]
+    """Give the layers that gain most for a bit HIGH_BITS instead of their `low` format, up to `effective_bits` on average."""
+    high = {name: (name, high_format(format)) for name, format in low.items()}
+    chosen = select_high_precision(
+        {name: found.sensitivity[name] - results[way].error for name, way in high.items()},
+        {name: found.layers[name] for name in low},
+        {name: results[way].layer for name, way in high.items()},
+        effective_bits,
+    )
+    for name in chosen:
+        _take_(found, high[name], results)
         found.reasons[name] = f"sensitive, {HIGH_BITS} bits"
 
 
 def _keep_activations_in_float_(
     found: QuantizationResult,
-    denoiser: nn.Module,
-    trajectories: Trajectories,
+    layers: Mapping[str, nn.Module],
     macs: Mapping[str, int],
     share: float,
-    rounded: Callable[[Mapping[str, Format]], dict[str, QuantizedLayer]],
+    rounded: Callable[[Sequence[Way]], dict[Way, _Rounded]],
 ) -> None:
     """Leave the inputs of the layers in float that err most for what they multiply, up to that share of all `macs`."""
     integers = {name: own.format for name, own in found.layers.items() if own.format.activation_bits is not None}
     chosen = select_float_activations(
         {name: found.sensitivity[name] for name in integers}, macs, share * sum(macs.values())
     )
-    spared = rounded({name: weights_only(denoiser.get_submodule(name), integers[name].weight_bits) for name in chosen})
-    errors = measure_sensitivity(denoiser, spared, trajectories)
-    for name in chosen:
-        if errors[name] < found.sensitivity[name]:
-            found.layers[name], found.sensitivity[name] = spared[name], errors[name]
+    ways = [(name, weights_only(layers[name], integers[name].weight_bits)) for name in chosen]
+    results = rounded(ways) if ways else {}
+    for way in ways:
+        name = way[0]
+        if results[way].error < found.sensitivity[name]:
+            _take_(found, way, results)
             found.reasons[name] = f"{found.reasons.get(name, 'sensitive')}, inputs in float"

@@ -1,4 +1,9 @@
-"""Rounding that can be trained through: the maths, knowing tensors only."""
+"""Rounding that can be trained through: the maths of learned step sizes (LSQ), knowing tensors only.
+
+Esser et al. 2020, arXiv 1902.08153, with the paper's symbols: v what is rounded, s the step size, -Q_N and Q_P the first and
+the last code, v_bar = round(clip(v / s, -Q_N, Q_P)) the code and v_hat = v_bar s what it stands for (eq. 1 and 2). With a
+zero point z (Bhalgat et al. 2020, arXiv 2004.09576) the same codes are shifted: -Q_N - z and Q_P - z take the edges' places.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +17,13 @@ from diffpress.kernels import code_range
 
 
 def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
-    """s (clip(round(x / s) + z) - z) in float: `scale` and `zero_point` broadcast against `values`.
+    """v_hat of `values` v, in float: the step size s, `scale`, and z, `zero_point`, broadcast against them.
 
-    Rounding passes gradients straight through, clipping stops them; the scale and the zero point get those of learned step
-    sizes (Esser et al. 2020, arXiv 1902.08153, eq. 3; for z as in Bhalgat et al. 2020, arXiv 2004.09576, eq. 3).
+    Rounding passes gradients straight through, clipping stops them (eq. 5). The step size gets
+
+        dv_hat/ds = v_bar - v / s inside of the clipping range, -Q_N or Q_P beyond it                             (eq. 3)
+
+    and the zero point -s beyond it, nothing inside (Bhalgat et al., eq. 3).
     """
     result = _FakeQuantize.apply(values, scale, zero_point, bits)
     assert isinstance(result, Tensor)
@@ -39,19 +47,19 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
-        values, scale, zero_point = ctx.saved_tensors
-        low, high = (edge if zero_point is None else edge - zero_point for edge in code_range(ctx.bits))
+        v, s, z = ctx.saved_tensors
+        first, last = (edge if z is None else edge - z for edge in code_range(ctx.bits))
         # In place, and one after the other, since a weight may be large.
-        ratio = values / scale
-        clipped = ratio.round()
-        inside = (clipped >= low) & (clipped <= high)
-        clipped.clamp_(low, high)
-        for_scale = for_zero = None
+        ratio = v / s
+        v_bar = ratio.round()
+        inside = (v_bar >= first) & (v_bar <= last)
+        v_bar.clamp_(first, last)
+        for_s = for_z = None
         if ctx.needs_input_grad[1]:
-            # gradient * (clipped - ratio) where nothing was clipped, gradient * clipped elsewhere.
-            for_scale = clipped.mul_(gradient).sub_(ratio.mul_(inside).mul_(gradient)).sum_to_size(scale.shape)
-        del ratio, clipped
-        for_values = gradient * inside
-        if zero_point is not None and ctx.needs_input_grad[2]:
-            for_zero = ((for_values - gradient) * scale).sum_to_size(zero_point.shape)
-        return for_values, for_scale, for_zero, None
+            # Eq. 3: gradient (v_bar - v / s) inside, gradient v_bar beyond, where v_bar is -Q_N or Q_P.
+            for_s = v_bar.mul_(gradient).sub_(ratio.mul_(inside).mul_(gradient)).sum_to_size(s.shape)
+        del ratio, v_bar
+        for_v = gradient * inside
+        if z is not None and ctx.needs_input_grad[2]:
+            for_z = ((for_v - gradient) * s).sum_to_size(z.shape)
+        return for_v, for_s, for_z, None

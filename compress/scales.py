@@ -1,4 +1,8 @@
-"""Scales, zero points and smoothing by search: the maths of rounding to nearest, knowing tensors only."""
+"""Scales, zero points and smoothing by search: the maths of rounding to nearest, knowing tensors only.
+
+Symbols: W [O, I, taps] a weight of O output and I input channels, s a scale, q = clip(round(W / s)) its codes, z a zero
+point, H_jj = E[x_j^2] the importance [I] of input channel j.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from diffpress.calibration.observe import LayerInput, RangeCandidates, quantize_
 from diffpress.kernels import code_range
 
 SHRINKS = 40
-"""Candidate weight scales of either sign, from the largest weight downwards."""
+"""Candidate weight scales of either sign, from the largest weight downwards: half a percent apart at 8 bits."""
 SMALLEST_SHRINK = {8: 0.8, 4: 0.5, 3: 0.4, 2: 0.3}
 """How far down, by bits: the fewer codes there are, the more clipping pays."""
 CANDIDATES = 32
@@ -19,25 +23,40 @@ MARGIN = 1.5
 REACH = {8: 1.5, 6: 8.0, 4: 32.0}
 """The largest candidate over the smallest, by bits: finer codes than those of eight bits gain little, and clip what other
 images need."""
-SMOOTHINGS = (0.25, 0.5, 0.75)
-"""Shares of a channel's range that are moved from the input into the weights (alpha of SmoothQuant)."""
+ALPHAS = (0.25, 0.5, 0.75)
+"""Shares of a channel's range that are moved from the input into the weights: the paper's alpha takes 0.5 for most models,
+0.75 where inputs have the larger outliers."""
+SMOOTHED_ROWS = 64
+"""Output channels by which smoothing is chosen: what moves is the range of input channels, which they all share."""
+CHUNK = 2**16
+"""Weights that are searched at a time: with what is computed of them they stay in the processor's second cache."""
 
 
 def search_weight_scale(weight: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """The scale [O] of each output channel of `weight` [O, I, taps] that loses least; negative where that is better.
+    """The scale s [O] of each output channel of `weight` [O, I, taps] that loses least; negative where that is better.
 
-    The loss is the squared rounding error weighted by `importance` [I], the mean square of the input channel: the error at
-    the layer's output where input channels are uncorrelated. There is one more negative code than positive ones, and a
-    negative scale gives it to the positive weights.
+    The loss is sum_j H_jj |W_j - s q_j|^2, `importance` [I] being H_jj: the error at the layer's output where input channels
+    are uncorrelated. There is one more negative code than positive ones, and a negative scale gives it to the positive
+    weights.
     """
-    largest = weight.abs().amax((1, 2)).clamp(min=torch.finfo(torch.float32).tiny * 2**bits)
-    best, best_loss = largest / code_range(bits)[1], torch.full_like(largest, torch.inf)
+    columns, heavy = weight.flatten(1), importance.repeat_interleave(weight.shape[2])
+    at_a_time = max(1, CHUNK // columns.shape[1])
+    return torch.cat([_search_rows(part, heavy, bits) for part in columns.split(at_a_time)])
+
+
+def _search_rows(w: Tensor, heavy: Tensor, bits: int) -> Tensor:
+    """The same of rows [N, K] with the importance [K] of their columns."""
+    low, high = code_range(bits)
+    largest = w.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny * 2**bits)
+    best, best_loss = largest / high, torch.full_like(largest, torch.inf)
+    error = torch.empty_like(w)
     for shrink in torch.linspace(1.0, SMALLEST_SHRINK[bits], SHRINKS):
         for sign in (1, -1):
-            scale = sign * largest * shrink / code_range(bits)[1]
-            error = quantize_dequantize(weight, scale[:, None, None], bits) - weight
-            loss = (error.square().sum(2) * importance).sum(1)
-            best, best_loss = torch.where(loss < best_loss, scale, best), torch.minimum(loss, best_loss)
+            s = sign * largest * shrink / high
+            torch.div(w, s[:, None], out=error)
+            error.round_().clamp_(low, high).mul_(s[:, None]).sub_(w)
+            loss = error.square_() @ heavy
+            best, best_loss = torch.where(loss < best_loss, s, best), torch.minimum(loss, best_loss)
     return best
 
 
@@ -53,19 +72,24 @@ def search_group_scales(weight: Tensor, importance: Tensor, bits: int, group_siz
 
 
 def search_smoothing(weight: Tensor, seen: LayerInput, bits: tuple[int, int], asymmetric: bool) -> Tensor:
-    """What each input channel [C] is multiplied by before rounding, and its weights divided by; ones where that is best.
+    """What each input channel [I] is multiplied by before rounding, and its weights divided by; ones where that is best.
 
-    Channels with large inputs are made smaller at the cost of larger weights (Xiao et al. 2023, arXiv 2211.10438, eq. 4);
-    how much is what loses least at the layer's output, over both roundings. How large the inputs of a channel are is told
-    by their mean square, not by their largest, which other images exceed in one channel or another.
+    SmoothQuant (Xiao et al. 2023, arXiv 2211.10438): X W = (X diag(s)^-1) (diag(s) W), with
+
+        s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)                                                               (eq. 4)
+
+    and the alpha that loses least at the layer's output, over both roundings; what is returned is 1 / s. How large the
+    inputs of a channel are is told by their mean square, not by their largest, which other images exceed in one channel or
+    another. A common factor of all s_j changes nothing, so their geometric mean is one.
     """
-    inputs = seen.second_moment.sqrt().clamp(min=1e-5)
-    weights = weight.abs().amax((0, 2)).clamp(min=1e-5)
-    candidates = [torch.ones_like(inputs)]
-    for alpha in SMOOTHINGS:
-        smoothing = weights ** (1 - alpha) / inputs**alpha
-        candidates.append(smoothing / smoothing.log().mean().exp())
-    losses = [_rounding_loss(weight, seen, candidate, bits, asymmetric) for candidate in candidates]
+    x = seen.second_moment.sqrt().clamp(min=1e-5)
+    w = weight.abs().amax((0, 2)).clamp(min=1e-5)
+    candidates = [torch.ones_like(x)]
+    for alpha in ALPHAS:
+        s = x**alpha / w ** (1 - alpha)
+        candidates.append((s / s.log().mean().exp()).reciprocal())
+    rows = weight[:: -(-len(weight) // SMOOTHED_ROWS)]
+    losses = [_rounding_loss(rows, seen, candidate, bits, asymmetric) for candidate in candidates]
     return candidates[losses.index(min(losses))]
 
 
@@ -74,12 +98,13 @@ def _rounding_loss(
 ) -> float:
     """Expected squared error at the output once both the weights and the inputs are rounded."""
     smoothed = weight / smoothing[None, :, None]
-    scale = search_weight_scale(smoothed, seen.second_moment * smoothing.square(), bits[0])
-    error = quantize_dequantize(smoothed, scale[:, None, None], bits[0]) - smoothed
-    lost = float((error.square().sum((0, 2)) * seen.second_moment * smoothing.square()).sum())
-    heavy = smoothed.square().sum((0, 2))
+    importance = seen.second_moment * smoothing.square()
+    s = search_weight_scale(smoothed, importance, bits[0])
+    error = quantize_dequantize(smoothed, s[:, None, None], bits[0]) - smoothed
+    lost = float((error.square().sum((0, 2)) * importance).sum())
+    squares = smoothed.square().sum((0, 2))
     return lost + min(
-        float(range_errors(seen.rows * smoothing, heavy, grid, bits[1]).min())
+        float(range_errors(seen.rows * smoothing, squares, grid, bits[1]).min())
         for grid in range_candidates(seen, smoothing, bits[1], asymmetric)
     )
 

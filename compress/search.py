@@ -16,14 +16,15 @@ from diffpress.calibration.observe import (
     range_errors,
     rounding_errors,
 )
-from diffpress.calibration.sampling import Call, replay
 from diffpress.calibration.trajectory import Progress, Trajectories
-from diffpress.export.runtime import StepClock
 from diffpress.kernels import FP8_MAX, quantize, to_fp8
 
 from .options import Rounding
-from .quantized_layer import Format, QuantizedLayer, broadcast_scale, fake_quantized
+from .quantized_layer import Format, QuantizedLayer, broadcast_scale
 from .scales import choose_steps, range_candidates, search_group_scales, search_smoothing, search_weight_scale
+
+Way = tuple[str, Format]
+"""A layer, by its name, in a format."""
 
 
 class _Input(NamedTuple):
@@ -37,33 +38,37 @@ class _Input(NamedTuple):
 
 def search(
     denoiser: nn.Module,
-    layers: Mapping[str, nn.Module],
+    ways: Sequence[Way],
     seen: Mapping[str, LayerInput],
-    formats: Mapping[str, Format],
     trajectories: Trajectories,
     options: Rounding,
     seed: int,
     progress: Progress | None = None,
-) -> dict[str, QuantizedLayer]:
-    """Integers (or float8 numbers) and scales of every layer in its format; `denoiser` itself stays as it is."""
+) -> dict[Way, QuantizedLayer]:
+    """Integers (or float8 numbers) and scales of layers in formats, one layer in several where asked.
+
+    `denoiser` itself stays as it is.
+    """
     steps = len(trajectories.timesteps)
+    layers = {way: denoiser.get_submodule(way[0]) for way in ways}
     inputs = {
-        name: _search_input(layer, seen[name], formats[name], options)
-        for name, layer in layers.items()
-        if formats[name].activation_bits is not None
+        (name, format): _search_input(layers[name, format], seen[name], format, options)
+        for name, format in ways
+        if format.activation_bits is not None
     }
     scales = _single_scales(inputs, steps)
     if inputs and options.per_step and options.format == "integer":
-        scales |= _step_scales(denoiser, layers, inputs, formats, trajectories, seed, progress)
+        scales |= _step_scales(denoiser, layers, inputs, trajectories, seed, progress)
     found = {}
-    for name, layer in layers.items():
-        smoothing = inputs[name].smoothing if name in inputs else torch.ones(1)
+    for way, layer in layers.items():
+        name, format = way
+        smoothing = inputs[way].smoothing if way in inputs else torch.ones(1)
         smoothing = smoothing.to(layer_matrix(layer).device)
         importance = seen[name].second_moment.to(smoothing.device) * smoothing.square()
-        codes, weight_scale = round_weight(layer, formats[name], importance, smoothing)
-        activation_scale, zero_point = scales.get(name, (None, None))
+        codes, weight_scale = round_weight(layer, format, importance, smoothing)
+        activation_scale, zero_point = scales.get(way, (None, None))
         changed = None if bool((smoothing == 1).all()) else smoothing
-        found[name] = QuantizedLayer(formats[name], codes, weight_scale, activation_scale, zero_point, changed)
+        found[way] = QuantizedLayer(format, codes, weight_scale, activation_scale, zero_point, changed)
     return found
 
 
@@ -87,26 +92,25 @@ def _search_input(layer: nn.Module, seen: LayerInput, format: Format, options: R
     )
 
 
-def _single_scales(inputs: Mapping[str, _Input], steps: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+def _single_scales(inputs: Mapping[Way, _Input], steps: int) -> dict[Way, tuple[Tensor, Tensor | None]]:
     """The best candidate of each layer for all steps [S]."""
-    return {name: _taken(own.grid, torch.zeros(steps, dtype=torch.long)) for name, own in inputs.items()}
+    return {way: _taken(own.grid, torch.zeros(steps, dtype=torch.long)) for way, own in inputs.items()}
 
 
 def _step_scales(
     denoiser: nn.Module,
-    layers: Mapping[str, nn.Module],
-    inputs: Mapping[str, _Input],
-    formats: Mapping[str, Format],
+    layers: Mapping[Way, nn.Module],
+    inputs: Mapping[Way, _Input],
     trajectories: Trajectories,
     seed: int,
     progress: Progress | None,
-) -> dict[str, tuple[Tensor, Tensor | None]]:
+) -> dict[Way, tuple[Tensor, Tensor | None]]:
     """A candidate for each step [S], for layers where that holds on recorded runs it was not chosen on."""
-    grids = {name: own.grid for name, own in inputs.items()}
-    smoothings = {name: own.smoothing for name, own in inputs.items()}
-    bits = {name: formats[name].activation_bits or 0 for name in inputs}
+    grids = {way: own.grid for way, own in inputs.items()}
+    smoothings = {way: own.smoothing for way, own in inputs.items()}
+    bits = {way: way[1].activation_bits or 0 for way in inputs}
     errors = rounding_errors(denoiser, layers, trajectories, grids, smoothings, bits, seed, progress)
-    return {name: _taken(grids[name], choose_steps(errors[name])[0]) for name in inputs}
+    return {way: _taken(grids[way], choose_steps(errors[way])[0]) for way in inputs}
 
 
 def _taken(grid: RangeCandidates, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -128,33 +132,3 @@ def round_weight(layer: nn.Module, format: Format, importance: Tensor, smoothing
     else:
         scale = search_group_scales(weight, importance, format.weight_bits, format.group_size)
     return quantize(weight.view(shape), broadcast_scale(scale, shape, format.group_size), format.weight_bits), scale
-
-
-@torch.no_grad()
-def measure_sensitivity(
-    denoiser: nn.Module, layers: Mapping[str, QuantizedLayer], trajectories: Trajectories
-) -> dict[str, float]:
-    """Relative squared error of the denoiser's output with one layer rounded at a time, over `evaluation_calls`."""
-    calls = evaluation_calls(trajectories)
-    clock = StepClock(trajectories.timesteps)
-    errors = {}
-    for name, quantization in layers.items():
-        with fake_quantized(denoiser, {name: quantization}, clock):
-            errors[name] = output_error(denoiser, calls)
-    return errors
-
-
-def evaluation_calls(trajectories: Trajectories) -> list[Call]:
-    """Three steps of one shard: the first, the one in the middle and the last."""
-    calls = list(trajectories.calls(trajectories.shards[:1]))
-    return [calls[0], calls[len(calls) // 2], calls[-1]]
-
-
-def output_error(denoiser: nn.Module, calls: Sequence[Call]) -> float:
-    """Relative squared error of what `denoiser` answers to recorded calls, a mean over them."""
-    return sum(_relative_error(denoiser, call) for call in calls) / len(calls)
-
-
-def _relative_error(denoiser: nn.Module, call: Call) -> float:
-    truth = call.output.float()
-    return float((replay(denoiser, call).float().cpu() - truth).square().mean() / truth.square().mean())

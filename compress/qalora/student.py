@@ -13,7 +13,7 @@ from diffpress.calibration.sampling import device_of
 from diffpress.export.runtime import Attention, StepClock, Wrap, step_weights
 
 from ..options import LARGE, Qalora
-from ..overlay import overlaid, overriding_attention, teacher
+from ..overlay import checkpointed, overlaid, overriding_attention, teacher
 from ..quantized_layer import QuantizedLayer
 from .layer import QaloraLayer
 
@@ -67,27 +67,13 @@ class Student:
     def on(self) -> Iterator[None]:
         """The denoiser answers as the quantized one will; gradients have to be taken while it is on."""
         wraps = {name: self._wrap(name) for name in self.layers} | overriding_attention(self.attention)
-        with overlaid(self.denoiser, wraps, self.clock), self._checkpointed():
+        with overlaid(self.denoiser, wraps, self.clock), checkpointed(self.denoiser, self.checkpointing):
             yield
 
     def _wrap(self, name: str) -> Wrap:
         learner, layer = self.layers[name], self.denoiser.get_submodule(name)
         forward = learner.forward_in_parts if self.checkpointing else learner.forward
         return lambda beneath: partial(forward, layer, clock=self.clock, beneath=beneath)
-
-    @contextmanager
-    def _checkpointed(self) -> Iterator[None]:
-        """The denoiser keeps the inputs of its blocks only, where it knows how to."""
-        denoiser = self.denoiser
-        knows = getattr(denoiser, "_supports_gradient_checkpointing", False)
-        if not (self.checkpointing and knows) or denoiser.is_gradient_checkpointing:
-            yield
-            return
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffpress.calibration import replaying
 from diffpress.calibration.conditions import conditions
+from diffpress.calibration.moments import SecondMoments
 from diffpress.calibration.observe import (
     KEPT_ROWS,
     ROWS,
-    SHARDS,
     RangeCandidates,
     as_rows,
     channel_weights,
     layer_matrix,
     observe_inputs,
-    observed_shards,
     quantize_dequantize,
     range_errors,
-    replay_with,
     rounding_errors,
 )
+from diffpress.calibration.replaying import SHARDS, looked_at, observed_shards, replay_with
 from diffpress.calibration.sampling import Call, Sampling, denoiser_of, replay
 from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.export.artifact import load_pipeline
@@ -181,6 +181,9 @@ class Guided:
     def steps(self, shard: Path) -> list[int]:
         return [call.step for call in self.calls([shard])]
 
+    def call(self, shard: Path, index: int) -> Call:
+        return self.calls([shard])[index]
+
     def calls(self, shards: list[Path]) -> list[Call]:
         found = []
         for shard in shards:
@@ -201,6 +204,48 @@ def test_prompts_are_told_from_samples_however_guidance_calls(guided: set[int], 
     denoiser = Conditioned()
     seen = observe_inputs(denoiser, layers_of(denoiser), Guided(guided, calls), seed=0)  # type: ignore[arg-type]
     assert {name: own.conditioning for name, own in seen.items()} == {"sees_prompt": True, "sees_sample": False}
+
+
+@pytest.mark.parametrize("guided", [{0, 1, 2, 3}, set()], ids=str)
+def test_of_many_steps_shards_are_asked_by_turns(guided: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that begins with the second step tells conditioning layers as well."""
+    monkeypatch.setattr(replaying, "MANY_STEPS", 4)
+    runs: Any = Guided(guided, 1)
+    assert looked_at(runs, runs.shards) == {Path("a"): [0, 2], Path("b"): [1, 3]}
+    assert looked_at(runs, runs.shards[:1]) == {Path("a"): [0, 1, 2, 3]}
+    denoiser = Conditioned()
+    seen = observe_inputs(denoiser, layers_of(denoiser), runs, seed=0)
+    assert {name: own.conditioning for name, own in seen.items()} == {"sees_prompt": True, "sees_sample": False}
+
+
+class Shared(nn.Module):
+    """Feeds one tensor to three layers in turn, but changes it before the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        x = sample.clone()
+        y = self.a(x) + self.b(x)
+        x += 100
+        return (y + self.c(x),)
+
+
+def test_layers_that_share_an_input_see_it_as_it_is_when_they_are_called(
+    observed: Callable[[str], tuple[nn.Module, Trajectories]],
+) -> None:
+    _, runs = observed("tiny_pixels")
+    denoiser = Shared()
+    layers = layers_of(denoiser)
+    moments = SecondMoments(denoiser, layers, runs, 0)
+    seen = observe_inputs(denoiser, layers, runs, seed=0, others=[moments.look])
+    samples = torch.cat([call.inputs["sample"].float() for call in runs.calls()])
+    assert seen["a"].high.max() == seen["b"].high.max() == samples.max()
+    assert seen["c"].high.max() == (samples + 100).max()
+    h = dict(moments.of(layers))
+    assert torch.equal(h["a"], h["b"])
+    assert (h["c"].diagonal(dim1=1, dim2=2) > 50**2).all()
 
 
 def test_same_seed_keeps_the_same_rows_and_hooks_are_gone(

@@ -9,11 +9,12 @@ import pytest
 from torch import nn
 
 from diffpress.calibration.conditions import conditions
-from diffpress.calibration.sampling import Sampling, denoiser_of
+from diffpress.calibration.sampling import Sampling, denoiser_of, replay
 from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.compress.options import Ptq
 from diffpress.compress.ptq import quantize_denoiser
 from diffpress.compress.result import QuantizationResult
+from diffpress.compress.sensitivity import evaluation_calls
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.source import Form, forms_of, source_tensors
@@ -66,3 +67,18 @@ def quantized(recorded: Callable[[str], Recorded]) -> Callable[..., Quantization
         return found[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def output_error() -> Callable[[nn.Module, Trajectories], float]:
+    """A function: relative squared error of what a denoiser, as it is at that moment, answers to `evaluation_calls`."""
+
+    def error(denoiser: nn.Module, trajectories: Trajectories) -> float:
+        calls = evaluation_calls(trajectories)
+        moved = [(replay(denoiser, call) - call.output).float() for call in calls]
+        return sum(
+            float(each.square().mean() / call.output.float().square().mean())
+            for each, call in zip(moved, calls, strict=True)
+        ) / len(calls)
+
+    return error

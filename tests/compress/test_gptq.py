@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffpress.calibration import moments
+from diffpress.calibration.moments import SecondMoments
 from diffpress.calibration.observe import input_rows
-from diffpress.compress import gptq
-from diffpress.compress.gptq import DAMPING, gptq_layers, round_columns
-from diffpress.compress.search import measure_sensitivity
+from diffpress.compress import gptq as own_file
+from diffpress.compress.gptq import LAMBDA, gptq, round_columns, smoothed_moments
 from diffpress.kernels import code_range, quantize
 
 LAYERS = [
@@ -38,10 +39,10 @@ def blocks_of(inputs: Tensor, width: int) -> Tensor:
     return padded.transpose(1, 2) @ padded
 
 
-def damped_loss(weight: Tensor, codes: Tensor, scale: Tensor, moments: Tensor) -> Tensor:
+def damped_loss(weight: Tensor, codes: Tensor, scale: Tensor, h: Tensor) -> Tensor:
     """What is minimized, row by row: the squared error at the output and, by the damping, that of the weights."""
     error = (codes.double() * scale - weight).double()
-    damped = moments.double() + DAMPING * moments.diagonal().mean() * torch.eye(len(moments))
+    damped = h.double() + LAMBDA * h.diagonal().mean() * torch.eye(len(h))
     return ((error @ damped) * error).sum(1)
 
 
@@ -49,10 +50,10 @@ def damped_loss(weight: Tensor, codes: Tensor, scale: Tensor, moments: Tensor) -
 def test_it_loses_less_than_rounding_to_nearest(bits: int) -> None:
     inputs, weight = correlated(400, 60), torch.randn(24, 60, generator=torch.Generator().manual_seed(1))
     scale = weight.abs().amax(1, keepdim=True) / code_range(bits)[1]
-    moments = blocks_of(inputs, 60)
-    codes = round_columns(weight, scale, moments, bits)
+    h = blocks_of(inputs, 60)
+    codes = round_columns(weight, scale, h, bits)
     nearest = quantize(weight, scale, bits)
-    ours, theirs = (damped_loss(weight, found, scale, moments[0]) for found in (codes, nearest))
+    ours, theirs = (damped_loss(weight, found, scale, h[0]) for found in (codes, nearest))
     assert ours.sum() < 0.8 * theirs.sum()
     low, high = code_range(bits)
     assert low <= int(codes.min())
@@ -69,16 +70,16 @@ def test_uncorrelated_inputs_leave_nothing_to_make_up_for() -> None:
 
 def test_the_last_column_of_two_makes_up_for_the_first() -> None:
     """By hand: both inputs are alike but for the damping, the first of the larger moment goes first."""
-    moments = torch.tensor([[[4.0, 3.0], [3.0, 2.5]]])
-    damping = DAMPING * 3.25
+    h = torch.tensor([[[4.0, 3.0], [3.0, 2.5]]])
+    damping = LAMBDA * 3.25
     weight = torch.tensor([[0.4, 0.4]])
     # Rounded to 0, the first leaves an error of 0.4; the second best takes 0.4 + 0.4 * 3 / (2.5 + damping) = 0.745.
     assert 0.4 + 0.4 * 3 / (2.5 + damping) > 0.5
-    assert round_columns(weight, torch.ones(1, 1), moments, 4).tolist() == [[0, 1]]
+    assert round_columns(weight, torch.ones(1, 1), h, 4).tolist() == [[0, 1]]
 
 
 def test_blocks_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq, "BLOCK", 4)
+    monkeypatch.setattr(moments, "BLOCK", 4)
     inputs, weight = correlated(50, 10), torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
     scale = torch.full((3, 1), 0.3)
     codes = round_columns(weight, scale, blocks_of(inputs, 4), 4)
@@ -116,39 +117,95 @@ def test_of_a_linear_it_draws_rows() -> None:
     assert input_rows(nn.Linear(6, 3), x, 200, torch.Generator().manual_seed(0)).shape == (100, 6)
 
 
-def test_codes_change_and_scales_stay(
-    recorded: Callable[[str], Any], quantized: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lazy", [1, 7, 1000])
+def test_errors_may_reach_the_columns_behind_late(lazy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, weight = (
+        correlated(400, 60).double(),
+        torch.randn(24, 60, generator=torch.Generator().manual_seed(1)).double(),
+    )
+    scale = weight.abs().amax(1, keepdim=True) / 7
+    codes = round_columns(weight, scale, blocks_of(inputs, 60), 4)
+    monkeypatch.setattr(own_file, "LAZY", lazy)
+    assert torch.equal(round_columns(weight, scale, blocks_of(inputs, 60), 4), codes)
+
+
+@pytest.mark.parametrize("taps", [1, 9])
+def test_moments_of_smoothed_inputs_are_those_of_the_inputs_smoothed(
+    taps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the moments of two layers do not fit into one replay."""
+    """Entry by entry two products of float32 beside one, and a sum of 50 terms on either side."""
+    monkeypatch.setattr(moments, "BLOCK", 16)
+    generator = torch.Generator().manual_seed(0)
+    rows, smoothing = torch.randn(50, 5 * taps, generator=generator), torch.rand(5, generator=generator) + 0.5
+    width = moments.block_sizes(5 * taps)[1]
+    expected = blocks_of(rows * smoothing.repeat_interleave(taps), width)
+    magnitude = blocks_of((rows * smoothing.repeat_interleave(taps)).abs(), width)
+    found = smoothed_moments(blocks_of(rows, width), smoothing, taps)
+    assert ((found - expected).abs() <= (50 + 4) * torch.finfo(torch.float32).eps * magnitude).all()
+
+
+def moments_of(case: Any) -> SecondMoments:
+    """Of every layer that could be quantized."""
+    layers = {name: layer for name, layer in case.denoiser.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    return SecondMoments(case.denoiser, layers, case.trajectories, 0)
+
+
+def rounded(case: Any, layers: dict[str, Any]) -> dict[str, Any]:
+    return {name: gptq(case.denoiser.get_submodule(name), layers[name], h) for name, h in moments_of(case).of(layers)}
+
+
+def test_codes_change_and_scales_stay(recorded: Callable[[str], Any], quantized: Callable[..., Any]) -> None:
     case = recorded("tiny_text")
     layers = quantized("tiny_text", weights=4, activations=8, gptq=False).layers
-    found = gptq_layers(case.denoiser, layers, case.trajectories, 0)
-    assert list(found) == list(layers)
+    found = rounded(case, layers)
+    assert set(found) == set(layers)
     for name, own in found.items():
         assert own.codes.shape == layers[name].codes.shape
         assert torch.equal(own.weight_scale, layers[name].weight_scale)
     assert any(not torch.equal(found[name].codes, layers[name].codes) for name in layers)
-    monkeypatch.setattr(gptq, "MOMENT_BYTES", 1)
-    again = gptq_layers(case.denoiser, layers, case.trajectories, 0)
-    assert list(again) == list(found)
+
+
+def test_moments_that_do_not_fit_together_are_collected_in_parts(
+    recorded: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them over as many rows as where they fit, and on the scale of the second moments themselves."""
+    case = recorded("tiny_class")
+    whole = moments_of(case)
+    assert len(whole.parts) == 1
+    expected = dict(whole.of(whole.layers))
+    monkeypatch.setattr(moments, "SMALLEST_BUDGET", 1)
+    monkeypatch.setattr(moments, "ROWS", 10_000)
+    each = moments_of(case)
+    assert len(each.parts) > 1
+    sizes = [
+        sum(blocks * width**2 * 4 for blocks, width in (moments.block_sizes(columns(case, name)) for name in part))
+        for part in each.parts
+    ]
+    limit = sum(parameter.nbytes for parameter in case.denoiser.parameters()) // 2
+    assert all(size <= limit or len(part) == 1 for size, part in zip(sizes, each.parts, strict=True))
+    found = dict(each.of(each.layers))
+    assert found.keys() == expected.keys()
+    for name, h in found.items():
+        assert h.shape == expected[name].shape
+        # The others saw at most 64 rows of 64 and fewer at a time: all of those that there are.
+        assert h.diagonal(dim1=1, dim2=2).sum() == pytest.approx(
+            float(expected[name].diagonal(dim1=1, dim2=2).sum()), rel=0.5
+        )
+
+
+def columns(case: Any, name: str) -> int:
+    return case.denoiser.get_submodule(name).weight[0].numel()
 
 
 def test_float8_has_no_codes_to_choose(recorded: Callable[[str], Any], quantized: Callable[..., Any]) -> None:
     case = recorded("tiny_text")
     layers = quantized("tiny_text", format="float8").layers
-    found = gptq_layers(case.denoiser, layers, case.trajectories, 0)
+    found = rounded(case, layers)
     assert all(found[name] is own for name, own in layers.items() if own.format.float8)
 
 
-def test_layers_lose_less_at_the_output(recorded: Callable[[str], Any], quantized: Callable[..., Any]) -> None:
+def test_layers_lose_less_at_the_output(quantized: Callable[..., Any]) -> None:
     """As the whole denoiser measures it, one layer at a time, in the geometric mean."""
-    case = recorded("tiny_text")
-    nearest, ours = (
-        quantized("tiny_text", weights=4, activations="none", gptq=choice).layers for choice in (False, True)
-    )
-    low = [name for name, own in nearest.items() if own.format.weight_bits == 4]
-    before, after = (
-        measure_sensitivity(case.denoiser, {name: layers[name] for name in low}, case.trajectories)
-        for layers in (nearest, ours)
-    )
-    assert sum(torch.tensor([after[name] / before[name] for name in low]).log()) < 0
+    nearest, ours = (quantized("tiny_text", weights=4, activations="none", gptq=choice) for choice in (False, True))
+    low = [name for name, own in nearest.layers.items() if own.format.weight_bits == 4]
+    assert sum(torch.tensor([ours.sensitivity[name] / nearest.sensitivity[name] for name in low]).log()) < 0

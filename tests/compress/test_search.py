@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.calibration.observe import layer_matrix, quantize_dequantize
-from diffpress.calibration.sampling import replay
-from diffpress.compress.quantized_layer import Format, QuantizedLayer, call_with, fake_quantized, smoothed
+from diffpress.compress.quantized_layer import Format, QuantizedLayer, call_with, smoothed
 from diffpress.compress.result import QuantizationResult, edits_and_tensors
-from diffpress.compress.search import measure_sensitivity, round_weight
+from diffpress.compress.search import round_weight
 from diffpress.export.apply import apply_edits_
 from diffpress.export.runtime import StepClock
 from diffpress.export.source import source_tensors
@@ -153,23 +152,6 @@ def test_rounded_weights_are_near_the_weights(layer: nn.Module, format: Format) 
         # Searched scales clip down to 0.3 of the largest at 2 bits; that, or half a step, is what is lost at most.
         bound = largest * {8: 0.2, 4: 0.5, 3: 0.6, 2: 0.7}[format.weight_bits]
     assert (error <= bound * (1 + 4 * HALF_UNIT)).all()
-
-
-def test_sensitivity_is_the_relative_error_of_one_layer_alone(
-    recorded: Callable[[str], Any], quantized: Callable[..., QuantizationResult]
-) -> None:
-    own, found = recorded("tiny_class"), quantized("tiny_class", **FORMATS["W4A4"])
-    name = "transformer_blocks.0.ff.net.2"
-    calls = list(own.trajectories.calls(own.trajectories.shards[:1]))
-    assert len(calls) == 3
-    errors = []
-    for call in calls:
-        with fake_quantized(own.denoiser, {name: found.layers[name]}, StepClock(own.trajectories.timesteps)):
-            moved = replay(own.denoiser, call) - call.output
-        errors.append(float(moved.square().mean() / call.output.square().mean()))
-    assert found.sensitivity[name] == sum(errors) / 3
-    (measured,) = measure_sensitivity(own.denoiser, {name: found.layers[name]}, own.trajectories).values()
-    assert measured == found.sensitivity[name]
 
 
 def test_rounded_to_is_quantize_then_dequantize() -> None:
