@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpress.kernels import code_range
+from diffpress.kernels import quantize_dequantize
 from diffpress.kernels.windows import output_size
 
 from .replaying import Key, OncePerInput, looked_at, observed_shards, replay_with, spread_evenly
@@ -215,16 +215,6 @@ def range_errors(rows: Tensor, weights: Tensor, grid: RangeCandidates, bits: int
     zero_point = None if grid.zero_point is None else grid.zero_point.to(rows.device)[:, None, None]
     error = quantize_dequantize(rows[None], scale, bits, zero_point) - rows
     return error.square().mean(1) @ weights
-
-
-def quantize_dequantize(values: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
-    """`values` after quantizing and dequantizing."""
-    low, high = code_range(bits)
-    codes = torch.div(values, scale).round_()
-    if zero_point is None:
-        return codes.clamp_(low, high).mul_(scale)
-    # Clipping the codes without z is the same, and exact: (clip(r + z) - z) = clip(r, low - z, high - z).
-    return codes.clamp_(low - zero_point, high - zero_point).mul_(scale)
 
 
 def as_rows(layer: nn.Module, x: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpress.calibration.observe import quantize_dequantize
-from diffpress.kernels import code_range
+from diffpress.kernels import code_range, quantize_dequantize
 
 
 def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffpress.calibration.observe import LayerInput, RangeCandidates, quantize_dequantize, range_errors
-from diffpress.kernels import code_range
+from diffpress.calibration.observe import LayerInput, RangeCandidates, range_errors
+from diffpress.kernels import code_range, quantize_dequantize
 
 SHRINKS = 40
 """Candidate weight scales of either sign, from the largest weight downwards: half a percent apart at 8 bits."""

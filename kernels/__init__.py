@@ -11,7 +11,16 @@ from .integer_linear import integer_linear
 from .lora_linear import lora_linear
 from .norm_modulate_quantize import norm_modulate_quantize
 from .packing import pack_codes, packed_form, unpack_codes
-from .quantization import FP8_MAX, code_range, dequantize, dequantize_groups, quantize, spread_groups, to_fp8
+from .quantization import (
+    FP8_MAX,
+    code_range,
+    dequantize,
+    dequantize_groups,
+    quantize,
+    quantize_dequantize,
+    spread_groups,
+    to_fp8,
+)
 from .quantize_rows import quantize_rows
 from .quantized_conv2d import quantized_conv2d
 from .quantized_linear import quantized_linear
@@ -39,6 +48,7 @@ __all__ = [
     "pack_semi_structured",
     "packed_form",
     "quantize",
+    "quantize_dequantize",
     "quantize_rows",
     "quantized_conv2d",
     "quantized_linear",

@@ -32,6 +32,16 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -
     return (codes.float() if zero_point is None else codes.float() - zero_point) * scale
 
 
+def quantize_dequantize(values: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
+    """`values` after quantizing and dequantizing."""
+    low, high = code_range(bits)
+    codes = torch.div(values, scale).round_()
+    if zero_point is None:
+        return codes.clamp_(low, high).mul_(scale)
+    # Clipping the codes without z is the same, and exact: (clip(r + z) - z) = clip(r, low - z, high - z).
+    return codes.clamp_(low - zero_point, high - zero_point).mul_(scale)
+
+
 def dequantize_groups(codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
     """Float32 values [N, K] of integer codes whose rows have one of `scale` [N, ceil(K / group_size)] a group."""
     return dequantize(codes, spread_groups(scale, group_size, codes.shape[1]))

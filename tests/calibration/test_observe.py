@@ -22,7 +22,6 @@ from diffpress.calibration.observe import (
     channel_weights,
     layer_matrix,
     observe_inputs,
-    quantize_dequantize,
     range_errors,
     rounding_errors,
 )
@@ -31,7 +30,7 @@ from diffpress.calibration.sampling import Call, Sampling, denoiser_of, replay
 from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
-from diffpress.kernels import dequantize, quantize
+from diffpress.kernels import dequantize, quantize, quantize_dequantize
 
 FLOAT = torch.finfo(torch.float32).eps
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffpress.calibration.observe import LayerInput, RangeCandidates, quantize_dequantize, range_errors
+from diffpress.calibration.observe import LayerInput, RangeCandidates, range_errors
 from diffpress.compress.scales import (
     CANDIDATES,
     MARGIN,
@@ -17,7 +17,7 @@ from diffpress.compress.scales import (
     search_smoothing,
     search_weight_scale,
 )
-from diffpress.kernels import code_range, dequantize, quantize
+from diffpress.kernels import code_range, dequantize, quantize, quantize_dequantize
 
 FLOAT = torch.finfo(torch.float32).eps
 

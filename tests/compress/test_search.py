@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffpress.calibration.observe import layer_matrix, quantize_dequantize
+from diffpress.calibration.observe import layer_matrix
 from diffpress.compress.quantized_layer import Format, QuantizedLayer, call_with, smoothed
 from diffpress.compress.result import QuantizationResult, edits_and_tensors
 from diffpress.compress.search import round_weight
 from diffpress.export.apply import apply_edits_
 from diffpress.export.runtime import StepClock
 from diffpress.export.source import source_tensors
-from diffpress.kernels import FP8_MAX
+from diffpress.kernels import FP8_MAX, quantize_dequantize
 
 HALF_UNIT = torch.finfo(torch.float32).eps / 2
 FORMATS: dict[str, dict[str, Any]] = {
