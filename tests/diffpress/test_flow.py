@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import diffpress as package
+from diffpress import flow
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.sampling import Sampling, sample
 from diffpress.export.artifact import load_pipeline, verify
@@ -110,15 +111,23 @@ def test_damaged_artifact_is_made_anew_by_the_same_command(compressed, tiny_text
     assert digests(damaged) == digests(compressed)
 
 
-def test_other_prompts_in_the_same_file_are_another_request(tiny_text, quick_recipe, tmp_path):
-    prompts = tmp_path / "prompts.txt"
+def test_other_prompts_in_the_same_file_are_another_request(tiny_text, quick_recipe, tmp_path, monkeypatch):
+    prompts, requests = tmp_path / "prompts.txt", []
     recipe = load_recipe(quick_recipe, [f"record.prompts={prompts}"])
-    fingerprints = []
-    for text in ("red apple", "blue car"):
+
+    class ReachedError(Exception):
+        pass
+
+    def make(source, recipe, forms, out, request, *_):
+        requests.append(request)
+        raise ReachedError
+
+    monkeypatch.setattr(flow, "_make", make)
+    for text in ("red apple", "blue car", "red apple"):
         prompts.write_text(text)
-        artifact = compress(PipelineFolder(tiny_text, "tiny"), recipe, tmp_path / "out")
-        fingerprints.append(artifact.manifest.fingerprint)
-    assert fingerprints[0] != fingerprints[1]
+        with pytest.raises(ReachedError):
+            compress(PipelineFolder(tiny_text, "tiny"), recipe, tmp_path / "out")
+    assert requests[0] == requests[2] != requests[1]
 
 
 STAGES = ["quantize", *(pytest.param(stage, marks=pytest.mark.long) for stage in ("record", "measure", "save"))]
