@@ -205,6 +205,7 @@ def test_estimate_writes_nothing(diffpress, tiny_text, quick_recipe, digests, tm
     assert digests(tiny_text) == before
 
 
+@pytest.mark.long
 def test_foreign_out_is_replaced_with_force(diffpress, tiny_pixels, quick_recipe, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -282,6 +283,7 @@ def test_inspect_shows_plan_and_source(diffpress, compressed):
     assert f"unet bytes │ {before:,} -> {after:,}" in shown
 
 
+@pytest.mark.long
 def test_the_folder_one_is_in_takes_an_artifact(diffpress, tiny_pixels, quick_recipe, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -64,6 +64,7 @@ def test_zeros_stay_zeros(part: Part, tmp_path: Path) -> None:
     assert (answers["output"] == 0).all()
 
 
+@pytest.mark.long
 def test_a_pipeline_with_attention_on_integers_is_exported(sources: dict[str, PipelineFolder], tmp_path: Path) -> None:
     """Its layers stay in float, so the graph is one of integers by its attention alone; it is checked against torch."""
     names = [f"transformer_blocks.{block}.attn1" for block in (0, 1)]

@@ -85,7 +85,13 @@ def fill_(layer: PackedLayer, generator: torch.Generator) -> None:
         layer.bias.normal_(generator=generator)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+TWINS = ("W3A6", "W8 g16", "W4A8")
+"""Formats whose graphs are those of others but for the numbers in them."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in TWINS else name for name in FORMATS]
+)
 def test_every_layer_equals_torch(tmp_path: Path, name: str) -> None:
     module = EveryLayer(FORMATS[name]).eval()
     bits, rounds_to_integers = FORMATS[name]["weight_bits"], "A" in name
