@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machine import machine
 
 IMPORTS = "import diffpress.flow, diffpress.running, diffpress.compress.ptq"
-RUN = "from diffpress.running import run_torch; run_torch({model!r}, {text!r}, 0, {steps}, None)"
+RUN = """from diffpress.models import resolve
+from diffpress.running import Wanted, run_torch
+run_torch(resolve({model!r}), Wanted({text!r}, None, 0, {steps}, None))"""
 COMPRESS = "import diffpress; diffpress.compress({model!r}, {recipe!r}, {out!r})"
 PEAK = """
 import re; from pathlib import Path
