@@ -12,6 +12,8 @@ from torch import nn
 
 from diffpress.export.runtime import Attention, AttentionOverride, Forward, StepClock, Wrap, attach_clock_
 
+from .options import LARGE
+
 NOTHING = object()
 """Stands where an instance has no forward of its own, and the one of its class answers."""
 
@@ -87,6 +89,11 @@ def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
         yield
     finally:
         model.disable_gradient_checkpointing()  # type: ignore[operator]
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether time is spent to save memory."""
+    return sum(parameter.numel() for parameter in model.parameters()) >= LARGE
 
 
 @contextmanager

@@ -23,8 +23,7 @@ from diffpress.calibration.sampling import Call, answer
 from diffpress.calibration.trajectory import Trajectories
 from diffpress.export.runtime import Attention, Forward, StepClock, Wrap
 
-from .options import LARGE
-from .overlay import checkpointed, frozen, overlaid, overriding_attention
+from .overlay import checkpointed, frozen, is_large, overlaid, overriding_attention
 from .quantized_layer import QuantizedLayer, fake_quantization
 
 PRODUCTS = 96
@@ -123,7 +122,7 @@ class _Probes:
     def measure(self, denoiser: nn.Module, wraps: Mapping[str, Wrap]) -> dict[str, list[float]]:
         """The errors of every module in each way, with `wraps` that let them be watched."""
         errors = {name: torch.zeros(count) for name, count in self.ways.items()}
-        with overlaid(denoiser, wraps), frozen(denoiser), checkpointed(denoiser, _is_large(denoiser)):
+        with overlaid(denoiser, wraps), frozen(denoiser), checkpointed(denoiser, is_large(denoiser)):
             for call in self.calls:
                 for name, squared in self._squared_errors(denoiser, call).items():
                     errors[name] += squared / call.output.float().square().sum() / len(self.calls)
@@ -165,7 +164,3 @@ class _Watched(torch.autograd.Function):
         saved = ctx.saved_tensors
         ctx.receive(gradient, *saved)
         return None, None, gradient, *[None] * (len(saved) - 1)
-
-
-def _is_large(denoiser: nn.Module) -> bool:
-    return sum(parameter.numel() for parameter in denoiser.parameters()) >= LARGE

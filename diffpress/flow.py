@@ -141,6 +141,8 @@ def _make(
     check_space(out, disk_bytes(source, recipe, running, costs))
     with work_folder(out, request, fresh) as work:
         if (settled := settle_dtype(work.folder, dtype)) != dtype:
+            # Not both at a time.
+            del original
             dtype, original = settled, load_pipeline(source, settled).to(device)
         trajectories = _record(original, recipe, work, notify)
         stages = stages_of(source, original, recipe, forms, work.recorded)

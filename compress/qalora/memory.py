@@ -12,7 +12,8 @@ from diffpress.calibration.observe import layer_matrix
 from diffpress.calibration.sampling import Call, replay
 
 from ..layers import find_layers
-from ..options import LARGE, Order, Qalora
+from ..options import Order, Qalora
+from ..overlay import is_large
 from .blocks import find_blocks, tensors
 from .checkpoint import checkpoint_bytes
 from .layer import CODE_OFFSET_BITS, PART
@@ -56,8 +57,7 @@ def learning_needs(denoiser: nn.Module, call: Call, options: Qalora) -> dict[Ord
         for name, layer in layers.items()
     }
     parts = [part for name in blocks if (part := [own for key, own in seen.items() if key.startswith(f"{name}.")])]
-    large = sum(parameter.numel() for parameter in denoiser.parameters()) >= LARGE
-    sparing = large if options.checkpointing is None else options.checkpointing
+    sparing = is_large(denoiser) if options.checkpointing is None else options.checkpointing
     trained = 2 * FLOAT + MOMENTS[options.optimizer]
     always = sum(
         FLOAT * own.learned + (own.weight * CODE_OFFSET_BITS // 8 if options.gptq else 0) for own in seen.values()

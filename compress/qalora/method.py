@@ -17,6 +17,7 @@ from .. import ptq
 from ..attention import learnable
 from ..changes import Changes
 from ..options import Qalora
+from ..overlay import frozen
 from ..result import QuantizationResult, changes_of, load_result, save_result
 from ..stage import Cost, Running, Subject
 from ..stage import Report as StageReport
@@ -25,7 +26,7 @@ from .blocks import learn_blocks
 from .importance import step_importance
 from .layer import QaloraLayer
 from .memory import learning_disk_bytes
-from .order import check_order, choose_order, learning_bytes, settle_order
+from .order import check_order, fitting_order, learning_bytes, settle_order
 from .student import Student
 from .train import EVALUATIONS, Report, evaluate_every, learn
 from .training_data import StudentRollouts, TrainingData, images_per_round, rollout_bytes
@@ -53,7 +54,8 @@ def estimate(subject: Subject, options: Qalora, running: Running) -> Cost:
     images = images_per_round(every, options.batch, running.steps)
     runs = EVALUATIONS * options.rollout_share * 2 * images + (EVALUATIONS + 2) * options.validation_images
     seconds = image_seconds * (options.iterations * options.batch * LEARNING + runs * running.steps)
-    details = {"learning_bytes": learning_bytes(subject, options), "order": choose_order(subject, options)}
+    needed = learning_bytes(subject, options)
+    details = {"learning_bytes": needed, "order": options.order or fitting_order(subject, needed)}
     rollouts = rollout_bytes(options, every, running.steps, running.run_bytes)
     disk_bytes = start.disk_bytes + rollouts + learning_disk_bytes(subject.model, options)
     return Cost({**start.seconds, "learn": seconds}, disk_bytes, details)
@@ -112,15 +114,12 @@ def learn_layers_(
     start = {
         name: own for name, own in found.layers.items() if not isinstance(denoiser.get_submodule(name), nn.Embedding)
     }
-    frozen = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
     attention = learnable(found.attention)
     student = Student(denoiser, start, trajectories.timesteps, options, seed, layer_type, attention)
     # Codes take as much memory as the weights; the student has what it needs of them.
     found.layers |= {name: replace(own, codes=torch.empty(0)) for name, own in start.items()}
     del start
-    try:
+    with frozen(denoiser):
         steps = len(trajectories.timesteps)
         scheduler = scheduler_in_use(runs.pipeline, runs.wanted[0], runs.sampling)
         importance = step_importance(scheduler, trajectories.updates)
@@ -132,7 +131,4 @@ def learn_layers_(
             guidance = find_guidance(trajectories)
             progress = learn(student, training_data, importance, guidance, options, runs.folder, report)
         found.history = progress.history
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
     found.layers |= student.finish()

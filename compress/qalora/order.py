@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -29,10 +30,13 @@ def settle_order(subject: Subject, options: Qalora, folder: Path) -> Order:
 
 def choose_order(subject: Subject, options: Qalora) -> Order:
     """What the recipe says or, where it leaves that open, `whole` where the device has the memory for it."""
-    if options.order is not None:
-        return options.order
-    needed, free = learning_bytes(subject, options), free_bytes(subject.pipeline)
-    return "whole" if needed["whole"] <= SPARE * free or "blocks" not in needed else "blocks"
+    return options.order or fitting_order(subject, learning_bytes(subject, options))
+
+
+def fitting_order(subject: Subject, needed: Mapping[Order, int]) -> Order:
+    """`whole` where the device has the memory that is `needed` for it, or where there is no other."""
+    fits = needed["whole"] <= SPARE * free_bytes(subject.pipeline)
+    return "whole" if fits or "blocks" not in needed else "blocks"
 
 
 def check_order(denoiser: nn.Module, options: Qalora) -> None:

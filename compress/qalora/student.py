@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from diffpress.calibration.sampling import device_of
 from diffpress.export.runtime import Attention, StepClock, Wrap, step_weights
 
-from ..options import LARGE, Qalora
-from ..overlay import checkpointed, overlaid, overriding_attention, teacher
+from ..options import Qalora
+from ..overlay import checkpointed, is_large, overlaid, overriding_attention, teacher
 from ..quantized_layer import QuantizedLayer
 from .layer import QaloraLayer
 
@@ -46,7 +46,7 @@ class Student:
         """`attention` answers for that of the modules it names."""
         generator = torch.Generator().manual_seed(seed)
         self.denoiser = denoiser
-        self.large = sum(parameter.numel() for parameter in denoiser.parameters()) >= LARGE
+        self.large = is_large(denoiser)
         self.checkpointing = self.large if options.checkpointing is None else options.checkpointing
         self.clock = BatchClock(timesteps)
         self.layers = {

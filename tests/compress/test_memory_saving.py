@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from diffpress.calibration.examples import Batch, Examples
 from diffpress.calibration.sampling import answer
+from diffpress.compress import overlay
 from diffpress.compress.options import Qalora
 from diffpress.compress.qalora import layer as layers
-from diffpress.compress.qalora import student as students
 from diffpress.compress.qalora.checkpoint import Progress, load_checkpoint, save_checkpoint
 from diffpress.compress.qalora.layer import QaloraLayer
 from diffpress.compress.qalora.optimizer import make_optimizer
@@ -142,7 +142,7 @@ def test_left_out_it_is_on_for_large_denoisers(
     own, found = recorded("tiny_text"), quantized("tiny_text", weights=4, activations=4)
     assert not student_of(own, found, None).checkpointing
     assert student_of(own, found, True).checkpointing
-    monkeypatch.setattr(students, "LARGE", sum(parameter.numel() for parameter in own.denoiser.parameters()))
+    monkeypatch.setattr(overlay, "LARGE", sum(parameter.numel() for parameter in own.denoiser.parameters()))
     assert student_of(own, found, None).checkpointing
     assert not student_of(own, found, False).checkpointing
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.calibration.sampling import Call
-from diffpress.compress import sensitivity
+from diffpress.compress import overlay, sensitivity
 from diffpress.compress.overlay import overlaid, overriding_attention
 from diffpress.compress.quantized_layer import Format, QuantizedLayer, fake_quantized
 from diffpress.compress.result import QuantizationResult
@@ -98,7 +98,7 @@ def test_checkpointing_changes_nothing_and_nothing_stays_behind(
 ) -> None:
     own, found = recorded("tiny_class"), quantized("tiny_class", weights=4, activations=4)
     layers = {name: [layer] for name, layer in linear_layers(own, found).items()}
-    monkeypatch.setattr(sensitivity, "LARGE", 0)
+    monkeypatch.setattr(overlay, "LARGE", 0)
     checkpoints: list[bool] = []
     watched = sensitivity.answer
 
