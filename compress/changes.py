@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,9 +58,9 @@ class Changes:
 def worn(model: nn.Module, changes: Changes, timesteps: Sequence[float]) -> Iterator[None]:
     """`model` answers as it will with its `changes` while the context lasts; its own weights stay."""
     clock = StepClock(timesteps) if any(edit.per_step() for edit in changes.edits) else None
-    wraps = {
-        edit.module: edit.wrap(model.get_submodule(edit.module), own_tensors(edit, changes.tensors), clock)
-        for edit in changes.edits
-    }
-    with overlaid(model, wraps, clock):
+    with ExitStack() as stack:
+        stack.enter_context(overlaid(model, {}, clock))
+        for edit in changes.edits:
+            own = own_tensors(edit, changes.tensors)
+            stack.enter_context(overlaid(model, edit.wraps(model, own, clock)))
         yield

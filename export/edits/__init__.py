@@ -1,8 +1,9 @@
 """What a finished method leaves behind: plain frozen data that saving, loading, the report and export understand."""
 
+from .attach import Attach
 from .attention import QuantizeAttention
 from .base import EditBase
 from .kinds import Edit, edits_of, own_tensors, store_edits
 from .pack import Pack
 
-__all__ = ["Edit", "EditBase", "Pack", "QuantizeAttention", "edits_of", "own_tensors", "store_edits"]
+__all__ = ["Attach", "Edit", "EditBase", "Pack", "QuantizeAttention", "edits_of", "own_tensors", "store_edits"]

@@ -39,8 +39,10 @@ class EditBase(BaseModel):
         """
         raise NotImplementedError
 
-    def wrap(self, module: nn.Module, own: Mapping[str, Tensor], clock: StepClock | None) -> Wrap:
-        """The same on a model that has its weights and keeps them: around the forward of `module`, by the edit's tensors."""
+    def wraps(self, model: nn.Module, own: Mapping[str, Tensor], clock: StepClock | None) -> Mapping[str, Wrap]:
+        """The same on a `model` that has its weights and keeps them: what is laid around the forwards of modules, by their
+        names, with the edit's tensors.
+        """
         raise NotImplementedError
 
     def store(self, tensors: Mapping[str, Stored], own: Mapping[str, Stored]) -> dict[str, Stored]:

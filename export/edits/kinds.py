@@ -7,11 +7,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from .attach import Attach
 from .attention import QuantizeAttention
 from .base import Stored
 from .pack import Pack
 
-Edit = Annotated[Pack | QuantizeAttention, Field(discriminator="kind")]
+Edit = Annotated[Pack | QuantizeAttention | Attach, Field(discriminator="kind")]
 """What a finished method leaves behind. A new kind is a new file here, and its name in this line."""
 
 

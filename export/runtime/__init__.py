@@ -11,19 +11,24 @@ from .attention import (
 )
 from .clock import TIMESTEPS, StepClock, attach_clock_, find_timestep, step_weights, timestep_name
 from .forwards import Forward, Wrap
+from .inheritance import Inheritance, tensors_of
 from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, why_not_packable
+from .step_plan import StepPlan, Unit
 
 __all__ = [
     "TIMESTEPS",
     "Attention",
     "AttentionOverride",
     "Forward",
+    "Inheritance",
     "Int8Attention",
     "PackedConv2d",
     "PackedEmbedding",
     "PackedLayer",
     "PackedLinear",
     "StepClock",
+    "StepPlan",
+    "Unit",
     "Wrap",
     "attach_clock_",
     "attention_overrides",
@@ -32,6 +37,7 @@ __all__ = [
     "pack_layer",
     "quantize_attention_",
     "step_weights",
+    "tensors_of",
     "timestep_name",
     "why_not_int8",
     "why_not_packable",

@@ -1,0 +1,114 @@
+"""Forecasts in closed form: factors of Newton's terms for each unit and step, then a scale and a shift for each channel.
+
+The correction is that of CacheQuant (Liu et al., 2025, 2503.01323), on forecasts instead of what was cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffpress.export.runtime.step_plan import forecast_weights
+
+from .features import FeatureMoments
+
+RIDGE = 1e-3
+"""Of the mean variance of channels, by which a scale is drawn to 1."""
+MOST = 1.5
+"""No term of a forecast counts for more than it would in exact continuation by this factor, nor is it turned around."""
+
+
+class Forecast(NamedTuple):
+    """How one unit is forecast at one step."""
+
+    damping: list[float]
+    """Per order."""
+    scale: Tensor
+    """[C]"""
+    shift: Tensor
+    error: float
+    """Mean squared error that is left of a feature, over the mean square of the feature."""
+
+
+def history_of(computed: NDArray[np.bool_], step: int, count: int) -> list[int]:
+    """The latest steps before `step` at which `computed` [S] is true, the latest first, `count` at most."""
+    return [int(place) for place in np.flatnonzero(computed[:step])[::-1][:count]]
+
+
+def fit_forecast(
+    moments: FeatureMoments, unit: int, step: int, history: Sequence[int], order: int, correct: bool
+) -> Forecast:
+    """The forecast of `unit` for `step` from what was computed at `history`, by least squares."""
+    past = [place for place in history[: order + 1] if step - place < moments.window]
+    products = moments.between(unit, [step, *past])
+    damping = _damping(products.sum(0), step, past, order)
+    weights = torch.tensor([0.0, *forecast_weights(step, past, damping, len(past))], dtype=torch.double)
+    y_y, f_y, f_f = products[:, 0, 0], products[:, 0] @ weights, torch.einsum("i,cij,j->c", weights, products, weights)
+    scale, shift = torch.ones_like(y_y), torch.zeros_like(y_y)
+    if correct:
+        scale, shift = _correction(moments, unit, [step, *past], weights, f_y, f_f)
+    count = moments.counts[step, unit]
+    mean_f = (
+        sum(w * moments.sums[unit][place] for w, place in zip(weights.tolist(), [step, *past], strict=True)) / count
+    )
+    mean_y = moments.sums[unit][step] / count
+    left = y_y - 2 * scale * f_y + scale**2 * f_f + count * (shift**2 - 2 * shift * (mean_y - scale * mean_f))
+    return Forecast(damping, scale, shift, float(left.sum().clamp(min=0) / y_y.sum()))
+
+
+def _damping(products: Tensor, step: int, past: Sequence[int], order: int) -> list[float]:
+    """Least squares over Newton's terms t: min |y - y1 - sum d t|^2, with `products` [N, N] of y and of the past."""
+    count = len(past)
+    last = np.eye(count)[0]
+    terms = []
+    for degree in range(1, count):
+        only = [float(other == degree) for other in range(1, count)]
+        terms.append(np.array(forecast_weights(step, past, only, count)) - last)
+    found = [0.0] * order
+    if not terms:
+        return found
+    own, target = np.array(products[1:, 1:]), np.array(products[1:, 0])
+    t = np.array(terms)
+    gram, right = t @ own @ t.T, t @ (target - own @ last)
+    solved = np.linalg.lstsq(gram, right, rcond=1e-9)[0]
+    for degree, value in enumerate(solved):
+        found[degree] = float(np.clip(value, -MOST, MOST))
+    return found
+
+
+def _correction(
+    moments: FeatureMoments, unit: int, steps: Sequence[int], weights: Tensor, f_y: Tensor, f_f: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Regression of the feature on its forecast, channel by channel: [C] each."""
+    count = moments.counts[steps[0], unit]
+    mean_y = moments.sums[unit][steps[0]] / count
+    mean_f = sum(w * moments.sums[unit][place] for w, place in zip(weights.tolist(), steps, strict=True)) / count
+    covariance, variance = f_y / count - mean_f * mean_y, f_f / count - mean_f**2
+    ridge = RIDGE * variance.mean()
+    scale = (covariance + ridge) / (variance + ridge)
+    return scale, mean_y - scale * mean_f
+
+
+def fit_plan(
+    moments: FeatureMoments, cells: NDArray[np.bool_], order: int, correct: bool
+) -> tuple[Tensor, Tensor, NDArray[np.float64]]:
+    """Of a plan that computes where `cells` [S, U]: damping [S, U, order], correction [S, 2, channels], errors [S, U]."""
+    steps, units = cells.shape
+    damping, errors = torch.zeros(steps, units, order), np.zeros((steps, units))
+    correction = torch.zeros(steps, 2, sum(len(own[0]) for own in moments.sums))
+    correction[:, 0] = 1
+    start = 0
+    for unit in range(units):
+        end = start + len(moments.sums[unit][0])
+        for step in np.flatnonzero(~cells[:, unit]):
+            found = fit_forecast(moments, unit, step, history_of(cells[:, unit], step, order + 1), order, correct)
+            damping[step, unit] = torch.tensor(found.damping)
+            correction[step, 0, start:end], correction[step, 1, start:end] = found.scale, found.shift
+            errors[step, unit] = found.error
+        start = end
+    return damping, correction, errors

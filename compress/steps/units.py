@@ -1,0 +1,173 @@
+"""The parts of a denoiser that a step may inherit, found by its structure and by one look at two of its calls."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffpress.calibration.cost import operation_formulas
+from diffpress.export.runtime.inheritance import IMAGE, tensors_of
+from diffpress.export.runtime.step_plan import Unit
+
+COVERED = 0.9
+"""Share of a block's multiplications from which on its branches stand for it."""
+
+
+@dataclass
+class Seen:
+    """Calls of one module."""
+
+    inputs: list[dict[str, Tensor]] = field(default_factory=list)
+    """Its tensors by the names of the arguments, a call."""
+    outputs: list[Any] = field(default_factory=list)
+    takes_many: bool = False
+    """It is given a tuple of tensors, as the skips of a UNet."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Multiply-accumulates of one call of the denoiser."""
+
+    units: tuple[int, ...]
+    """That inheriting each saves."""
+    total: int
+
+    @property
+    def rest(self) -> int:
+        """What is always computed."""
+        return self.total - sum(self.units)
+
+
+def find_units(model: nn.Module, calls: Sequence[Callable[[], object]]) -> tuple[list[Unit], Costs]:
+    """The units of `model`, in the order in which they are called, and what each costs.
+
+    `calls` make two calls of it, for neighbouring steps. A unit is a block that adds to what it is given; where its
+    attentions and feed-forwards make up nearly all of it, each of them is one. What changes least from one call to the next
+    is what is inherited: all that a module gives, or what it adds.
+    """
+    names = {name for name, _ in model.named_modules() if name}
+    with (
+        _watching(model, names) as seen,
+        FlopCounterMode(display=False, custom_mapping=operation_formulas()) as counter,
+    ):
+        calls[0]()
+    macs = {name: _macs(counter, model, name) for name in seen}
+    chosen = [name for name in seen if name in set(_chosen(model, seen, macs))]
+    with _watching(model, set(chosen)) as again:
+        calls[1]()
+    units = [_unit(name, model.get_submodule(name), seen[name], again[name]) for name in chosen]
+    saved = [macs[unit.module] - _shortcut_macs(macs, unit) for unit in units]
+    total = int(counter.get_total_flops()) // 2
+    return units, Costs(tuple(saved), total)
+
+
+def _macs(counter: FlopCounterMode, model: nn.Module, name: str) -> int:
+    counts = counter.get_flop_counts().get(f"{type(model).__name__}.{name}", {})
+    return sum(counts.values()) // 2
+
+
+def _shortcut_macs(macs: Mapping[str, int], unit: Unit) -> int:
+    return macs.get(f"{unit.module}.conv_shortcut", 0) if any(unit.adds_to) else 0
+
+
+def _chosen(model: nn.Module, seen: Mapping[str, Seen], macs: Mapping[str, int]) -> Iterator[str]:
+    pending = [("", model)]
+    while pending:
+        name, module = pending.pop()
+        if name in seen and _is_block(model, name) and _inheritable(module, seen[name]) and macs[name]:
+            branches = [
+                child for child in _children(name, module) if child in seen and _is_branch(model, child, seen, macs)
+            ]
+            covers = sum(macs[child] for child in branches) >= COVERED * macs[name]
+            yield from branches if covers else [name]
+        else:
+            pending += [(f"{name}.{child}" if name else child, part) for child, part in module.named_children()]
+
+
+def _children(name: str, module: nn.Module) -> list[str]:
+    return [f"{name}.{child}" for child, _ in module.named_children()]
+
+
+def _is_block(model: nn.Module, name: str) -> bool:
+    """Whether it is one of a list of modules."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.ModuleList)
+
+
+def _inheritable(module: nn.Module, seen: Seen) -> bool:
+    """Whether it is called once, for tensors of the shapes that it is given, through its shortcut at least."""
+    if len(seen.outputs) != 1 or seen.takes_many or not _plain(seen.outputs[0]):
+        return False
+    shapes = [x.shape for x in seen.inputs[0].values()]
+    shortcut = isinstance(getattr(module, "conv_shortcut", None), nn.Module)
+    return all(y.shape in shapes or (shortcut and y.shape[2:] == shapes[0][2:]) for y in tensors_of(seen.outputs[0]))
+
+
+def _is_branch(model: nn.Module, name: str, seen: Mapping[str, Seen], macs: Mapping[str, int]) -> bool:
+    module = model.get_submodule(name)
+    return bool(macs[name]) and any(True for _ in module.children()) and _inheritable(module, seen[name])
+
+
+def _plain(output: Any) -> bool:
+    if isinstance(output, (tuple, list)):
+        return bool(output) and all(isinstance(part, Tensor) for part in output)
+    return isinstance(output, Tensor)
+
+
+def _unit(name: str, module: nn.Module, first: Seen, second: Seen) -> Unit:
+    before, after = tensors_of(first.outputs[0]), tensors_of(second.outputs[0])
+    adds_to = tuple(
+        _adds_to(module, y0, y1, first.inputs[0], second.inputs[0]) for y0, y1 in zip(before, after, strict=True)
+    )
+    channels = tuple(y.shape[1 if y.ndim == IMAGE else -1] for y in before)
+    return Unit(module=name, adds_to=adds_to, channels=channels, single=isinstance(first.outputs[0], Tensor))
+
+
+def _adds_to(
+    module: nn.Module, y0: Tensor, y1: Tensor, inputs0: Mapping[str, Tensor], inputs1: Mapping[str, Tensor]
+) -> str | None:
+    """The input but for which an output changes least; None where it is no input."""
+    shortcut = getattr(module, "conv_shortcut", None)
+    through = shortcut if isinstance(shortcut, nn.Module) else nn.Identity()
+    factor = float(getattr(module, "output_scale_factor", getattr(module, "rescale_output_factor", 1)))
+    changes: dict[str | None, float] = {None: float((y1 - y0).float().square().sum())}
+    for name, x0 in inputs0.items():
+        if name in inputs1 and (x0.shape == y0.shape or (through is shortcut and not changes.keys() - {None})):
+            moved = (through(inputs1[name]) - through(x0)) / factor
+            changes[name] = float((y1 - y0 - moved).float().square().sum())
+    return min(changes, key=lambda name: changes[name])
+
+
+@contextmanager
+def _watching(model: nn.Module, names: set[str]) -> Iterator[dict[str, Seen]]:
+    seen: dict[str, Seen] = {}
+
+    def look(name: str, parameters: list[str], _module: nn.Module, arguments: Any, options: Any, output: Any) -> None:
+        given = dict(zip(parameters, arguments, strict=False)) | options
+        own = seen.setdefault(name, Seen())
+        own.inputs.append({key: value for key, value in given.items() if isinstance(value, Tensor)})
+        own.outputs.append(output)
+        own.takes_many |= any(
+            isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor) for value in given.values()
+        )
+
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.ModuleList):
+            continue
+        parameters = list(inspect.signature(module.forward).parameters)
+        handles.append(module.register_forward_hook(partial(look, name, parameters), with_kwargs=True))
+    try:
+        with torch.no_grad():
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

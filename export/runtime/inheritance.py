@@ -1,0 +1,243 @@
+"""Steps that inherit: units of a denoiser answer by forecasts of what they computed at earlier steps (A-SDM, 2406.00210)."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .clock import StepClock
+from .forwards import Forward, Wrap
+from .runs import Arguments, Computed, Features, Run, Runs
+from .step_plan import StepPlan, Unit, forecast_weights, last_of_run, rows_at
+
+IMAGE = 4
+"""Axes of a feature map, whose channels are the second; others have them last."""
+
+
+@dataclass
+class Frame:
+    """What the units need to know, and leave, during one call of the denoiser."""
+
+    computes: tuple[bool, ...]
+    """Per unit."""
+    weights: Tensor
+    """[units, kept] of past features in a forecast."""
+    past: list[list[Features]]
+    """Per unit that inherits its past features, the latest first."""
+    correction: Tensor | None
+    """[2, channels] by which forecasts are multiplied, and what is added then."""
+    made: dict[int, Features] = field(default_factory=dict)
+    """By units that computed."""
+    shortcuts: dict[int, Tensor] = field(default_factory=dict)
+    """What the shortcuts of units gave."""
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.runs = Runs()
+        self.frame: Frame | None = None
+
+
+class Inheritance(nn.Module):
+    """The runtime part of a step plan, with its tensors; `wraps` lays it around a denoiser.
+
+    `damping` [steps, units, order] are the factors of a forecast's terms; `correction` [steps, 2, channels] multiplies it and
+    is added to it.
+    """
+
+    damping: Tensor
+    correction: Tensor | None
+
+    def __init__(self, plan: StepPlan, clock: StepClock) -> None:
+        super().__init__()
+        self.plan, self.clock = plan, clock
+        self.cells = plan.cells
+        self.register_buffer("damping", torch.zeros(len(plan.steps), len(plan.units), plan.order))
+        neutral = torch.tensor([1.0, 0.0]).view(1, 2, 1).repeat(len(plan.steps), 1, plan.channels)
+        self.register_buffer("correction", neutral if plan.corrected else None)
+        ends = np.cumsum([0, *(sum(unit.channels) for unit in plan.units)]).tolist()
+        self.places = list(pairwise(ends))
+        self._thread = _ThreadState()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy has runs of its own.
+        super().__setstate__(state)
+        self._thread = _ThreadState()
+
+    @property
+    def frame(self) -> Frame | None:
+        """Of the call that this thread is in."""
+        return self._thread.frame
+
+    def wraps(self, model: nn.Module) -> dict[str, Wrap]:
+        """What lies around the denoiser itself, its units and their shortcuts, by name."""
+        signature = inspect.signature(model.forward)
+        found: dict[str, Wrap] = {"": lambda forward: _Call(forward, self, signature)}
+        for index, unit in enumerate(self.plan.units):
+            found |= self._unit_wraps(index, unit, model.get_submodule(unit.module))
+        return found
+
+    def _unit_wraps(self, index: int, unit: Unit, module: nn.Module) -> dict[str, Wrap]:
+        found: dict[str, Wrap] = {unit.module: lambda forward: _Unit(forward, self, index, unit, module)}
+        if any(unit.adds_to) and isinstance(getattr(module, "conv_shortcut", None), nn.Module):
+            found[f"{unit.module}.conv_shortcut"] = lambda forward: _Shortcut(forward, self, index)
+        return found
+
+    def begin(self, call: Arguments) -> Run:
+        """Find the run of a call, and what its units do."""
+        position = self._position()
+        state = self._thread
+        run = state.runs.continued(call, position)
+        last = None if run is None else run.position
+        if run is None:
+            run = Run(call.sample, call.conditions, position)
+        state.frame = self._frame(run, position, last)
+        run.sample, run.conditions, run.position = call.sample, call.conditions, position
+        if last_of_run(position, last, len(self.plan.steps)):
+            state.runs.drop(run)
+        else:
+            state.runs.keep(run)
+        return run
+
+    def end(self, run: Run) -> None:
+        """Remember what was computed."""
+        frame, self._thread.frame = self._thread.frame, None
+        if frame is None or run not in self._thread.runs.live:
+            return
+        for index, features in frame.made.items():
+            run.past[index] = [Computed(run.position, features), *run.past.get(index, ())][: self.plan.kept]
+
+    def _position(self) -> float:
+        weights = self.clock.weights.double().cpu()
+        return float(weights @ torch.arange(len(weights), dtype=torch.double))
+
+    def _frame(self, run: Run, position: float, last: float | None) -> Frame:
+        steps, kept = len(self.plan.steps), self.plan.kept
+        row = min(round(position), steps - 1)
+        planned = self.cells[rows_at(position, last, steps)].any(0)
+        computes = tuple(bool(cell) or index not in run.past for index, cell in enumerate(planned))
+        damping = self.damping[row].tolist()
+        weights, past = [], []
+        for index, cell in enumerate(computes):
+            history = [] if cell else run.past[index]
+            places = [computed.position for computed in history]
+            weights.append(forecast_weights(position, places, damping[index], kept))
+            # Always as many, so that what is compiled for one call serves the next.
+            past.append([computed.features for computed in (history + history[-1:] * kept)[:kept]])
+        device = run.sample.device
+        correction = None if self.correction is None else self.correction[row].to(device)
+        return Frame(computes, torch.tensor(weights).to(device), past, correction)
+
+
+class _Call:
+    """The forward of the denoiser."""
+
+    def __init__(self, forward: Forward, inheritance: Inheritance, signature: inspect.Signature) -> None:
+        self.__wrapped__, self.inheritance, self.signature = forward, inheritance, signature
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        run = self._begin(arguments, options)
+        output = self.__wrapped__(*arguments, **options)
+        self._end(run)
+        return output
+
+    @torch.compiler.disable
+    def _begin(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Run:
+        return self.inheritance.begin(Arguments.of(self.signature, arguments, options))
+
+    @torch.compiler.disable
+    def _end(self, run: Run) -> None:
+        self.inheritance.end(run)
+
+
+class _Shortcut:
+    """The forward of what a unit's branch is added to: its answer is needed to tell the branch from the sum."""
+
+    def __init__(self, forward: Forward, inheritance: Inheritance, index: int) -> None:
+        self.__wrapped__, self.inheritance, self.index = forward, inheritance, index
+
+    def __call__(self, x: Tensor) -> Tensor:
+        output: Tensor = self.__wrapped__(x)
+        frame = self.inheritance.frame
+        if frame is not None:
+            frame.shortcuts[self.index] = output
+        return output
+
+
+class _Unit:
+    """The forward of a unit: computed and remembered, or forecast."""
+
+    def __init__(self, forward: Forward, inheritance: Inheritance, index: int, unit: Unit, module: nn.Module) -> None:
+        self.__wrapped__, self.inheritance, self.index, self.unit = forward, inheritance, index, unit
+        self.module = module
+        self.names = list(inspect.signature(forward).parameters)
+        self.factor = float(getattr(module, "output_scale_factor", getattr(module, "rescale_output_factor", 1)))
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        frame = self.inheritance.frame
+        if frame is None:
+            return self.__wrapped__(*arguments, **options)
+        if frame.computes[self.index]:
+            output = self.__wrapped__(*arguments, **options)
+            shortcut = frame.shortcuts.get(self.index)
+            frame.made[self.index] = self._branches(output, self._identity(shortcut, arguments, options))
+            return output
+        return self._forecast(frame, self._identity(None, arguments, options))
+
+    def _identity(
+        self, shortcut: Tensor | None, arguments: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> list[Tensor | None]:
+        """What each tensor of the output is added to."""
+        given = dict(zip(self.names, arguments, strict=False)) | dict(options)
+        return [None if name is None else self._through(given[name], shortcut) for name in self.unit.adds_to]
+
+    def _through(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        own = getattr(self.module, "conv_shortcut", None)
+        if isinstance(own, nn.Module):
+            x = own(x) if shortcut is None else shortcut
+        return x if self.factor == 1 else x / self.factor
+
+    def _branches(self, output: Any, identity: list[Tensor | None]) -> Features:
+        return tuple(y if x is None else y - x for y, x in zip(tensors_of(output), identity, strict=True))
+
+    def _forecast(self, frame: Frame, identity: list[Tensor | None]) -> Any:
+        weights, past = frame.weights[self.index], frame.past[self.index]
+        made = [_combined(weights, list(tensors)) for tensors in zip(*past, strict=True)]
+        if frame.correction is not None:
+            start, end = self.inheritance.places[self.index]
+            own = frame.correction[:, start:end].split(self.unit.channels, 1)
+            made = [_corrected(y, scale_shift.to(y.dtype)) for y, scale_shift in zip(made, own, strict=True)]
+        fresh = [y if x is None else x + y for y, x in zip(made, identity, strict=True)]
+        return fresh[0] if self.unit.single else tuple(fresh)
+
+
+def _combined(weights: Tensor, past: list[Tensor]) -> Tensor:
+    """The sum of `past`, whose weights make one."""
+    first, *rest = past
+    if not rest:
+        return first
+    if len(rest) == 1:
+        return torch.lerp(first, rest[0], weights[1].to(first.dtype))
+    return first + sum(w.to(first.dtype) * (other - first) for w, other in zip(weights[1:], rest, strict=True))
+
+
+def _corrected(y: Tensor, correction: Tensor) -> Tensor:
+    """`y` [..., C] or [B, C, H, W] by `correction` [2, C]."""
+    scale, shift = correction.view(2, -1, 1, 1) if y.ndim == IMAGE else correction
+    return torch.addcmul(shift, y, scale)
+
+
+def tensors_of(output: Any) -> tuple[Tensor, ...]:
+    """Of what a module gave back: a tensor, or a tuple of tensors."""
+    return (output,) if isinstance(output, Tensor) else tuple(output)

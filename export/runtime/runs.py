@@ -1,0 +1,114 @@
+"""Which sampling run a call of the denoiser belongs to, and what that run has computed so far."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .clock import TIMESTEPS
+
+LIVE = 8
+"""Runs that a thread keeps at a time: two calls a step for guidance, of a few generations that take turns."""
+CHANGING = ("residual", "control", "block_samples")
+"""Parts of the names of arguments that change from step to step without being the sample."""
+
+Features = tuple[Tensor, ...]
+"""What one unit computed."""
+
+
+class Computed(NamedTuple):
+    """Features of a unit, and the position that they were computed at."""
+
+    position: float
+    features: Features
+
+
+@dataclass
+class Run:
+    """One sampling run, or one of its guidance branches where those are calls of their own."""
+
+    sample: Tensor
+    """What the latest call was asked about."""
+    conditions: Mapping[str, Any]
+    position: float
+    past: dict[int, list[Computed]] = field(default_factory=dict)
+    """Per unit, the latest first."""
+
+
+class Arguments(NamedTuple):
+    """One call of a denoiser."""
+
+    sample: Tensor
+    conditions: Mapping[str, Any]
+    """All other arguments that a run keeps, by name."""
+
+    @classmethod
+    def of(cls, signature: inspect.Signature, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Arguments:
+        """The first tensor is the sample."""
+        bound = dict(_flat(signature.bind(*arguments, **options).arguments))
+        sample = next(name for name, value in bound.items() if isinstance(value, Tensor))
+        stays = {
+            name: value
+            for name, value in bound.items()
+            if name != sample and name not in TIMESTEPS and not any(part in name for part in CHANGING)
+        }
+        return cls(bound[sample], stays)
+
+
+class Runs:
+    """The live runs of one thread."""
+
+    def __init__(self) -> None:
+        self.live: list[Run] = []
+
+    def continued(self, call: Arguments, position: float) -> Run | None:
+        """The run that `call` continues at `position`: of the same shape and conditions, and not as far yet; None begins one.
+
+        Where several fit, as without any condition, it is the one whose sample is the nearest.
+        """
+        fitting = [run for run in self.live if run.position < position and _continues(run, call)]
+        if len(fitting) > 1:
+            fitting.sort(key=lambda run: float((run.sample - call.sample).float().square().mean()))
+        return fitting[0] if fitting else None
+
+    def keep(self, run: Run) -> None:
+        """As the latest; the one that was left longest goes where there are too many."""
+        self.drop(run)
+        self.live = [*self.live, run][-LIVE:]
+
+    def drop(self, run: Run) -> None:
+        """The run is over."""
+        self.live = [other for other in self.live if other is not run]
+
+
+def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif not isinstance(value, (nn.Module, bool)):
+            yield prefix + name, value
+
+
+def _continues(run: Run, call: Arguments) -> bool:
+    return (
+        run.sample.shape == call.sample.shape
+        and run.sample.dtype == call.sample.dtype
+        and run.sample.device == call.sample.device
+        and run.conditions.keys() == call.conditions.keys()
+        and all(_same(run.conditions[name], value) for name, value in call.conditions.items())
+    )
+
+
+def _same(known: Any, given: Any) -> bool:
+    if known is given:
+        return True
+    if isinstance(known, Tensor) and isinstance(given, Tensor):
+        return known.shape == given.shape and known.device == given.device and torch.equal(known, given)
+    if isinstance(known, (list, tuple)) and isinstance(given, (list, tuple)):
+        return len(known) == len(given) and all(map(_same, known, given))
+    return not isinstance(known, Tensor) and not isinstance(given, Tensor) and bool(known == given)
