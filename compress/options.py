@@ -12,6 +12,10 @@ Order = Literal["whole", "blocks"]
 """What learns at a time."""
 DENOISERS = frozenset({"denoiser", "transformer", "unet"})
 """What a recipe calls the component that is recorded, and that learns."""
+Level = Literal["branch", "block", "stack"]
+"""What is inherited as one."""
+Storage = Literal["computed", "bfloat16", "int8"]
+"""How features are kept."""
 LARGE = 100_000_000
 """Parameters of a denoiser from which learning spends time to save memory."""
 
@@ -158,3 +162,53 @@ class Qalora(Rounding):
                 "method ptq"
             )
         return self
+
+
+class Inherit(BaseModel):
+    """Feature inheritance: units of the denoiser are computed at some steps and forecast at the others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    method: Literal["inherit"] = Field(description="`inherit`: forecast at some steps what was computed at others")
+    speedup: float = Field(
+        default=1.8,
+        gt=1,
+        description="how many times fewer multiply-accumulates the denoiser makes for an image; what can be reached at most "
+        "is said where this is more",
+    )
+    schedule: Literal["fitted", "uniform", "early", "late", "centre"] = Field(
+        default="fitted",
+        description="what is computed when: `fitted` by trials, or all units at the same steps, spread evenly (`uniform`) or "
+        "denser at one place",
+    )
+    level: Level = Field(
+        default="stack",
+        description="what is inherited as one: attentions and feed-forwards (`branch`), blocks (`block`), or blocks that "
+        "follow each other together (`stack`), which keeps least and runs fastest; parts of UNets are blocks",
+    )
+    order: Literal[0, 1, 2] = Field(
+        default=2,
+        description="highest order of a forecast: 0 holds the last feature; each order keeps one feature more",
+    )
+    correction: bool = Field(
+        default=True, description="let forecasts be scaled and shifted, channel by channel, where that errs less"
+    )
+    patterns: int | None = Field(
+        default=None,
+        ge=2,
+        description="most different rows of the plan, each of which is a graph of its own where it is compiled; left out: any",
+    )
+    cache: Storage = Field(
+        default="computed",
+        description="how features are kept between steps: as they were `computed`, `bfloat16` or `int8`",
+    )
+    cache_mb: float | None = Field(
+        default=None,
+        gt=0,
+        description="most megabytes of features that are kept for an image: units that save least for their bytes are always "
+        "computed; left out: any",
+    )
+    trials: int = Field(default=40, ge=1, description="plans that are tried in whole runs")
+    images: int = Field(
+        default=8, ge=1, description="images of a trial, and as many others that forecasts are fitted to"
+    )

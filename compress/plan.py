@@ -14,7 +14,7 @@ from .changes import Changes, Note
 def plan_rows(component: str, forms: Mapping[str, Form], changes: Changes) -> list[PlanRow]:
     """One row a weighted module, of the source's `forms`: its format, bytes before and after, and the reason for both.
 
-    After them one row for everything else that a stage has said something of, such as attention.
+    After them one row for everything else that a stage has said something of, such as attention or a part that it added.
     """
     edits = {edit.module: edit for edit in changes.edits}
     before, after = _by_module(forms), _by_module(store_edits(forms, changes.edits, forms_of(changes.tensors)))
@@ -29,7 +29,7 @@ def plan_rows(component: str, forms: Mapping[str, Form], changes: Changes) -> li
             shape=note.shape,
             format=note.format,
             source_bytes=0,
-            bytes=0,
+            bytes=_bytes(after.get(module, {})),
             reason=note.reason,
             error=note.error,
         )

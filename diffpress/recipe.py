@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diffpress.compress.options import Ptq, Qalora
+from diffpress.compress.methods import STAGES
+from diffpress.compress.options import Inherit, Ptq, Qalora
 from diffpress.export.errors import RecipeError
 
 
@@ -61,6 +62,7 @@ class Recipe(Section):
     quantize: Ptq | Qalora | None = Field(
         default=None, discriminator="method", description="store weights in fewer bits"
     )
+    steps: Inherit | None = Field(default=None, description="compute less at most steps")
     gates: GatesSection = GatesSection()
     export: list[Literal["onnx"]] = Field(default=[], description="formats to export the result to")
 
@@ -108,7 +110,7 @@ def parse_recipe(data: dict[str, Any], where: str = "given") -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"recipe {where}: " + "; ".join(_explained(error.errors()))) from error
-    if recipe.quantize is None:
+    if all(getattr(recipe, stage, None) is None for stage in STAGES):
         raise RecipeError(f"recipe {where} changes nothing: give it a stage such as `quantize: {{method: ptq}}`.")
     return recipe
 

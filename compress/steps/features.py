@@ -24,17 +24,16 @@ class FeatureMoments:
         self.products = [torch.zeros(steps, window, count, dtype=torch.double) for count in channels]
         self.sums = [torch.zeros(steps, count, dtype=torch.double) for count in channels]
         self.counts = torch.zeros(steps, len(channels), dtype=torch.double)
-        self._recent: list[deque[Tensor]] = [deque(maxlen=window) for _ in channels]
+        self._recent: dict[tuple[int, int], deque[Tensor]] = {}
 
-    def begin(self) -> None:
-        """A run starts."""
-        for recent in self._recent:
-            recent.clear()
+    def forget(self) -> None:
+        """All runs are over."""
+        self._recent.clear()
 
-    def add(self, step: int, unit: int, features: Features) -> None:
-        """What `unit` computed at `step`, the steps of a run one after the other."""
+    def add(self, run: int, step: int, unit: int, features: Features) -> None:
+        """What `unit` computed at `step` of a `run`, the steps of which follow each other."""
         y = torch.cat([_channels(y) for y in features])
-        recent = self._recent[unit]
+        recent = self._recent.setdefault((run, unit), deque(maxlen=self.window))
         recent.appendleft(y)
         for back, earlier in enumerate(recent):
             self.products[unit][step, back] += torch.linalg.vecdot(y, earlier).double().cpu()

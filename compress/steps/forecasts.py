@@ -31,13 +31,11 @@ class Forecast(NamedTuple):
     scale: Tensor
     """[C]"""
     shift: Tensor
-    error: float
-    """Mean squared error that is left of a feature, over the mean square of the feature."""
 
 
 def history_of(computed: NDArray[np.bool_], step: int, count: int) -> list[int]:
     """The latest steps before `step` at which `computed` [S] is true, the latest first, `count` at most."""
-    return [int(place) for place in np.flatnonzero(computed[:step])[::-1][:count]]
+    return np.flatnonzero(computed[:step])[::-1][:count].tolist()
 
 
 def fit_forecast(
@@ -48,17 +46,11 @@ def fit_forecast(
     products = moments.between(unit, [step, *past])
     damping = _damping(products.sum(0), step, past, order)
     weights = torch.tensor([0.0, *forecast_weights(step, past, damping, len(past))], dtype=torch.double)
-    y_y, f_y, f_f = products[:, 0, 0], products[:, 0] @ weights, torch.einsum("i,cij,j->c", weights, products, weights)
-    scale, shift = torch.ones_like(y_y), torch.zeros_like(y_y)
+    f_y, f_f = products[:, 0] @ weights, torch.einsum("i,cij,j->c", weights, products, weights)
+    scale, shift = torch.ones_like(f_y), torch.zeros_like(f_y)
     if correct:
         scale, shift = _correction(moments, unit, [step, *past], weights, f_y, f_f)
-    count = moments.counts[step, unit]
-    mean_f = (
-        sum(w * moments.sums[unit][place] for w, place in zip(weights.tolist(), [step, *past], strict=True)) / count
-    )
-    mean_y = moments.sums[unit][step] / count
-    left = y_y - 2 * scale * f_y + scale**2 * f_f + count * (shift**2 - 2 * shift * (mean_y - scale * mean_f))
-    return Forecast(damping, scale, shift, float(left.sum().clamp(min=0) / y_y.sum()))
+    return Forecast(damping, scale, shift)
 
 
 def _damping(products: Tensor, step: int, past: Sequence[int], order: int) -> list[float]:
@@ -94,21 +86,18 @@ def _correction(
     return scale, mean_y - scale * mean_f
 
 
-def fit_plan(
-    moments: FeatureMoments, cells: NDArray[np.bool_], order: int, correct: bool
-) -> tuple[Tensor, Tensor, NDArray[np.float64]]:
-    """Of a plan that computes where `cells` [S, U]: damping [S, U, order], correction [S, 2, channels], errors [S, U]."""
+def fit_plan(moments: FeatureMoments, cells: NDArray[np.bool_], order: int, correct: bool) -> tuple[Tensor, Tensor]:
+    """Of a plan that computes where `cells` [S, U] are true: damping [S, U, order] and correction [S, 2, channels]."""
     steps, units = cells.shape
-    damping, errors = torch.zeros(steps, units, order), np.zeros((steps, units))
+    damping = torch.zeros(steps, units, order)
     correction = torch.zeros(steps, 2, sum(len(own[0]) for own in moments.sums))
     correction[:, 0] = 1
     start = 0
     for unit in range(units):
         end = start + len(moments.sums[unit][0])
-        for step in np.flatnonzero(~cells[:, unit]):
+        for step in np.flatnonzero(~cells[:, unit]).tolist():
             found = fit_forecast(moments, unit, step, history_of(cells[:, unit], step, order + 1), order, correct)
             damping[step, unit] = torch.tensor(found.damping)
             correction[step, 0, start:end], correction[step, 1, start:end] = found.scale, found.shift
-            errors[step, unit] = found.error
         start = end
-    return damping, correction, errors
+    return damping, correction

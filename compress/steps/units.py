@@ -17,6 +17,8 @@ from diffpress.calibration.cost import operation_formulas
 from diffpress.export.runtime.inheritance import IMAGE, tensors_of
 from diffpress.export.runtime.step_plan import Unit
 
+from ..options import Level
+
 COVERED = 0.9
 """Share of a block's multiplications from which on its branches stand for it."""
 
@@ -34,11 +36,13 @@ class Seen:
 
 @dataclass(frozen=True)
 class Costs:
-    """Multiply-accumulates of one call of the denoiser."""
+    """Multiply-accumulates of one call of the denoiser, and the memory of what it leaves to later ones."""
 
     units: tuple[int, ...]
     """That inheriting each saves."""
     total: int
+    feature_bytes: tuple[int, ...]
+    """Of what each unit computes of one image."""
 
     @property
     def rest(self) -> int:
@@ -46,12 +50,15 @@ class Costs:
         return self.total - sum(self.units)
 
 
-def find_units(model: nn.Module, calls: Sequence[Callable[[], object]]) -> tuple[list[Unit], Costs]:
+def find_units(
+    model: nn.Module, calls: Sequence[Callable[[], object]], images: int, level: Level = "stack"
+) -> tuple[list[Unit], Costs]:
     """The units of `model`, in the order in which they are called, and what each costs.
 
-    `calls` make two calls of it, for neighbouring steps. A unit is a block that adds to what it is given; where its
-    attentions and feed-forwards make up nearly all of it, each of them is one. What changes least from one call to the next
-    is what is inherited: all that a module gives, or what it adds.
+    `calls` make two calls of it for so many `images`, at neighbouring steps. A unit is one of a list of blocks (`block`);
+    where its attentions and feed-forwards make up nearly all of it, each of them (`branch`); or blocks that follow each other
+    together (`stack`). What changes least from one call to the next is what is inherited: all that is given, or what is added
+    to an input.
     """
     names = {name for name, _ in model.named_modules() if name}
     with (
@@ -60,13 +67,54 @@ def find_units(model: nn.Module, calls: Sequence[Callable[[], object]]) -> tuple
     ):
         calls[0]()
     macs = {name: _macs(counter, model, name) for name in seen}
-    chosen = [name for name in seen if name in set(_chosen(model, seen, macs))]
+    blocks = set(_chosen(model, seen, macs, level))
+    chosen = [name for name in seen if name in blocks]
     with _watching(model, set(chosen)) as again:
         calls[1]()
     units = [_unit(name, model.get_submodule(name), seen[name], again[name]) for name in chosen]
-    saved = [macs[unit.module] - _shortcut_macs(macs, unit) for unit in units]
-    total = int(counter.get_total_flops()) // 2
-    return units, Costs(tuple(saved), total)
+    if level == "stack":
+        units = _stacked(units, seen)
+    saved = tuple(sum(macs[name] for name in unit.modules) - _shortcut_macs(macs, unit) for unit in units)
+    held = tuple(_bytes(seen[unit.modules[-1]], images) for unit in units)
+    return units, Costs(saved, int(counter.get_total_flops()) // 2, held)
+
+
+def _stacked(units: Sequence[Unit], seen: Mapping[str, Seen]) -> list[Unit]:
+    """Units that nothing lies between, and whose tensors nobody else is given, as one."""
+    found: list[Unit] = []
+    for unit in units:
+        if found and _follows(found[-1], unit, seen):
+            found[-1] = found[-1].model_copy(update={"modules": found[-1].modules + unit.modules})
+        else:
+            found.append(unit)
+    return found
+
+
+def _follows(before: Unit, after: Unit, seen: Mapping[str, Seen]) -> bool:
+    last, (name,) = before.modules[-1], after.modules
+    alike = (
+        last.rpartition(".")[0] == name.rpartition(".")[0]
+        and before.model_copy(update={"modules": after.modules}) == after
+    )
+    if not alike or None in after.adds_to:
+        return False
+    given = tensors_of(seen[last].outputs[0])
+    handed_on = all(seen[name].inputs[0][key] is y for key, y in zip(after.adds_to, given, strict=True) if key)
+    takers = [other for other, own in seen.items() if any(x is y for x in own.inputs[0].values() for y in given)]
+    return handed_on and all(other.startswith(f"{name}.") or other == name for other in takers)
+
+
+def affordable(units: Sequence[Unit], costs: Costs, most_bytes: float) -> tuple[list[Unit], Costs]:
+    """Those of the units that save most for the bytes of a feature, as many as fit into `most_bytes` together."""
+    by_worth = sorted(range(len(units)), key=lambda index: -costs.units[index] / costs.feature_bytes[index])
+    chosen, held = [], 0
+    for index in by_worth:
+        if held + costs.feature_bytes[index] <= most_bytes:
+            chosen.append(index)
+            held += costs.feature_bytes[index]
+    kept = sorted(chosen)
+    pick = lambda values: tuple(values[index] for index in kept)  # noqa: E731
+    return [units[index] for index in kept], Costs(pick(costs.units), costs.total, pick(costs.feature_bytes))
 
 
 def _macs(counter: FlopCounterMode, model: nn.Module, name: str) -> int:
@@ -74,11 +122,15 @@ def _macs(counter: FlopCounterMode, model: nn.Module, name: str) -> int:
     return sum(counts.values()) // 2
 
 
+def _bytes(seen: Seen, images: int) -> int:
+    return sum(y.numel() * y.element_size() for y in tensors_of(seen.outputs[0])) // images
+
+
 def _shortcut_macs(macs: Mapping[str, int], unit: Unit) -> int:
-    return macs.get(f"{unit.module}.conv_shortcut", 0) if any(unit.adds_to) else 0
+    return sum(macs.get(f"{name}.conv_shortcut", 0) for name in unit.modules) if any(unit.adds_to) else 0
 
 
-def _chosen(model: nn.Module, seen: Mapping[str, Seen], macs: Mapping[str, int]) -> Iterator[str]:
+def _chosen(model: nn.Module, seen: Mapping[str, Seen], macs: Mapping[str, int], level: Level) -> Iterator[str]:
     pending = [("", model)]
     while pending:
         name, module = pending.pop()
@@ -86,7 +138,7 @@ def _chosen(model: nn.Module, seen: Mapping[str, Seen], macs: Mapping[str, int])
             branches = [
                 child for child in _children(name, module) if child in seen and _is_branch(model, child, seen, macs)
             ]
-            covers = sum(macs[child] for child in branches) >= COVERED * macs[name]
+            covers = level == "branch" and sum(macs[child] for child in branches) >= COVERED * macs[name]
             yield from branches if covers else [name]
         else:
             pending += [(f"{name}.{child}" if name else child, part) for child, part in module.named_children()]
@@ -102,17 +154,19 @@ def _is_block(model: nn.Module, name: str) -> bool:
 
 
 def _inheritable(module: nn.Module, seen: Seen) -> bool:
-    """Whether it is called once, for tensors of the shapes that it is given, through its shortcut at least."""
-    if len(seen.outputs) != 1 or seen.takes_many or not _plain(seen.outputs[0]):
-        return False
+    """Whether it is called once, and gives back tensors."""
+    return len(seen.outputs) == 1 and not seen.takes_many and _plain(seen.outputs[0])
+
+
+def _keeps_shape(seen: Seen) -> bool:
     shapes = [x.shape for x in seen.inputs[0].values()]
-    shortcut = isinstance(getattr(module, "conv_shortcut", None), nn.Module)
-    return all(y.shape in shapes or (shortcut and y.shape[2:] == shapes[0][2:]) for y in tensors_of(seen.outputs[0]))
+    return all(y.shape in shapes for y in tensors_of(seen.outputs[0]))
 
 
 def _is_branch(model: nn.Module, name: str, seen: Mapping[str, Seen], macs: Mapping[str, int]) -> bool:
     module = model.get_submodule(name)
-    return bool(macs[name]) and any(True for _ in module.children()) and _inheritable(module, seen[name])
+    whole = any(True for _ in module.children()) and _inheritable(module, seen[name])
+    return bool(macs[name]) and whole and _keeps_shape(seen[name])
 
 
 def _plain(output: Any) -> bool:
@@ -127,7 +181,7 @@ def _unit(name: str, module: nn.Module, first: Seen, second: Seen) -> Unit:
         _adds_to(module, y0, y1, first.inputs[0], second.inputs[0]) for y0, y1 in zip(before, after, strict=True)
     )
     channels = tuple(y.shape[1 if y.ndim == IMAGE else -1] for y in before)
-    return Unit(module=name, adds_to=adds_to, channels=channels, single=isinstance(first.outputs[0], Tensor))
+    return Unit(modules=(name,), adds_to=adds_to, channels=channels, single=isinstance(first.outputs[0], Tensor))
 
 
 def _adds_to(

@@ -15,7 +15,9 @@ from .formatting import TIMES, byte_size, scientific
 MOST_SENSITIVE = 20
 ATTENTION = "attention "
 """How the format of an attention begins, which is no layer."""
-PACKED = re.compile(rf"W\d+(A\d+| g\d+)?|FP8|{ATTENTION}.*int8")
+STEP_PLAN = "step plan"
+"""How that of a step plan does."""
+PACKED = re.compile(rf"W\d+(A\d+| g\d+)?|FP8|{ATTENTION}.*int8|{STEP_PLAN}.*")
 """Formats that an edit gives; all others are dtypes."""
 PACKED_COLOURS = 5
 PLAIN_COLOURS = 2
@@ -73,10 +75,12 @@ def totals(plan: Sequence[PlanRow]) -> list[Total]:
 
 def summary(plan: Sequence[PlanRow]) -> str:
     """What was done, in words: `W8A8, 84 of 97 layers; attention int8, 8 of 8 attentions`."""
-    layers = [row for row in plan if not row.format.startswith(ATTENTION)]
+    layers = [row for row in plan if not row.format.startswith((ATTENTION, STEP_PLAN))]
     attentions = [row for row in plan if row.format.startswith(ATTENTION)]
-    words = _formats(layers, "layers") or f"nothing packed, {len(layers)} layers left as they were"
-    return f"{words}; {_formats(attentions, 'attentions') or 'attention in float'}" if attentions else words
+    words = [_formats(layers, "layers") or f"nothing packed, {len(layers)} layers left as they were"]
+    words += [_formats(attentions, "attentions") or "attention in float"] if attentions else []
+    words += [row.format for row in plan if row.format.startswith(STEP_PLAN)]
+    return "; ".join(words)
 
 
 def _formats(rows: Sequence[PlanRow], noun: str) -> str:
@@ -140,7 +144,7 @@ def _line(row: PlanRow, colour: int) -> Line:
     return Line(
         row.component,
         row.module,
-        f" {TIMES} ".join(map(str, row.shape)) or ("—" if row.format.startswith(ATTENTION) else "scalar"),
+        f" {TIMES} ".join(map(str, row.shape)) or ("—" if row.format.startswith((ATTENTION, STEP_PLAN)) else "scalar"),
         row.format,
         colour,
         byte_size(row.source_bytes),

@@ -119,7 +119,7 @@ def _artifact(manifest: Manifest) -> dict[str, Any]:
     return {
         "summary": summary(manifest.plan),
         "sensitivity": sensitivity(manifest.plan),
-        "learning": learning(manifest.learning),
+        "learning": learning([row for row in manifest.learning if "iteration" in row]),
         "plan": lines(manifest.plan),
         "totals": [(part, saving(part)) for part in [*parts, whole(parts)]],
         "recipe": yaml.safe_dump(manifest.recipe, sort_keys=False, allow_unicode=True),

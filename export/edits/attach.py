@@ -15,7 +15,7 @@ class Attach(EditBase):
     """A part is added to the model as `module`, and laid around modules that were there before; it stores what it holds.
 
     The part of a step plan holds `damping` [steps, units, order] and, where forecasts are corrected, `correction`
-    [steps, 2, channels].
+    [inheriting steps, 2, channels].
     """
 
     kind: Literal["attach"] = "attach"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .clock import StepClock
 from .forwards import Forward, Wrap
-from .runs import Arguments, Computed, Features, Run, Runs
-from .step_plan import StepPlan, Unit, forecast_weights, last_of_run, rows_at
+from .runs import Arguments, Computed, Features, Run, Runs, hold
+from .step_plan import COMPUTED, UNUSED, StepPlan, Unit, forecast_weights, last_of_run, rows_at
 
 IMAGE = 4
 """Axes of a feature map, whose channels are the second; others have them last."""
@@ -28,6 +28,8 @@ class Frame:
 
     computes: tuple[bool, ...]
     """Per unit."""
+    unused: tuple[bool, ...]
+    """Per unit, whether anything of the right shape does."""
     weights: Tensor
     """[units, kept] of past features in a forecast."""
     past: list[list[Features]]
@@ -36,6 +38,8 @@ class Frame:
     """[2, channels] by which forecasts are multiplied, and what is added then."""
     made: dict[int, Features] = field(default_factory=dict)
     """By units that computed."""
+    entries: dict[int, list[Any]] = field(default_factory=dict)
+    """What units that compute add to."""
     shortcuts: dict[int, Tensor] = field(default_factory=dict)
     """What the shortcuts of units gave."""
 
@@ -49,8 +53,8 @@ class _ThreadState(threading.local):
 class Inheritance(nn.Module):
     """The runtime part of a step plan, with its tensors; `wraps` lays it around a denoiser.
 
-    `damping` [steps, units, order] are the factors of a forecast's terms; `correction` [steps, 2, channels] multiplies it and
-    is added to it.
+    `damping` [steps, units, order] are the factors of a forecast's terms; `correction` [inheriting steps, 2, channels], of half
+    precision, multiplies it and is added to it.
     """
 
     damping: Tensor
@@ -61,8 +65,8 @@ class Inheritance(nn.Module):
         self.plan, self.clock = plan, clock
         self.cells = plan.cells
         self.register_buffer("damping", torch.zeros(len(plan.steps), len(plan.units), plan.order))
-        neutral = torch.tensor([1.0, 0.0]).view(1, 2, 1).repeat(len(plan.steps), 1, plan.channels)
-        self.register_buffer("correction", neutral if plan.corrected else None)
+        neutral = torch.tensor([1.0, 0.0]).view(1, 2, 1).repeat(len(plan.inheriting), 1, plan.channels)
+        self.register_buffer("correction", neutral.half() if plan.corrected else None)
         ends = np.cumsum([0, *(sum(unit.channels) for unit in plan.units)]).tolist()
         self.places = list(pairwise(ends))
         self._thread = _ThreadState()
@@ -85,13 +89,14 @@ class Inheritance(nn.Module):
         signature = inspect.signature(model.forward)
         found: dict[str, Wrap] = {"": lambda forward: _Call(forward, self, signature)}
         for index, unit in enumerate(self.plan.units):
-            found |= self._unit_wraps(index, unit, model.get_submodule(unit.module))
+            for name in unit.modules:
+                found |= self._module_wraps(index, unit, name, model.get_submodule(name))
         return found
 
-    def _unit_wraps(self, index: int, unit: Unit, module: nn.Module) -> dict[str, Wrap]:
-        found: dict[str, Wrap] = {unit.module: lambda forward: _Unit(forward, self, index, unit, module)}
+    def _module_wraps(self, index: int, unit: Unit, name: str, module: nn.Module) -> dict[str, Wrap]:
+        found: dict[str, Wrap] = {name: lambda forward: _Unit(forward, self, index, unit, name, module)}
         if any(unit.adds_to) and isinstance(getattr(module, "conv_shortcut", None), nn.Module):
-            found[f"{unit.module}.conv_shortcut"] = lambda forward: _Shortcut(forward, self, index)
+            found[f"{name}.conv_shortcut"] = lambda forward: _Shortcut(forward, self, index)
         return found
 
     def begin(self, call: Arguments) -> Run:
@@ -116,7 +121,8 @@ class Inheritance(nn.Module):
         if frame is None or run not in self._thread.runs.live:
             return
         for index, features in frame.made.items():
-            run.past[index] = [Computed(run.position, features), *run.past.get(index, ())][: self.plan.kept]
+            held = tuple(hold(y, self.plan.storage) for y in features)
+            run.past[index] = [Computed(run.position, held), *run.past.get(index, ())][: self.plan.kept]
 
     def _position(self) -> float:
         weights = self.clock.weights.double().cpu()
@@ -125,8 +131,8 @@ class Inheritance(nn.Module):
     def _frame(self, run: Run, position: float, last: float | None) -> Frame:
         steps, kept = len(self.plan.steps), self.plan.kept
         row = min(round(position), steps - 1)
-        planned = self.cells[rows_at(position, last, steps)].any(0)
-        computes = tuple(bool(cell) or index not in run.past for index, cell in enumerate(planned))
+        planned = np.any(self.cells[rows_at(position, last, steps)], axis=0)
+        computes = tuple(bool(cell) or index not in run.past for index, cell in enumerate(planned.tolist()))
         damping = self.damping[row].tolist()
         weights, past = [], []
         for index, cell in enumerate(computes):
@@ -134,10 +140,19 @@ class Inheritance(nn.Module):
             places = [computed.position for computed in history]
             weights.append(forecast_weights(position, places, damping[index], kept))
             # Always as many, so that what is compiled for one call serves the next.
-            past.append([computed.features for computed in (history + history[-1:] * kept)[:kept]])
+            past.append(
+                [tuple(y.tensor() for y in computed.features) for computed in (history + history[-1:] * kept)[:kept]]
+            )
         device = run.sample.device
-        correction = None if self.correction is None else self.correction[row].to(device)
-        return Frame(computes, torch.tensor(weights).to(device), past, correction)
+        pattern = self.plan.patterns[self.plan.steps[row]]
+        as_planned = computes == tuple(cell == COMPUTED for cell in pattern)
+        unused = tuple(as_planned and cell == UNUSED for cell in pattern)
+        return Frame(computes, unused, torch.tensor(weights).to(device), past, self._correction(row, device))
+
+    def _correction(self, row: int, device: torch.device) -> Tensor | None:
+        if self.correction is None or row not in self.plan.inheriting:
+            return None
+        return self.correction[self.plan.inheriting.index(row)].to(device)
 
 
 class _Call:
@@ -152,11 +167,11 @@ class _Call:
         self._end(run)
         return output
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Run:
         return self.inheritance.begin(Arguments.of(self.signature, arguments, options))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, run: Run) -> None:
         self.inheritance.end(run)
 
@@ -176,11 +191,13 @@ class _Shortcut:
 
 
 class _Unit:
-    """The forward of a unit: computed and remembered, or forecast."""
+    """The forward of a unit's module: computed, or left out; the last one remembers what was added, or forecasts it."""
 
-    def __init__(self, forward: Forward, inheritance: Inheritance, index: int, unit: Unit, module: nn.Module) -> None:
+    def __init__(
+        self, forward: Forward, inheritance: Inheritance, index: int, unit: Unit, name: str, module: nn.Module
+    ) -> None:
         self.__wrapped__, self.inheritance, self.index, self.unit = forward, inheritance, index, unit
-        self.module = module
+        self.module, self.first, self.last = module, name == unit.modules[0], name == unit.modules[-1]
         self.names = list(inspect.signature(forward).parameters)
         self.factor = float(getattr(module, "output_scale_factor", getattr(module, "rescale_output_factor", 1)))
 
@@ -189,16 +206,27 @@ class _Unit:
         if frame is None:
             return self.__wrapped__(*arguments, **options)
         if frame.computes[self.index]:
-            output = self.__wrapped__(*arguments, **options)
-            shortcut = frame.shortcuts.get(self.index)
-            frame.made[self.index] = self._branches(output, self._identity(shortcut, arguments, options))
-            return output
-        return self._forecast(frame, self._identity(None, arguments, options))
+            return self._computed(frame, arguments, options)
+        if frame.unused[self.index]:
+            return self._given_back(list(frame.past[self.index][0]))
+        identity = self._identity(None, arguments, options)
+        return self._given_back(self._forecast(frame, identity) if self.last else identity)
 
-    def _identity(
-        self, shortcut: Tensor | None, arguments: tuple[Any, ...], options: Mapping[str, Any]
-    ) -> list[Tensor | None]:
-        """What each tensor of the output is added to."""
+    def _computed(self, frame: Frame, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        output = self.__wrapped__(*arguments, **options)
+        if self.first:
+            frame.entries[self.index] = self._identity(frame.shortcuts.get(self.index), arguments, options)
+        if self.last:
+            identity = frame.entries[self.index]
+            branches = zip(tensors_of(output), identity, strict=True)
+            frame.made[self.index] = tuple(y if x is None else y - x for y, x in branches)
+        return output
+
+    def _given_back(self, tensors: list[Tensor]) -> Any:
+        return tensors[0] if self.unit.single else tuple(tensors)
+
+    def _identity(self, shortcut: Tensor | None, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> list[Any]:
+        """What each tensor of the output is added to, or None."""
         given = dict(zip(self.names, arguments, strict=False)) | dict(options)
         return [None if name is None else self._through(given[name], shortcut) for name in self.unit.adds_to]
 
@@ -208,18 +236,14 @@ class _Unit:
             x = own(x) if shortcut is None else shortcut
         return x if self.factor == 1 else x / self.factor
 
-    def _branches(self, output: Any, identity: list[Tensor | None]) -> Features:
-        return tuple(y if x is None else y - x for y, x in zip(tensors_of(output), identity, strict=True))
-
-    def _forecast(self, frame: Frame, identity: list[Tensor | None]) -> Any:
+    def _forecast(self, frame: Frame, identity: list[Any]) -> list[Tensor]:
         weights, past = frame.weights[self.index], frame.past[self.index]
         made = [_combined(weights, list(tensors)) for tensors in zip(*past, strict=True)]
         if frame.correction is not None:
             start, end = self.inheritance.places[self.index]
             own = frame.correction[:, start:end].split(self.unit.channels, 1)
             made = [_corrected(y, scale_shift.to(y.dtype)) for y, scale_shift in zip(made, own, strict=True)]
-        fresh = [y if x is None else x + y for y, x in zip(made, identity, strict=True)]
-        return fresh[0] if self.unit.single else tuple(fresh)
+        return [y if x is None else x + y for y, x in zip(made, identity, strict=True)]
 
 
 def _combined(weights: Tensor, past: list[Tensor]) -> Tensor:

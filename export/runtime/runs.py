@@ -11,24 +11,51 @@ import torch
 from torch import Tensor, nn
 
 from .clock import TIMESTEPS
+from .step_plan import Storage
 
 LIVE = 8
 """Runs that a thread keeps at a time: two calls a step for guidance, of a few generations that take turns."""
 CHANGING = ("residual", "control", "block_samples")
 """Parts of the names of arguments that change from step to step without being the sample."""
 
+INT8_MAX = 127
 Features = tuple[Tensor, ...]
-"""What one unit computed."""
+"""What one unit computed: the tensors that it gives back, less what they are added to."""
+
+
+class Held(NamedTuple):
+    """A feature between steps."""
+
+    values: Tensor
+    dtype: torch.dtype
+    """As it was computed."""
+    scale: Tensor | None = None
+    """Of integers."""
+
+    def tensor(self) -> Tensor:
+        """The feature, as far as it was kept."""
+        values = self.values.to(self.dtype)
+        return values if self.scale is None else values * self.scale
+
+
+def hold(feature: Tensor, storage: Storage) -> Held:
+    """Keep a feature; int8 has one scale, of the largest magnitude."""
+    if storage == "computed":
+        return Held(feature, feature.dtype)
+    if storage == "bfloat16":
+        return Held(feature.to(torch.bfloat16), feature.dtype)
+    scale = (feature.abs().amax() / INT8_MAX).clamp(min=torch.finfo(feature.dtype).tiny)
+    return Held((feature / scale).round().to(torch.int8), feature.dtype, scale)
 
 
 class Computed(NamedTuple):
     """Features of a unit, and the position that they were computed at."""
 
     position: float
-    features: Features
+    features: tuple[Held, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One sampling run, or one of its guidance branches where those are calls of their own."""
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-COMPUTED, INHERITED = "#", "."
-"""Cells of a plan, as its patterns spell them."""
+COMPUTED, INHERITED, UNUSED = "#", ".", "-"
+"""Cells of a plan, as its patterns spell them; an unused one is inherited, but nothing that is left looks at it."""
 BETWEEN = 1e-3
 """Share of a step within which a position counts as that of the step."""
 Storage = Literal["computed", "bfloat16", "int8"]
@@ -23,15 +23,23 @@ class Unit(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    module: str
-    """Dotted path inside the denoiser."""
+    modules: tuple[str, ...] = Field(min_length=1)
+    """Dotted paths inside the denoiser; several are called one after the other, each on what the one before gave."""
     adds_to: tuple[str | None, ...]
-    """Per tensor that the module gives back: the argument that it is added to, which stays fresh where the rest is
-    inherited; None where all of the tensor is inherited."""
+    """Per tensor that a module gives back: the argument that it is added to, which stays fresh where the rest is inherited;
+    None where all of the tensor is inherited."""
     channels: tuple[int, ...]
     """Per tensor that it gives back."""
     single: bool = True
-    """It gives back a tensor, not a tuple of them."""
+    """A tensor is given back, not a tuple of them."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if len(self.modules) > 1 and None in self.adds_to:
+            raise ValueError("modules that follow each other must add to what they are given")
+        if len(self.channels) != len(self.adds_to):
+            raise ValueError("each tensor that is given back needs its channels")
+        return self
 
 
 class StepPlan(BaseModel):
@@ -42,7 +50,7 @@ class StepPlan(BaseModel):
     part: Literal["step_plan"] = "step_plan"
     units: tuple[Unit, ...] = Field(min_length=1)
     patterns: tuple[str, ...] = Field(min_length=1)
-    """The different rows: one character a unit, `#` where it is computed and `.` where it is inherited."""
+    """The different rows: one character a unit, `#` where it is computed, `.` where it is inherited, `-` where nobody looks."""
     steps: tuple[int, ...] = Field(min_length=1)
     """Which pattern each step has. The first step is computed in full."""
     order: Literal[0, 1, 2] = 1
@@ -53,11 +61,12 @@ class StepPlan(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if any(len(row) != len(self.units) or set(row) - {COMPUTED, INHERITED} for row in self.patterns):
-            raise ValueError(f"each pattern needs {len(self.units)} characters, each {COMPUTED!r} or {INHERITED!r}")
+        known = {COMPUTED, INHERITED, UNUSED}
+        if any(len(row) != len(self.units) or set(row) - known for row in self.patterns):
+            raise ValueError(f"each pattern needs {len(self.units)} characters out of {COMPUTED}{INHERITED}{UNUSED}")
         if any(not 0 <= index < len(self.patterns) for index in self.steps):
             raise ValueError(f"steps must name one of {len(self.patterns)} patterns")
-        if INHERITED in self.patterns[self.steps[0]]:
+        if set(self.patterns[self.steps[0]]) != {COMPUTED}:
             raise ValueError("the first step has nothing to inherit")
         return self
 
@@ -74,6 +83,11 @@ class StepPlan(BaseModel):
     def cells(self) -> NDArray[np.bool_]:
         """[steps, units] whether it is computed."""
         return np.array([[cell == COMPUTED for cell in self.patterns[index]] for index in self.steps])
+
+    @property
+    def inheriting(self) -> list[int]:
+        """Steps at which anything is inherited."""
+        return [step for step, index in enumerate(self.steps) if set(self.patterns[index]) != {COMPUTED}]
 
     @property
     def channels(self) -> int:

@@ -47,12 +47,14 @@ def packed(**form: Any) -> Example:
 
 def planned(order: int, corrected: bool = False) -> Example:
     """Of both blocks: the second step inherits the one, the third the other."""
-    units = [Unit(module=f"transformer_blocks.{block}.attn1", adds_to=(None,), channels=(16,)) for block in range(2)]
+    units = [
+        Unit(modules=(f"transformer_blocks.{block}.attn1",), adds_to=(None,), channels=(16,)) for block in range(2)
+    ]
     cells = np.array([[True, True], [False, True], [True, False]])
     plan = StepPlan.of(units, cells, order=order, corrected=corrected)
     tensors = {"damping": torch.full((3, 2, order), 0.5)}
     if corrected:
-        tensors["correction"] = torch.linspace(0.5, 1.5, 3 * 2 * 32).view(3, 2, 32)
+        tensors["correction"] = torch.linspace(0.5, 1.5, 2 * 2 * 32).view(2, 2, 32).half()
     edit = Attach(component="transformer", module="step_plan", settings=plan)
     return edit, {f"step_plan.{name}": tensor for name, tensor in tensors.items()}
 
