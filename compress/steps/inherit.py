@@ -58,7 +58,7 @@ def estimate(subject: Subject, options: Inherit, running: Running) -> Cost:
 def run(subject: Subject, options: Inherit, folder: StageFolder, report: Report) -> Changes:
     """The method. Raises RecipeError where the speed-up is out of reach."""
     first = subject.trajectories.shards[0]
-    calls = list(subject.trajectories.calls([first]))
+    calls = [call for call in subject.trajectories.calls([first]) if call.branch == 0]
     middle = len(calls) // 2
     units, costs = _units_of(subject, calls[middle - 1 :], subject.trajectories.images(first), options)
     budget = Budget(costs, len(subject.timesteps))
@@ -129,11 +129,15 @@ def _short_run(subject: Subject) -> list[Call]:
     with watch(pipeline, calls.append):
         sample(pipeline, wanted, few)
     counts = Counter(call.step for call in calls)
-    if len(set(counts.values())) != 1 or len(counts) == 1:
+    if len(counts) == 1:
         raise UnsupportedModelError(
-            f"steps: {type(pipeline.scheduler).__name__} calls the denoiser {sorted(set(counts.values()))} times a step, by "
-            "turns. A step plan needs as many calls at every step, and two steps at least: give the pipeline another "
-            "scheduler, such as DPMSolverMultistepScheduler."
+            f"steps: {type(pipeline).__name__} makes one step, which has nothing to inherit. Leave steps out."
+        )
+    if len(set(counts.values())) != 1:
+        raise UnsupportedModelError(
+            f"steps: {type(pipeline.scheduler).__name__} calls the denoiser {sorted(set(counts.values()))} times a step, "
+            "by turns. A step plan needs as many calls at every step: give the pipeline another scheduler, such as "
+            "DPMSolverMultistepScheduler."
         )
     return calls[:: counts[0]]
 

@@ -139,9 +139,10 @@ class Inheritance(nn.Module):
             history = [] if cell else run.past[index]
             places = [computed.position for computed in history]
             weights.append(forecast_weights(position, places, damping[index], kept))
-            # Always as many, so that what is compiled for one call serves the next.
+            features = [tuple(y.tensor() for y in computed.features) for computed in history]
+            # Always as many different ones, so that what is compiled for one call serves the next.
             past.append(
-                [tuple(y.tensor() for y in computed.features) for computed in (history + history[-1:] * kept)[:kept]]
+                features + [tuple(y.detach() for y in features[-1]) for _ in range(len(features), kept) if features]
             )
         device = run.sample.device
         pattern = self.plan.patterns[self.plan.steps[row]]
