@@ -47,12 +47,13 @@ def check(subject: Subject, options: Inherit) -> None:
 
 
 def estimate(subject: Subject, options: Inherit, running: Running) -> Cost:
-    """Whole runs are what takes time; what is written is a line a trial."""
+    """Whole runs are what takes time; what is written is the numbers of forecasts, and a line a trial."""
     trials = options.trials if options.schedule == "fitted" else 0
     images = 1 + OBSERVING + trials / options.speedup
     seconds = images * options.images / subject.batch * running.steps * running.step_seconds
-    _, costs = _units_of(subject, _short_run(subject), 1, options)
-    return Cost({"steps": seconds}, details={"cache_bytes": _cache_bytes(costs, options.order)})
+    units, costs = _units_of(subject, _short_run(subject), 1, options)
+    disk_bytes = running.steps * sum(4 * options.order + 2 * 2 * sum(unit.channels) for unit in units)
+    return Cost({"steps": seconds}, disk_bytes, {"cache_bytes": _cache_bytes(costs, options.order)})
 
 
 def run(subject: Subject, options: Inherit, folder: StageFolder, report: Report) -> Changes:

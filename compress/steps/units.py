@@ -31,7 +31,7 @@ class Seen:
     """Its tensors by the names of the arguments, a call."""
     outputs: list[Any] = field(default_factory=list)
     takes_many: bool = False
-    """It is given a tuple of tensors, as the skips of a UNet."""
+    """It is given several tensors of its kind at once, as the skips of a UNet."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Costs:
         return self.total - sum(self.units)
 
 
+@torch.no_grad()
 def find_units(
     model: nn.Module, calls: Sequence[Callable[[], object]], images: int, level: Level = "stack"
 ) -> tuple[list[Unit], Costs]:
@@ -149,8 +150,9 @@ def _children(name: str, module: nn.Module) -> list[str]:
 
 
 def _is_block(model: nn.Module, name: str) -> bool:
-    """Whether it is one of a list of modules."""
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.ModuleList)
+    """Whether it is one of a list of modules, and no layer."""
+    listed = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.ModuleList)
+    return listed and any(True for _ in model.get_submodule(name).children())
 
 
 def _inheritable(module: nn.Module, seen: Seen) -> bool:
@@ -171,7 +173,9 @@ def _is_branch(model: nn.Module, name: str, seen: Mapping[str, Seen], macs: Mapp
 
 def _plain(output: Any) -> bool:
     if isinstance(output, (tuple, list)):
-        return bool(output) and all(isinstance(part, Tensor) for part in output)
+        return all(part is None or isinstance(part, Tensor) for part in output) and any(
+            isinstance(part, Tensor) for part in output
+        )
     return isinstance(output, Tensor)
 
 
@@ -181,7 +185,11 @@ def _unit(name: str, module: nn.Module, first: Seen, second: Seen) -> Unit:
         _adds_to(module, y0, y1, first.inputs[0], second.inputs[0]) for y0, y1 in zip(before, after, strict=True)
     )
     channels = tuple(y.shape[1 if y.ndim == IMAGE else -1] for y in before)
-    return Unit(modules=(name,), adds_to=adds_to, channels=channels, single=isinstance(first.outputs[0], Tensor))
+    return Unit(modules=(name,), adds_to=adds_to, channels=channels, gives=_places(first.outputs[0]))
+
+
+def _places(output: Any) -> tuple[bool, ...] | None:
+    return None if isinstance(output, Tensor) else tuple(part is not None for part in output)
 
 
 def _adds_to(
@@ -191,12 +199,22 @@ def _adds_to(
     shortcut = getattr(module, "conv_shortcut", None)
     through = shortcut if isinstance(shortcut, nn.Module) else nn.Identity()
     factor = float(getattr(module, "output_scale_factor", getattr(module, "rescale_output_factor", 1)))
-    changes: dict[str | None, float] = {None: float((y1 - y0).float().square().sum())}
+    changes: dict[str | None, float] = {}
     for name, x0 in inputs0.items():
-        if name in inputs1 and (x0.shape == y0.shape or (through is shortcut and not changes.keys() - {None})):
+        if name in inputs1 and (x0.shape == y0.shape or (through is shortcut and not changes)):
             moved = (through(inputs1[name]) - through(x0)) / factor
             changes[name] = float((y1 - y0 - moved).float().square().sum())
+    # Last: what is the same at both steps, as a text is for the first block, changes nothing either way.
+    changes[None] = float((y1 - y0).float().square().sum())
     return min(changes, key=lambda name: changes[name])
+
+
+def _are_skips(value: Any, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether an argument is a tuple of tensors like the first one that is given: position embeddings are of another form."""
+    if not isinstance(value, (tuple, list)) or not value or not inputs:
+        return False
+    first = next(iter(inputs.values()))
+    return all(isinstance(x, Tensor) and x.ndim == first.ndim and len(x) == len(first) for x in value)
 
 
 @contextmanager
@@ -208,9 +226,7 @@ def _watching(model: nn.Module, names: set[str]) -> Iterator[dict[str, Seen]]:
         own = seen.setdefault(name, Seen())
         own.inputs.append({key: value for key, value in given.items() if isinstance(value, Tensor)})
         own.outputs.append(output)
-        own.takes_many |= any(
-            isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor) for value in given.values()
-        )
+        own.takes_many |= any(_are_skips(value, own.inputs[-1]) for value in given.values())
 
     handles = []
     for name in names:

@@ -224,7 +224,10 @@ class _Unit:
         return output
 
     def _given_back(self, tensors: list[Tensor]) -> Any:
-        return tensors[0] if self.unit.single else tuple(tensors)
+        if self.unit.gives is None:
+            return tensors[0]
+        left = iter(tensors)
+        return tuple(next(left) if held else None for held in self.unit.gives)
 
     def _identity(self, shortcut: Tensor | None, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> list[Any]:
         """What each tensor of the output is added to, or None."""
@@ -264,5 +267,5 @@ def _corrected(y: Tensor, correction: Tensor) -> Tensor:
 
 
 def tensors_of(output: Any) -> tuple[Tensor, ...]:
-    """Of what a module gave back: a tensor, or a tuple of tensors."""
-    return (output,) if isinstance(output, Tensor) else tuple(output)
+    """Of what a module gave back: a tensor, or a tuple of tensors and of None."""
+    return (output,) if isinstance(output, Tensor) else tuple(part for part in output if part is not None)

@@ -30,8 +30,8 @@ class Unit(BaseModel):
     None where all of the tensor is inherited."""
     channels: tuple[int, ...]
     """Per tensor that it gives back."""
-    single: bool = True
-    """A tensor is given back, not a tuple of them."""
+    gives: tuple[bool, ...] | None = None
+    """Where a tuple is given back: which of its places hold a tensor, the others None."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
