@@ -42,6 +42,9 @@ class Attach(EditBase):
         part.load_state_dict({name.rpartition(".")[2]: tensor for name, tensor in own.items()})
         return part.wraps(model)
 
+    def why_not_exported(self) -> str:
+        return "graphs keep nothing from one step to the next"
+
     def exact(self) -> frozenset[str]:
         """All that it holds."""
         names = ("damping", "correction") if self.settings.corrected else ("damping",)

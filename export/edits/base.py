@@ -49,6 +49,10 @@ class EditBase(BaseModel):
         """What is stored of the component's `tensors` once the edit is made, whose `own` are named `MODULE.TENSOR`."""
         return {**tensors, **own}
 
+    def why_not_exported(self) -> str | None:
+        """Why an export cannot hold it yet; None where it can."""
+        return None
+
     def exact(self) -> frozenset[str]:
         """Tensors whose dtype no loader may change."""
         return frozenset()

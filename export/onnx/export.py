@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from ..artifact import open_pipeline
+from ..artifact import is_artifact, open_pipeline
 from ..engines.engine import REASONS, Engine
 from ..engines.onnxruntime import ONNXRUNTIME
 from ..engines.worst_case import require_exact
+from ..errors import UnsupportedModelError
 from ..folder import PipelineFolder
-from ..manifest import list_files
+from ..manifest import list_files, read_manifest
 from ..portable.manifest import EXPORT, ExportManifest, Graph, Port
 from ..portable.tables import STANDARD_STEPS, build_tables
 from ..publishing import check_output, check_space, publish, staging
@@ -53,6 +54,7 @@ def export_onnx(
     """
     kind = kind_of(str(source.index["_class_name"]))
     out = check_output(out, [source.path], force)
+    _check_edits(source)
     pipeline = open_pipeline(source)
     kind.check(pipeline)
     components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
@@ -61,6 +63,15 @@ def export_onnx(
         manifest = _write(kind, pipeline, staged, engine, steps, guidance_scale, progress)
         publish(staged, out)
     return manifest
+
+
+def _check_edits(source: PipelineFolder) -> None:
+    for edit in read_manifest(source.path).edits if is_artifact(source.path) else ():
+        reason = edit.why_not_exported()
+        if reason is not None:
+            raise UnsupportedModelError(
+                f"{source.name} has a {edit.words()}, which cannot be exported yet: {reason}. Compress without it to export."
+            )
 
 
 def _write(

@@ -10,14 +10,37 @@ from diffpress.recipe import Recipe, load_recipe, parse_recipe, preset_text, pre
 
 WIDTHS = {"balanced": (8, 8), "small": (4, 8), "tiny": (4, 4), "w4": (4, "none"), "w8": (8, "none")}
 
+SPEEDUPS = {
+    "fast": (1.8, False),
+    "faster": (2.5, False),
+    "fastest": (3.5, False),
+    "balanced-fast": (1.8, True),
+    "balanced-faster": (2.5, True),
+    "balanced-fastest": (3.5, True),
+}
+
 
 def test_presets_are_recipes():
-    assert presets() == sorted(WIDTHS)
+    assert presets() == sorted({*WIDTHS, *SPEEDUPS})
     for name, widths in WIDTHS.items():
         options = load_recipe(name).quantize
         assert options is not None
         assert (options.weights, options.activations) == widths
         assert options.method == ("qalora" if name in ("small", "tiny") else "ptq")
+
+
+def test_presets_that_spend_less_a_step_are_of_their_speed_up():
+    for name, (speedup, packed) in SPEEDUPS.items():
+        recipe = load_recipe(name)
+        assert recipe.steps is not None
+        assert recipe.steps.speedup == speedup
+        assert recipe.quantize == (load_recipe("balanced").quantize if packed else None)
+        assert recipe.sampling == load_recipe("balanced").sampling
+
+
+def test_a_step_plan_is_not_exported_yet():
+    with pytest.raises(RecipeError, match="step plans cannot be exported yet"):
+        parse_recipe({"steps": {"method": "inherit"}, "export": ["onnx"]})
 
 
 def test_file_and_preset_give_the_same_recipe(tmp_path: Path):
