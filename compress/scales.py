@@ -47,7 +47,9 @@ def search_weight_scale(weight: Tensor, importance: Tensor, bits: int) -> Tensor
 def _search_rows(w: Tensor, heavy: Tensor, bits: int) -> Tensor:
     """The same of rows [N, K] with the importance [K] of their columns."""
     low, high = code_range(bits)
-    largest = w.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny * 2**bits)
+    largest = w.abs().amax(1)
+    # What has no finer scale rounds to zero by any.
+    largest = largest.where(largest > torch.finfo(torch.float32).tiny * 2**bits, high)
     best, best_loss = largest / high, torch.full_like(largest, torch.inf)
     error = torch.empty_like(w)
     for shrink in torch.linspace(1.0, SMALLEST_SHRINK[bits], SHRINKS):

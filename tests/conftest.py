@@ -164,7 +164,7 @@ def pack_all():
             if why_not_packable(layer) is not None or (activation_bits and isinstance(layer, nn.Embedding)):
                 continue
             codes, scale = absmax(layer.weight.detach().float().flatten(1), weight_bits, group_size)
-            tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = pack_codes(codes, weight_bits), scale
+            tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = pack_codes(codes, weight_bits), scale.half()
             if activation_bits is not None:
                 full = torch.linspace(6, 3, steps)
                 tensors[f"{name}.activation_scale"] = full / code_range(activation_bits)[1]
@@ -175,9 +175,15 @@ def pack_all():
 
 
 def absmax(rows: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Codes [N, K] and scales [N], or [N, groups], with each largest magnitude at the largest code."""
+    """Codes [N, K] and scales [N], or [N, groups], that float16 holds; each largest magnitude gets the largest code."""
     columns = rows.shape[1]
     groups = [rows] if group_size is None else rows.split(group_size, 1)
-    scale = torch.stack([group.abs().amax(1) for group in groups], 1).div(code_range(bits)[1]).clamp(min=1e-8)
+    scale = (
+        torch.stack([group.abs().amax(1) for group in groups], 1)
+        .div(code_range(bits)[1])
+        .clamp(min=1e-6)
+        .half()
+        .float()
+    )
     codes = quantize(rows, scale.repeat_interleave(group_size or columns, 1)[:, :columns], bits)
     return codes, scale[:, 0] if group_size is None else scale
