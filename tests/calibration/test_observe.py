@@ -217,6 +217,7 @@ def test_of_many_steps_shards_are_asked_by_turns(guided: set[int], monkeypatch: 
     runs: Any = Guided(guided, 1)
     assert looked_at(runs, runs.shards) == {Path("a"): [0, 2], Path("b"): [1, 3]}
     assert looked_at(runs, runs.shards[:1]) == {Path("a"): [0, 1, 2, 3]}
+    assert list(looked_at(runs, [Path(name) for name in "abcdef"]).values()) == [[0], [1], [2], [3], [0], [1]]
     denoiser = Conditioned()
     seen = observe_inputs(denoiser, layers_of(denoiser), runs, seed=0)
     assert {name: own.conditioning for name, own in seen.items()} == {"sees_prompt": True, "sees_sample": False}

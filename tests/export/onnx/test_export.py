@@ -135,7 +135,7 @@ def test_a_changed_byte_is_found(copied: Path) -> None:
     data = bytearray((copied / "denoiser.onnx.data").read_bytes())
     data[100] ^= 1
     (copied / "denoiser.onnx.data").write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"denoiser\.onnx\.data is not what was exported"):
+    with pytest.raises(ArtifactError, match=r"denoiser\.onnx\.data is not what was saved"):
         verify_export(copied, ONNXRUNTIME)
 
 
