@@ -51,14 +51,14 @@ def _search_rows(w: Tensor, heavy: Tensor, bits: int) -> Tensor:
     # What has no finer scale rounds to zero by any.
     largest = largest.where(largest > torch.finfo(torch.float32).tiny * 2**bits, high)
     best, best_loss = largest / high, torch.full_like(largest, torch.inf)
-    error = torch.empty_like(w)
-    for shrink in torch.linspace(1.0, SMALLEST_SHRINK[bits], SHRINKS[bits]):
-        for sign in (1, -1):
-            s = sign * largest * shrink / high
-            torch.div(w, s[:, None], out=error)
-            error.round_().clamp_(low, high).mul_(s[:, None]).sub_(w)
-            loss = error.square_() @ heavy
-            best, best_loss = torch.where(loss < best_loss, s, best), torch.minimum(loss, best_loss)
+    shrinks = torch.linspace(1.0, SMALLEST_SHRINK[bits], SHRINKS[bits], device=w.device)
+    # As many candidates at a time as a chunk holds.
+    for part in torch.stack([shrinks, -shrinks], 1).flatten().split(max(1, CHUNK // w.numel())):
+        s = part[:, None] * largest / high
+        error = torch.div(w, s[:, :, None]).round_().clamp_(low, high).mul_(s[:, :, None]).sub_(w)
+        loss, index = (error.square_() @ heavy).min(0)
+        s = s.gather(0, index[None])[0]
+        best, best_loss = torch.where(loss < best_loss, s, best), torch.minimum(loss, best_loss)
     return best
 
 
