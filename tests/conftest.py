@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Triton reads this while it is imported, which other libraries do as well.
@@ -40,6 +42,25 @@ NO_CLASS = 1000
 def compiled_anew(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What torch compiled earlier is not used: its key does not know how an operation of ours was written then."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A function: the folder of that name with what `make` puts into it, which workers beside each other share."""
+    work = tmp_path_factory.getbasetemp()
+    shared = work.parent if "PYTEST_XDIST_WORKER" in os.environ else work
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder = shared / f"made-{name}"
+        with (shared / f"made-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                partial = tmp_path_factory.mktemp(name)
+                make(partial)
+                partial.rename(folder)
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session")
