@@ -43,7 +43,7 @@ def test_learned_artifact_holds_packed_integers_and_else_what_its_source_holds(l
     for edit in manifest.edits:
         held = {
             "weight": torch.int8 if edit.weight_bits == 8 else torch.uint8,
-            "weight_scale": torch.float32,
+            "weight_scale": torch.float16,
             "activation_scale": torch.float32 if edit.activation_bits else None,
             "zero_point": torch.float32 if edit.asymmetric else None,
             "smoothing": torch.float32 if edit.smoothed else None,
