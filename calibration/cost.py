@@ -57,9 +57,9 @@ def operation_formulas() -> dict[Any, Callable[..., int]]:
     }
 
 
-def latencies_ms(runs: list[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Times of each of `runs`, taken in alternation after one warm-up each: [run][repeat]."""
-    for run in runs:
+def latencies_ms(runs: list[Callable[[], object]], repeats: int, *, warm: bool = False) -> list[list[float]]:
+    """Times of each of `runs`, taken in alternation: [run][repeat]; after one run more of each unless they are `warm`."""
+    for run in () if warm else runs:
         run()
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):

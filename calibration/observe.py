@@ -89,24 +89,25 @@ def observe_inputs(
         # A step before the latest one is the first of another shard.
         first, latest = step if step < latest else first, step
         layer = layers[name]
-        rows, low, high, squares = reduce(layer, x)
+        low, high, squares = reduce(layer, x)
         if name not in seen:
-            seen[name] = _nothing_seen(rows.shape[-1], x.ndim == 2)
+            seen[name] = _nothing_seen(len(low), x.ndim == 2)
             counts[name], samples[name], probes[name] = 0, [], _Probes()
-        entry = seen[name]
-        probes[name].look(rows[:: max(1, len(rows) // PROBED)].clone(), step, first)
+        entry, rows = seen[name], row_count(layer, x)
+        probes[name].look(rows_at(layer, x, torch.arange(0, rows, max(1, rows // PROBED))), step, first)
         entry.low, entry.high = torch.minimum(entry.low, low), torch.maximum(entry.high, high)
         entry.second_moment += squares
         entry.macs += _positions(layer, x) * layer_matrix(layer).numel()
-        counts[name] += len(rows)
-        samples[name].append(_some(rows, kept, generator).cpu())
+        counts[name] += rows
+        samples[name].append(_some_rows(layer, x, kept, generator).cpu())
         for other in others:
             other(name, x, step)
 
     replay_with(denoiser, layers, trajectories, look, progress)
     for name, entry in seen.items():
         entry.second_moment /= counts[name]
-        entry.rows = _some(torch.cat(samples.pop(name)), KEPT_ROWS, generator)
+        kept_rows = torch.cat(samples.pop(name))
+        entry.rows = kept_rows[_some(len(kept_rows), KEPT_ROWS, generator)]
         entry.conditioning |= steps > 1 and probes[name].still
     return seen
 
@@ -141,11 +142,13 @@ class _Probes:
         return self._compared and not self._moved
 
 
-def _reduced(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The input as rows [N, C], and of each channel [C] the smallest, the largest and the sum of squares."""
-    rows = as_rows(layer, x)
-    low, high = torch.aminmax(rows, dim=0)
-    return rows, low.cpu(), high.cpu(), torch.linalg.vector_norm(rows, dim=0).square().cpu()
+def _reduced(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each channel [C] of an input the smallest, the largest and the sum of squares."""
+    # Along what lies together: the positions of [B, C, positions], or the rows of [N, C].
+    x, along = (x.flatten(2), 2) if isinstance(layer, nn.Conv2d) else (x.flatten(0, -2)[None], 1)
+    low, high = torch.aminmax(x, dim=along)
+    squares = torch.linalg.vector_norm(x, dim=along).square()
+    return low.amin(0).cpu(), high.amax(0).cpu(), squares.sum(0).cpu()
 
 
 def _nothing_seen(channels: int, conditioning: bool) -> LayerInput:
@@ -162,11 +165,28 @@ def _positions(layer: nn.Module, x: Tensor) -> int:
     return len(x) * height * width
 
 
-def _some(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """At most `count` of the rows [N, C], drawn without repetition."""
-    if len(rows) <= count:
-        return rows.clone()
-    return rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)]
+def _some(rows: int, count: int, generator: torch.Generator) -> Tensor:
+    """At most `count` of the places of so many `rows`, drawn without repetition."""
+    return torch.arange(rows) if rows <= count else torch.randperm(rows, generator=generator)[:count]
+
+
+def _some_rows(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """At most `count` rows [N, C] of the input of a Linear or Conv2d, drawn without repetition."""
+    return rows_at(layer, x, _some(row_count(layer, x), count, generator))
+
+
+def row_count(layer: nn.Module, x: Tensor) -> int:
+    """How many positions the input of a Linear [..., C] or Conv2d [B, C, H, W] has, each a row of C."""
+    return x.numel() // x.shape[1 if isinstance(layer, nn.Conv2d) else -1]
+
+
+def rows_at(layer: nn.Module, x: Tensor, places: Tensor) -> Tensor:
+    """Those rows [N, C] that are at the `places` [N]."""
+    places = places.to(x.device)
+    if not isinstance(layer, nn.Conv2d):
+        return x.flatten(0, -2)[places]
+    positions = x.shape[2:].numel()
+    return x.flatten(2)[places // positions, :, places % positions]
 
 
 @torch.no_grad()
@@ -193,7 +213,7 @@ def rounding_errors(
     half = 0
 
     def look(key: Key, x: Tensor, step: int) -> None:
-        rows = _some(as_rows(layers[key], x), ROWS, generator) * smoothings[key].to(x.device)
+        rows = _some_rows(layers[key], x, ROWS, generator) * smoothings[key].to(x.device)
         errors[key][half, step] += range_errors(rows, weights[key], grids[key], bits[key]).cpu()
 
     chosen = {key: layers[key] for key in grids}
@@ -213,19 +233,14 @@ def range_errors(rows: Tensor, weights: Tensor, grid: RangeCandidates, bits: int
     """Mean squared error [K] at the output from rounding `rows` [R, C], channels weighted by `weights` [C]."""
     scale = grid.scale.to(rows.device)[:, None, None]
     zero_point = None if grid.zero_point is None else grid.zero_point.to(rows.device)[:, None, None]
-    error = quantize_dequantize(rows[None], scale, bits, zero_point) - rows
-    return error.square().mean(1) @ weights
-
-
-def as_rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """The input of a Linear or Conv2d as one row a position: [..., C] or [B, C, H, W] to [N, C]."""
-    return x.movedim(1, -1).flatten(0, -2) if isinstance(layer, nn.Conv2d) else x.flatten(0, -2)
+    error = quantize_dequantize(rows[None], scale, bits, zero_point).sub_(rows)
+    return error.square_().mean(1) @ weights
 
 
 def input_rows(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """At most `count` rows [N, K], drawn at random, of what the K columns of a layer's weight are multiplied with."""
     if not isinstance(layer, nn.Conv2d):
-        return _some(x.flatten(0, -2), count, generator)
+        return _some_rows(layer, x, count, generator)
     assert not isinstance(layer.padding, str)
     height, width = output_size(x.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     places = torch.randint(len(x) * height * width, (count,), generator=generator).to(x.device)

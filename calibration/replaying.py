@@ -15,7 +15,9 @@ from .trajectory import Progress, Trajectories
 SHARDS = 8
 """Recorded shards that are looked at, spread over all: ranges settle long before learning has enough."""
 MANY_STEPS = 16
-"""From so many steps on a shard is asked for every other one, by turns: neighbours see nearly the same, images do not."""
+"""From so many steps on shards are asked for some of them only, by turns: neighbours see nearly the same, images do not."""
+TURNS = 4
+"""Of these, the shards that look at all steps between them."""
 
 Key = TypeVar("Key", bound=Hashable)
 """Stands for a layer: its name, or its name and a format."""
@@ -50,11 +52,20 @@ def replay_with(
 
 def looked_at(trajectories: Trajectories, shards: Sequence[Path]) -> dict[Path, list[int]]:
     """The places of the recorded calls that are replayed of each shard."""
-    thin = len(shards) > 1 and len(trajectories.timesteps) >= MANY_STEPS
+    turns = _turns(len(shards), len(trajectories.timesteps))
     return {
-        shard: [place for place, step in enumerate(trajectories.steps(shard)) if not thin or step % 2 == index % 2]
+        shard: [place for place, step in enumerate(trajectories.steps(shard)) if step % turns == index % turns]
         for index, shard in enumerate(shards)
     }
+
+
+def replayed_steps(shards: int, steps: int) -> float:
+    """How many steps are replayed of so many shards of runs of so many `steps`."""
+    return shards * steps / _turns(shards, steps)
+
+
+def _turns(shards: int, steps: int) -> int:
+    return min(TURNS, shards) if steps >= MANY_STEPS else 1
 
 
 def observed_shards(trajectories: Trajectories) -> list[Path]:

@@ -57,24 +57,25 @@ def round_columns(weight: Tensor, s: Tensor, h: Tensor, bits: int) -> Tensor:
     `h` is [blocks, width, width]: blocks of columns do not see each other. Columns with large inputs go first.
     """
     columns = weight.shape[1]
-    w, s = in_blocks(weight).clone(), in_blocks(s.expand_as(weight), 1.0)
     order = h.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
-    w, s = (each.take_along_dim(order[:, None], 2) for each in (w, s))
+    # [blocks, width, O]: what is worked on at a time, a column of W, lies together.
+    blocks = (in_blocks(weight), in_blocks(s.expand_as(weight), 1.0))
+    w, s = (each.transpose(1, 2).take_along_dim(order[:, :, None], 1) for each in blocks)
     u = inverse_factor(h.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None, :], 2))
-    q, nearest = torch.empty_like(w), (w / s).round_()
-    low, high = code_range(bits)
-    for i in range(0, w.shape[2], LAZY):
-        lazy = slice(i, min(i + LAZY, w.shape[2]))
-        errors = torch.empty_like(w[:, :, lazy])
-        for j in range(lazy.start, lazy.stop):
-            code = torch.clamp((w[:, :, j] / s[:, :, j]).round_(), nearest[:, :, j] - 1, nearest[:, :, j] + 1)
-            q[:, :, j] = code.clamp_(low, high)
-            error = (w[:, :, j] - q[:, :, j] * s[:, :, j]) / u[:, j, j, None]
-            w[:, :, j : lazy.stop] -= error[:, :, None] * u[:, None, j, j : lazy.stop]
-            errors[:, :, j - i] = error
-        w[:, :, lazy.stop :] -= errors @ u[:, lazy, lazy.stop :]
-    codes = q.take_along_dim(order.argsort(1)[:, None], 2)
-    return codes.transpose(0, 1).flatten(1)[:, :columns].to(torch.int8)
+    q = (w / s).round_()
+    least, most = (q - 1).clamp_(*code_range(bits)), (q + 1).clamp_(*code_range(bits))
+    for i in range(0, w.shape[1], LAZY):
+        lazy = slice(i, min(i + LAZY, w.shape[1]))
+        errors = torch.empty_like(w[:, lazy])
+        columns_of = zip(*(each[:, lazy].unbind(1) for each in (w, s, q, least, most)), errors.unbind(1), strict=True)
+        # In place and by few operations: they are many, and small.
+        for j, (w_j, s_j, q_j, least_j, most_j, error) in enumerate(columns_of, i):
+            torch.div(w_j, s_j, out=q_j).round_().clamp_(least_j, most_j)
+            torch.addcmul(w_j, q_j, s_j, value=-1, out=error).div_(u[:, j, j, None])
+            w[:, j + 1 : lazy.stop].addcmul_(u[:, j, j + 1 : lazy.stop, None], error[:, None], value=-1)
+        w[:, lazy.stop :].baddbmm_(u[:, lazy, lazy.stop :].transpose(1, 2), errors, alpha=-1)
+    codes = q.take_along_dim(order.argsort(1)[:, :, None], 1).to(torch.int8)
+    return codes.flatten(0, 1)[:columns].T.contiguous()
 
 
 def inverse_factor(h: Tensor) -> Tensor:

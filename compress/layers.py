@@ -103,7 +103,7 @@ def high_format(format: Format) -> Format:
 
 def stored_bits(layer: QuantizedLayer) -> int:
     """Bits that the weight of a layer takes, its scales counted."""
-    return layer.codes.numel() * layer.format.weight_bits + 8 * layer.weight_scale.nbytes
+    return layer.codes.numel() * layer.format.weight_bits + 8 * layer.stored_scale().nbytes
 
 
 def select_high_precision(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from diffpress.calibration.moments import SecondMoments
 from diffpress.calibration.observe import STEP_SHARDS, LayerInput, layer_matrix, observe_inputs
-from diffpress.calibration.replaying import SHARDS
+from diffpress.calibration.replaying import SHARDS, replayed_steps
 from diffpress.calibration.sampling import denoiser_of
 from diffpress.calibration.trajectory import Progress, Trajectories
 from diffpress.export.errors import UnsupportedModelError
@@ -60,8 +61,11 @@ def estimate(subject: Subject, options: Rounding, running: Running) -> Cost:
     disk_bytes = sum(form.size_bytes for form in subject.forms.values())
     if subject.model is not denoiser_of(subject.pipeline):
         return Cost({}, disk_bytes)
-    shards = sum(min(most, running.recorded_batches) for most in (SHARDS, STEP_SHARDS))
-    seconds = (WATCHING * shards * running.steps + MEASURING) * running.step_seconds
+    batches = running.recorded_batches
+    # Inputs are looked at once, and their ranges in two halves.
+    looked_at = (min(SHARDS, batches), *[ceil(min(STEP_SHARDS, batches) / 2)] * 2)
+    calls = WATCHING * sum(replayed_steps(shards, running.steps) for shards in looked_at) + MEASURING
+    seconds = calls * running.step_seconds
     return Cost({"quantize": seconds}, disk_bytes)
 
 

@@ -36,7 +36,7 @@ class QuantizedLayer:
     codes: Tensor
     """int8 or float8, in the shape of the weight."""
     weight_scale: Tensor
-    """[O], or [O, G] where only weights are rounded."""
+    """[O], or [O, G] where only weights are rounded; float32 that float16 holds, unless it is out of its reach."""
     activation_scale: Tensor | None = None
     """[S]"""
     zero_point: Tensor | None = None
@@ -45,6 +45,11 @@ class QuantizedLayer:
     """[C] what inputs are multiplied by before they are rounded; the codes are of weights divided by it."""
     bias: Tensor | None = None
     """[O] where the method changed it."""
+
+    def stored_scale(self) -> Tensor:
+        """The weight's scales as they are stored: in float16 where that is exact."""
+        half = self.weight_scale.half()
+        return half if torch.equal(half.float(), self.weight_scale) else self.weight_scale
 
     def weight(self) -> Tensor:
         """The float32 weight that the codes stand for, [O, C] or [O, C, height, width]."""

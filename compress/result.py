@@ -78,7 +78,7 @@ def _packed_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
     codes = layer.codes.flatten(1)
     tensors = {
         "weight": codes if layer.format.float8 else pack_codes(codes, layer.format.weight_bits),
-        "weight_scale": layer.weight_scale,
+        "weight_scale": layer.stored_scale(),
         "activation_scale": layer.activation_scale,
         "zero_point": layer.zero_point,
         "smoothing": layer.smoothing,

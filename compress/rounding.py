@@ -29,6 +29,18 @@ def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, bits
     return result
 
 
+SMALLEST_HALF = 2.0**-20
+"""Smaller scales keep float32: the numbers of float16 are 2^-24 apart there, and one could be more than 3 % off."""
+
+
+def to_half(scale: Tensor) -> Tensor:
+    """The nearest numbers that float16 has, in float32, with gradients straight through; what is out of its reach stays."""
+    nearest = scale.detach().half().float()
+    reached = (nearest.abs() >= SMALLEST_HALF) & nearest.isfinite()
+    # The difference is exact, and so is the sum.
+    return scale + torch.where(reached, nearest - scale.detach(), 0)
+
+
 def straight_through_round(values: Tensor) -> Tensor:
     """Rounded half to even; the gradient is that of the identity."""
     return values + (values.round() - values).detach()

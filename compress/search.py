@@ -21,6 +21,7 @@ from diffpress.kernels import FP8_MAX, quantize, to_fp8
 
 from .options import Rounding
 from .quantized_layer import Format, QuantizedLayer, broadcast_scale
+from .rounding import to_half
 from .scales import choose_steps, range_candidates, search_group_scales, search_smoothing, search_weight_scale
 
 Way = tuple[str, Format]
@@ -125,10 +126,13 @@ def round_weight(layer: nn.Module, format: Format, importance: Tensor, smoothing
     weight = layer_matrix(layer) / smoothing[None, :, None]
     shape: torch.Size = layer.weight.shape  # type: ignore[assignment, union-attr]
     if format.float8:
-        scale = weight.abs().amax((1, 2)).clamp(min=1e-12) / FP8_MAX
+        largest = weight.abs().amax((1, 2))
+        scale = to_half(largest.where(largest > 0, 1) / FP8_MAX)
         return to_fp8(weight, scale[:, None, None]).view(shape), scale
     if format.group_size is None:
         scale = search_weight_scale(weight, importance, format.weight_bits)
     else:
         scale = search_group_scales(weight, importance, format.weight_bits, format.group_size)
+    # Before codes are chosen: what is measured is what is stored.
+    scale = to_half(scale)
     return quantize(weight.view(shape), broadcast_scale(scale, shape, format.group_size), format.weight_bits), scale

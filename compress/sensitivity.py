@@ -93,7 +93,7 @@ class _Probes:
         self.calls, self.ways = evaluation_calls(trajectories), ways
         self.timesteps, self.clock = trajectories.timesteps, StepClock(trajectories.timesteps)
         self.generator = torch.Generator().manual_seed(seed)
-        self.step = 0
+        self.step_weights = self.clock.weights
         # What makes outputs need a gradient although no weight does.
         self.anchor = torch.zeros((), requires_grad=True)
         self.products: dict[str, Tensor] = {}
@@ -103,7 +103,7 @@ class _Probes:
 
         def receive(gradient: Tensor, output: Tensor, *inputs: Tensor) -> None:
             # Gradients may be computed in a thread of their own, and the clock is set for each thread.
-            self.clock.set(self.timesteps[self.step])
+            self.clock.weights = self.step_weights
             for way, changed in enumerate(answers(*inputs)):
                 self._add(name, way, gradient.float() * (changed.float() - output.float()))
 
@@ -129,7 +129,8 @@ class _Probes:
         return {name: own.tolist() for name, own in errors.items()}
 
     def _squared_errors(self, denoiser: nn.Module, call: Call) -> dict[str, Tensor]:
-        self.step, images = call.step, len(call.output)
+        self.clock.set(self.timesteps[call.step])
+        self.step_weights, images = self.clock.weights, len(call.output)
         directions = ceil(PRODUCTS / (len(self.calls) * images))
         squared = {name: torch.zeros(count) for name, count in self.ways.items()}
         with torch.enable_grad():

@@ -138,7 +138,8 @@ def run(
     engine: Annotated[Engine | None, typer.Option(help="left out: what MODEL is made for")] = None,
 ) -> None:
     """Make one image."""
-    from diffpress.export.publishing import check_output_file, replacing
+    from diffpress.export.outputs import check_output_file
+    from diffpress.export.publishing import replacing
 
     from .running import Wanted, run_onnx, run_torch, wanted_engine
 

@@ -13,7 +13,8 @@ from diffpress.export.artifact import is_artifact, open_pipeline
 from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import read_manifest
-from diffpress.export.publishing import check_output_file, replacing
+from diffpress.export.outputs import check_output_file
+from diffpress.export.publishing import replacing
 
 from .defaults import check_sampling, default_sampling
 from .measuring import measure

@@ -27,6 +27,11 @@ def _message(error: Exception) -> str | None:
     """None where the fault is ours."""
     if isinstance(error, OSError):
         return _of_file(error)
+    if _is_of_memory(error):
+        return (
+            "there is not enough memory. Close other programs, or take less at a time: `compress` has --set record.batch=1, "
+            "and with --estimate it says what a recipe takes."
+        )
     if isinstance(error, ImportError):
         return _of_package(error)
     if isinstance(error, UnicodeError):
@@ -44,6 +49,15 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, SafetensorError):
         return f"a file of weights cannot be read or written: {_one_line(error)}. {advice_on(number_of(error))}"
     return None
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Python's own, a GPU's, and that of torch's allocator for the processor, which is told by its words alone."""
+    if isinstance(error, MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
 def _of_file(error: OSError) -> str:

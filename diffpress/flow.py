@@ -21,7 +21,8 @@ from diffpress.export.digests import digest
 from diffpress.export.errors import ArtifactError, ModelFileError, UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, Manifest, list_files, read_manifest, write_manifest
-from diffpress.export.publishing import check_output, check_space, publish
+from diffpress.export.outputs import check_output, check_space
+from diffpress.export.publishing import publish
 from diffpress.export.source import Form
 
 from .defaults import check_recipe_fits

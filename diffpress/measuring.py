@@ -49,16 +49,21 @@ def measure(
     if both_fit(first, ours.cost["peak_memory_bytes"]):
         second = candidate()
         theirs = _alone(second, wanted, sampling, _half(progress, 1))
-        times = latencies_ms([partial(sample, own, wanted[:1], sampling) for own in (first, second)], REPEATS)
+        times = _times((first, second), wanted, sampling)
     else:
-        times = latencies_ms([partial(sample, first, wanted[:1], sampling)], REPEATS)
+        times = _times((first,), wanted, sampling)
         del first
         gc.collect()
         second = candidate()
         theirs = _alone(second, wanted, sampling, _half(progress, 1))
-        times += latencies_ms([partial(sample, second, wanted[:1], sampling)], REPEATS)
+        times += _times((second,), wanted, sampling)
     cost = {key: {"reference": ours.cost[key], "candidate": theirs.cost[key]} for key in ours.cost}
     return pairs_of(ours.side, theirs.side, wanted), {**cost, "latency_ms": _latency(times)}
+
+
+def _times(pipelines: Sequence[Any], wanted: Sequence[Condition], sampling: Sampling) -> list[list[float]]:
+    """What the first image takes each of the `pipelines`, which have made it before."""
+    return latencies_ms([partial(sample, own, wanted[:1], sampling) for own in pipelines], REPEATS, warm=True)
 
 
 def both_fit(reference: Any, needed_bytes: int) -> bool:

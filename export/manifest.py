@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from .digests import File, damage, digest, inside
+from .digests import File, compare_files, digest, inside, read_manifest_file
 from .edits import Edit
 from .errors import ArtifactError
 
 MANIFEST = "diffpress.json"
 REPORT = "report.html"
 """Holds timings, so it differs from run to run and is not under the digests."""
-SCHEMA = 3
-"""2 has edits of attention, and what became of it in the plan; 3 calls them `quantize_attention`. All else is as it was."""
+SCHEMA = 4
+"""2 has edits of attention, and what became of it in the plan; 3 calls them `quantize_attention`; 4 may store scales of
+weights in float16. All else is as it was."""
+ANEW = "compress anew"
 
 
 class PlanRow(BaseModel):
@@ -81,14 +83,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} is no artifact of diffpress: it has no {MANIFEST}.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if isinstance(version, int) and version > SCHEMA:
-            raise ArtifactError(f"{path} has schema {version}, this diffpress reads up to {SCHEMA}: update diffpress.")
-        manifest = Manifest.model_validate(data)
-    except (ValueError, ValidationError) as error:
-        raise ArtifactError(f"{path} is damaged: {damage(error)}. Copy the artifact again or compress anew.") from error
+    manifest = read_manifest_file(path, Manifest, SCHEMA, ANEW)
     for name in manifest.files:
         inside(folder, name)
     return manifest
@@ -96,16 +91,4 @@ def read_manifest(folder: Path) -> Manifest:
 
 def check_files(folder: Path, files: dict[str, File]) -> None:
     """Compare every file with its digest. Raises ArtifactError naming the first that differs, is missing or is not listed."""
-    for name, expected in files.items():
-        path = inside(folder, name)
-        if not path.is_file():
-            raise ArtifactError(f"{folder}: {name} is missing. Copy the artifact again or compress anew.")
-        if path.stat().st_size != expected.size_bytes or digest(path) != expected.sha256:
-            raise ArtifactError(
-                f"{folder}: {name} is not what was saved (its digest differs). Copy the artifact again."
-            )
-    known = {*files, MANIFEST, REPORT}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if (path.is_file() or path.is_symlink()) and name not in known:
-            raise ArtifactError(f"{folder}: {name} is not in the manifest. Remove it or compress anew.")
+    compare_files(folder, files, (MANIFEST, REPORT), ANEW)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Triton reads this while it is imported, which other libraries do as well.
@@ -40,6 +42,25 @@ NO_CLASS = 1000
 def compiled_anew(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What torch compiled earlier is not used: its key does not know how an operation of ours was written then."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A function: the folder of that name with what `make` puts into it, which workers beside each other share."""
+    work = tmp_path_factory.getbasetemp()
+    shared = work.parent if "PYTEST_XDIST_WORKER" in os.environ else work
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder = shared / f"made-{name}"
+        with (shared / f"made-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                partial = tmp_path_factory.mktemp(name)
+                make(partial)
+                partial.rename(folder)
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -164,7 +185,7 @@ def pack_all():
             if why_not_packable(layer) is not None or (activation_bits and isinstance(layer, nn.Embedding)):
                 continue
             codes, scale = absmax(layer.weight.detach().float().flatten(1), weight_bits, group_size)
-            tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = pack_codes(codes, weight_bits), scale
+            tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = pack_codes(codes, weight_bits), scale.half()
             if activation_bits is not None:
                 full = torch.linspace(6, 3, steps)
                 tensors[f"{name}.activation_scale"] = full / code_range(activation_bits)[1]
@@ -175,9 +196,15 @@ def pack_all():
 
 
 def absmax(rows: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Codes [N, K] and scales [N], or [N, groups], with each largest magnitude at the largest code."""
+    """Codes [N, K] and scales [N], or [N, groups], that float16 holds; each largest magnitude gets the largest code."""
     columns = rows.shape[1]
     groups = [rows] if group_size is None else rows.split(group_size, 1)
-    scale = torch.stack([group.abs().amax(1) for group in groups], 1).div(code_range(bits)[1]).clamp(min=1e-8)
+    scale = (
+        torch.stack([group.abs().amax(1) for group in groups], 1)
+        .div(code_range(bits)[1])
+        .clamp(min=1e-6)
+        .half()
+        .float()
+    )
     codes = quantize(rows, scale.repeat_interleave(group_size or columns, 1)[:, :columns], bits)
     return codes, scale[:, 0] if group_size is None else scale

@@ -12,7 +12,7 @@ from diffpress.export.runtime import Forward, StepClock
 from diffpress.kernels import code_range, pack_codes, quantize, unpack_codes
 
 from ..quantized_layer import QuantizedLayer, broadcast_scale, call_with, smoothed
-from ..rounding import fake_quantize, straight_through_round
+from ..rounding import fake_quantize, straight_through_round, to_half
 
 PART = 2**22
 """Entries of a weight that are worked on at a time where memory is short."""
@@ -91,7 +91,7 @@ class QaloraLayer(nn.Module):
 
     def weight_scale(self) -> Tensor:
         """[O]"""
-        return self.log_weight_scale.exp() * self.weight_sign
+        return to_half(self.log_weight_scale.exp() * self.weight_sign)
 
     def forward(
         self, layer: nn.Module, x: Tensor, clock: StepClock, beneath: Forward | None = None, rows: slice = ALL

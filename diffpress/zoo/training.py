@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from diffpress.export.publishing import check_output, publish, staging
+from diffpress.export.outputs import check_output
+from diffpress.export.publishing import publish, staging
 
 from . import classifier, digits, digits_unet, emoji
 

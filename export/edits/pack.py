@@ -18,7 +18,7 @@ class Pack(EditBase):
 
     Its tensors are `weight` (see `kernels.pack_codes`; float8 stays [out, in]), `weight_scale` [out] or, weight-only,
     [out, groups], `activation_scale` [steps] where the input is rounded, and `zero_point`, `smoothing` and `bias` where
-    there are some.
+    there are some. Scales of weights may be stored in float16; a layer computes with them in float32.
     """
 
     kind: Literal["pack"] = "pack"

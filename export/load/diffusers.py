@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ArtifactError
 from ..runtime import PackedEmbedding
 from .config import EditsConfig
-from .empty import apply_to_empty_, exact_names
+from .empty import apply_to_empty_, exact_dtypes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -23,7 +23,7 @@ class EditsQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         apply_to_empty_(model, self.quantization_config)
-        self.exact = exact_names(self.quantization_config)
+        self.exact = exact_dtypes(model, self.quantization_config)
         model.config["quantization_config"] = self.quantization_config
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
@@ -54,7 +54,9 @@ class EditsQuantizer(DiffusersQuantizer):
     ) -> None:
         # `param_value` was cast already.
         path, _dot, name = param_name.rpartition(".")
-        model.get_submodule(path).register_buffer(name, state_dict[param_name].to(target_device))
+        model.get_submodule(path).register_buffer(
+            name, state_dict[param_name].to(target_device, self.exact[param_name])
+        )
 
     @property
     def is_serializable(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from accelerate import init_empty_weights
 from torch import nn
 
@@ -15,6 +16,7 @@ def apply_to_empty_(model: nn.Module, config: EditsConfig) -> None:
         apply_edits_(model, config.edits, config.timesteps)
 
 
-def exact_names(config: EditsConfig) -> frozenset[str]:
-    """Tensors that keep their stored dtype whatever the rest is loaded in."""
-    return frozenset().union(*(edit.exact() for edit in config.edits))
+def exact_dtypes(model: nn.Module, config: EditsConfig) -> dict[str, torch.dtype]:
+    """What the edited `model` computes with whatever the rest is loaded in; it may be stored in a narrower dtype."""
+    exact = frozenset().union(*(edit.exact() for edit in config.edits))
+    return {name: tensor.dtype for name, tensor in model.state_dict().items() if name in exact}

@@ -12,7 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..ties import ties
 from .config import EditsConfig
-from .empty import apply_to_empty_, exact_names
+from .empty import apply_to_empty_, exact_dtypes
 
 WEIGHTS = "model.safetensors"
 
@@ -24,11 +24,10 @@ class EditsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         apply_to_empty_(model, self.quantization_config)
-        self.exact = exact_names(self.quantization_config)
+        self.exact = exact_dtypes(model, self.quantization_config)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None keeps what is stored."""
-        return None if converter.target_patterns[0] in self.exact else super().get_new_dtype(converter, param, dtype)
+        return self.exact.get(converter.target_patterns[0]) or super().get_new_dtype(converter, param, dtype)
 
     def is_serializable(self) -> bool:
         return True

@@ -16,9 +16,10 @@ from ..engines.worst_case import require_exact
 from ..errors import UnsupportedModelError
 from ..folder import PipelineFolder
 from ..manifest import list_files, read_manifest
+from ..outputs import check_output, check_space
 from ..portable.manifest import EXPORT, ExportManifest, Graph, Port
 from ..portable.tables import STANDARD_STEPS, build_tables
-from ..publishing import check_output, check_space, publish, staging
+from ..publishing import publish, staging
 from .check import Agreement, check_graph
 from .kinds import Kind, defaults, kind_of, latent_shape
 from .part import Part, multiplies_codes

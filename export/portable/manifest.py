@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from ..digests import File, damage, digest, inside
+from ..digests import File, compare_files, inside, read_manifest_file
 from ..engines.engine import Form
 from ..errors import ArtifactError
 
 EXPORT = "export.json"
 SCHEMA = 2
 """2 says in which form products of codes are written and why, and has a graph that tries an engine; all of 1 is as it was."""
+ANEW = "export anew"
 
 
 class _Data(BaseModel):
@@ -143,14 +144,7 @@ def read_export(folder: Path) -> ExportManifest:
     path = folder / EXPORT
     if not path.is_file():
         raise ArtifactError(f"{folder} is no ONNX export of diffpress: it has no {EXPORT}.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if isinstance(version, int) and version > SCHEMA:
-            raise ArtifactError(f"{path} has schema {version}, this diffpress reads up to {SCHEMA}: update diffpress.")
-        manifest = ExportManifest.model_validate(data)
-    except (ValueError, ValidationError) as error:
-        raise ArtifactError(f"{path} is damaged: {damage(error)}. Export again.") from error
+    manifest = read_manifest_file(path, ExportManifest, SCHEMA, ANEW)
     _check_names(folder, manifest)
     return manifest
 
@@ -169,13 +163,4 @@ def _check_names(folder: Path, manifest: ExportManifest) -> None:
 
 def check_files(folder: Path, manifest: ExportManifest) -> None:
     """Compare every file with its digest. Raises ArtifactError naming the first that differs, lacks or is not listed."""
-    for name, expected in manifest.files.items():
-        path = inside(folder, name)
-        if not path.is_file():
-            raise ArtifactError(f"{folder}: {name} is missing. Copy the export again, or export anew.")
-        if path.stat().st_size != expected.size_bytes or digest(path) != expected.sha256:
-            raise ArtifactError(f"{folder}: {name} is not what was exported (its digest differs). Copy it again.")
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_dir() and name != EXPORT and name not in manifest.files:
-            raise ArtifactError(f"{folder}: {name} is not listed in {EXPORT}. Remove it, or export anew.")
+    compare_files(folder, manifest.files, (EXPORT,), ANEW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -58,10 +59,12 @@ class PackedLayer(nn.Module):
         groups = () if edit.group_size is None else (-(-columns // edit.group_size),)
         steps = 0 if clock is None else len(clock.timesteps)
         self.register_buffer("weight", torch.zeros(rows, length, dtype=dtype))
-        self.register_buffer("weight_scale", torch.ones(rows, *groups))
-        self.register_buffer("activation_scale", None if edit.activation_bits is None else torch.ones(steps))
-        self.register_buffer("zero_point", torch.zeros(steps) if edit.asymmetric else None)
-        self.register_buffer("smoothing", torch.ones(channels) if edit.smoothed else None)
+        # Transformers builds its models in the dtype that is asked for.
+        ones = partial(torch.ones, dtype=torch.float32)
+        self.register_buffer("weight_scale", ones(rows, *groups))
+        self.register_buffer("activation_scale", None if edit.activation_bits is None else ones(steps))
+        self.register_buffer("zero_point", torch.zeros(steps, dtype=torch.float32) if edit.asymmetric else None)
+        self.register_buffer("smoothing", ones(channels) if edit.smoothed else None)
         # A parameter, for a pipeline asks those of its models which precision to compute in.
         self.register_parameter("bias", nn.Parameter(torch.zeros(rows), requires_grad=False) if has_bias else None)
 

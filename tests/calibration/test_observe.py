@@ -18,12 +18,13 @@ from diffpress.calibration.observe import (
     KEPT_ROWS,
     ROWS,
     RangeCandidates,
-    as_rows,
     channel_weights,
     layer_matrix,
     observe_inputs,
     range_errors,
     rounding_errors,
+    row_count,
+    rows_at,
 )
 from diffpress.calibration.replaying import SHARDS, looked_at, observed_shards, replay_with
 from diffpress.calibration.sampling import Call, Sampling, denoiser_of, replay
@@ -57,12 +58,16 @@ def layers_of(denoiser: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Line
     return {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, kinds)}
 
 
+def every_row(layer: nn.Module, x: Tensor) -> Tensor:
+    return rows_at(layer, x, torch.arange(row_count(layer, x)))
+
+
 def fed(denoiser: nn.Module, layer: str, runs: Trajectories) -> dict[int, Tensor]:
     """Everything that one layer is fed at each step, as rows."""
     rows: dict[int, list[Tensor]] = {}
     module = denoiser.get_submodule(layer)
     replay_with(
-        denoiser, {layer: module}, runs, lambda _, x, step: rows.setdefault(step, []).append(as_rows(module, x))
+        denoiser, {layer: module}, runs, lambda _, x, step: rows.setdefault(step, []).append(every_row(module, x))
     )
     return {step: torch.cat(parts) for step, parts in rows.items()}
 
@@ -212,6 +217,7 @@ def test_of_many_steps_shards_are_asked_by_turns(guided: set[int], monkeypatch: 
     runs: Any = Guided(guided, 1)
     assert looked_at(runs, runs.shards) == {Path("a"): [0, 2], Path("b"): [1, 3]}
     assert looked_at(runs, runs.shards[:1]) == {Path("a"): [0, 1, 2, 3]}
+    assert list(looked_at(runs, [Path(name) for name in "abcdef"]).values()) == [[0], [1], [2], [3], [0], [1]]
     denoiser = Conditioned()
     seen = observe_inputs(denoiser, layers_of(denoiser), runs, seed=0)
     assert {name: own.conditioning for name, own in seen.items()} == {"sees_prompt": True, "sees_sample": False}
@@ -291,11 +297,11 @@ def test_at_most_so_many_shards_are_looked_at_spread_over_all(count: int, tmp_pa
 
 def test_rows_are_positions() -> None:
     image = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
-    rows = as_rows(nn.Conv2d(3, 1, 1), image)
+    rows = every_row(nn.Conv2d(3, 1, 1), image)
     assert rows.shape == (40, 3)
     assert rows[23].tolist() == image[1, :, 0, 3].tolist()
     tokens = torch.arange(2 * 4 * 3).view(2, 4, 3)
-    assert as_rows(nn.Linear(3, 1), tokens)[5].tolist() == tokens[1, 1].tolist()
+    assert every_row(nn.Linear(3, 1), tokens)[5].tolist() == tokens[1, 1].tolist()
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(6, 4, (3, 2))], ids=["linear", "convolution"])
@@ -341,7 +347,7 @@ def test_rounding_errors_part_the_shards_into_halves(
     for half, shards in enumerate(halves):
 
         def look(_: str, x: Tensor, step: int, half: int = half) -> None:
-            rows = as_rows(layer, x)
+            rows = every_row(layer, x)
             assert len(rows) <= ROWS
             expected[half, step] += range_errors(rows * smoothing, channel_weights(layer, smoothing), grid, 4)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffpress.compress.rounding import fake_quantize, straight_through_round
+from diffpress.compress.rounding import SMALLEST_HALF, fake_quantize, straight_through_round, to_half
 from diffpress.kernels import code_range, dequantize, quantize
 
 BITS = range(2, 9)
@@ -151,3 +151,21 @@ def test_straight_through_rounding_is_exact() -> None:
     rounded.sum().backward()
     assert values.grad is not None
     assert (values.grad == 1).all()
+
+
+def test_scales_become_the_nearest_numbers_of_float16() -> None:
+    """A unit of float16 is 2^-10 of its power of two, and 2^-24 below 2^-14; half of one is what rounding may cost."""
+    scale = torch.logspace(-19.9, 15.9, 1000, base=2) * torch.tensor([1.0, -1.0]).repeat(500)
+    rounded = to_half(scale)
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded.half().float(), rounded)
+    assert ((rounded - scale).abs() <= torch.clamp(scale.abs() * 2**-11, min=2.0**-25)).all()
+
+
+def test_scales_that_float16_cannot_reach_stay_as_they_are() -> None:
+    scale = torch.tensor([SMALLEST_HALF * 0.9, 1e-30, 7e4, -1e9, 0.1], requires_grad=True)
+    rounded = to_half(scale)
+    assert torch.equal(rounded[:4], scale[:4])
+    assert rounded[4] == scale[4].half().float() != scale[4]
+    rounded.sum().backward()
+    assert torch.equal(scale.grad, torch.ones(5))

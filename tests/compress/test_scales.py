@@ -169,7 +169,7 @@ ROWS = {
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_every_candidate_holds_zero_exactly(rows: Tensor, bits: int) -> None:
     for grid in candidates(rows, bits, True):
-        assert len(grid.scale) == CANDIDATES
+        assert len(grid.scale) == CANDIDATES[bits]
         assert (grid.scale > 0).all()
         zero = grid.zero_point
         assert (quantize_dequantize(torch.zeros(1), grid.scale, bits, zero) == 0).all()

@@ -2,14 +2,24 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from diffpress import flow, measuring
 from diffpress.cli import main
 from diffpress.export.manifest import REPORT
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_little() -> Iterator[None]:
+    """How many pairs and timings there are changes none of what is asked here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "MEASURED", 3)
+        patch.setattr(measuring, "REPEATS", 1)
+        yield
 
 
 class Outcome(NamedTuple):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pydantic
 import pytest
+import torch
 import yaml
 from safetensors import SafetensorError
 
@@ -59,6 +60,9 @@ def raised(function: Callable[[], object]) -> Exception:
             ModuleNotFoundError("No module named 'scipy'", name="scipy"),
             "the package scipy is needed here and not installed",
         ),
+        (raised(lambda: bytearray(2**60)), "there is not enough memory. Close other programs"),
+        (raised(lambda: torch.empty(2**60, dtype=torch.uint8)), "there is not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "there is not enough memory"),
         (ImportError("\nX requires the torchsde library.\n You can\n"), "X requires the torchsde library. You can"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,

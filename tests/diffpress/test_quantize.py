@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffpress import flow
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.sampling import Sampling, sample
 from diffpress.export.artifact import load, load_pipeline, verify
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import REPORT, read_manifest
 from diffpress.export.runtime import PackedLayer, attention_overrides
-from diffpress.flow import MEASURED, compress
+from diffpress.flow import compress
 from diffpress.pairs import compare_pairs, paired_conditions
 from diffpress.recipe import Recipe, parse_recipe
 
@@ -42,7 +43,7 @@ def test_learned_artifact_holds_packed_integers_and_else_what_its_source_holds(l
     for edit in manifest.edits:
         held = {
             "weight": torch.int8 if edit.weight_bits == 8 else torch.uint8,
-            "weight_scale": torch.float32,
+            "weight_scale": torch.float16,
             "activation_scale": torch.float32 if edit.activation_bits else None,
             "zero_point": torch.float32 if edit.asymmetric else None,
             "smoothing": torch.float32 if edit.smoothed else None,
@@ -137,7 +138,7 @@ def test_attention_goes_the_whole_way(method: dict, diffpress, tiny_class: Path,
     assert rows[0].format in (out / REPORT).read_text()
     assert rows[0].format in " ".join(diffpress("inspect", out).output.split())
     teacher, sampling = load_pipeline(source), Sampling(3)
-    pairs = compare_pairs(teacher, load(out), paired_conditions(teacher, MEASURED, 0), sampling)
+    pairs = compare_pairs(teacher, load(out), paired_conditions(teacher, flow.MEASURED, 0), sampling)
     assert pairs.metrics()["psnr_db"] == manifest.metrics["psnr_db"]
     # Learning sees integers in attention too, so it ends elsewhere.
     other = compress(source, recipe_of(**method), tmp_path / "plain").manifest

@@ -33,7 +33,7 @@ def packed(**form: Any) -> Example:
     edit = Pack(component="transformer", module=LAYER, **form)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (16, 64), generator=generator, dtype=torch.int8)
-    scale = 0.01 + 0.01 * torch.rand(16, generator=generator)
+    scale = (0.01 + 0.01 * torch.rand(16, generator=generator)).half()
     tensors = {"weight": pack_codes(codes, edit.weight_bits)}
     tensors["weight_scale"] = scale if edit.group_size is None else scale[:, None].repeat(1, 64 // edit.group_size)
     if edit.activation_bits is not None:
@@ -92,14 +92,16 @@ def answers(model: nn.Module) -> list[Tensor]:
 
 
 def applied(model: nn.Module, example: Example) -> nn.Module:
-    """As it is loaded: onto the empty model, which is then filled with what is stored."""
+    """As it is loaded: onto the empty model, which is then filled with what is stored, in the dtypes that it holds."""
     edit, own = example
     stored = store_edits(model.state_dict(), [edit], own)
     empty = copy.deepcopy(model)
     with init_empty_weights(include_buffers=True):
         apply_edits_(empty, [edit], STEPS)
     assert edit.exact() <= stored.keys()
-    empty.load_state_dict(stored, strict=True, assign=True)
+    held = {name: tensor.dtype for name, tensor in empty.state_dict().items()}
+    assert stored.keys() == held.keys()
+    empty.load_state_dict({name: stored[name].to(dtype) for name, dtype in held.items()}, strict=True, assign=True)
     return empty
 
 

@@ -14,15 +14,8 @@ import pytest
 from diffpress.export import publishing
 from diffpress.export.errors import OutputError
 from diffpress.export.manifest import MANIFEST
-from diffpress.export.publishing import (
-    check_output,
-    check_output_file,
-    check_space,
-    locked,
-    publish,
-    replacing,
-    staging,
-)
+from diffpress.export.outputs import check_output, check_output_file, check_space
+from diffpress.export.publishing import locked, publish, replacing, staging
 
 
 def write(folder: Path, *names: str) -> Path:

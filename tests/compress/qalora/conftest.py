@@ -78,7 +78,6 @@ def make_case(layer_name: str, form: str) -> Case:
     channels = layer_matrix(layer).shape[1]
     smoothing = torch.linspace(0.5, 2, channels)[torch.randperm(channels)] if smooth else torch.ones(channels)
     codes, scale = round_weight(layer, format, torch.ones(channels), smoothing)
-    scale = settled(scale.abs()) * scale.sign()
     table = zero = None
     if format.activation_bits is not None:
         low, high = code_range(format.activation_bits)

@@ -1,8 +1,9 @@
-"""Exports of a tiny random pipeline of every kind, and of a packed one; each is made once a session."""
+"""Exports of a tiny random pipeline of every kind, and of a packed one; each is made where it is asked for, once a session."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffpress.export.artifact import load_pipeline, write_pipeline
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.onnx.export import export_onnx
-from diffpress.export.portable.manifest import ExportManifest
+from diffpress.export.portable.manifest import ExportManifest, read_export
 
 STEPS, GUIDANCE = 6, 3.0
 
@@ -48,12 +49,27 @@ def sources(tiny_text: Path, named_class: Path, tiny_pixels: Path) -> dict[str, 
     return {name: PipelineFolder(folder, name) for name, folder in folders.items()}
 
 
+class Exports(dict[str, Path]):
+    """The export of each kind of source, made when it is first asked for."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, kind: str) -> Path:
+        self[kind] = self.make(kind)
+        return self[kind]
+
+
 @pytest.fixture(scope="session")
-def exports(sources: dict[str, PipelineFolder], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    work = tmp_path_factory.mktemp("exports")
-    for name, source in sources.items():
-        export_onnx(source, work / name, steps=STEPS, guidance_scale=GUIDANCE)
-    return {name: work / name for name in sources}
+def exports(sources: dict[str, PipelineFolder], made_once: Callable[..., Path]) -> Exports:
+    def make(kind: str) -> Path:
+        def export(folder: Path) -> None:
+            export_onnx(sources[kind], folder / "export", steps=STEPS, guidance_scale=GUIDANCE)
+
+        return made_once(f"export-{kind}", export) / "export"
+
+    return Exports(make)
 
 
 class Packed(NamedTuple):
@@ -65,10 +81,15 @@ class Packed(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def packed(sources: dict[str, PipelineFolder], pack_all: Any, tmp_path_factory: pytest.TempPathFactory) -> Packed:
+def packed(sources: dict[str, PipelineFolder], pack_all: Any, made_once: Callable[..., Path]) -> Packed:
     """The prompt pipeline at four-bit weights and eight-bit activations."""
-    work, timesteps = tmp_path_factory.mktemp("packed"), [999.0, 500.0, 1.0]
-    edits, tensors = pack_all(load_pipeline(sources["prompt"]).unet, "unet", 4, 8, len(timesteps))
-    write_pipeline(work / "source", sources["prompt"], edits, {"unet": tensors}, timesteps)
-    source = PipelineFolder(work / "source", "packed")
-    return Packed(source, work / "export", export_onnx(source, work / "export", steps=STEPS, guidance_scale=GUIDANCE))
+    timesteps = [999.0, 500.0, 1.0]
+
+    def make(folder: Path) -> None:
+        edits, tensors = pack_all(load_pipeline(sources["prompt"]).unet, "unet", 4, 8, len(timesteps))
+        write_pipeline(folder / "source", sources["prompt"], edits, {"unet": tensors}, timesteps)
+        source = PipelineFolder(folder / "source", "packed")
+        export_onnx(source, folder / "export", steps=STEPS, guidance_scale=GUIDANCE)
+
+    folder = made_once("packed", make)
+    return Packed(PipelineFolder(folder / "source", "packed"), folder / "export", read_export(folder / "export"))

@@ -135,13 +135,13 @@ def test_a_changed_byte_is_found(copied: Path) -> None:
     data = bytearray((copied / "denoiser.onnx.data").read_bytes())
     data[100] ^= 1
     (copied / "denoiser.onnx.data").write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"denoiser\.onnx\.data is not what was exported"):
+    with pytest.raises(ArtifactError, match=r"denoiser\.onnx\.data is not what was saved"):
         verify_export(copied, ONNXRUNTIME)
 
 
 def test_missing_and_unlisted_files_are_found(copied: Path) -> None:
     (copied / "extra.bin").write_bytes(b"x")
-    with pytest.raises(ArtifactError, match=r"extra\.bin is not listed"):
+    with pytest.raises(ArtifactError, match=r"extra\.bin is not in the manifest"):
         verify_export(copied, ONNXRUNTIME)
     (copied / "extra.bin").unlink()
     (copied / "selftest.npy").unlink()
