@@ -65,7 +65,7 @@ SETTINGS: dict[str, list[Settings]] = {
         {"interval": interval, "branch": branch}
         for interval, branch in ((2, 0), (3, 0), (4, 0), (5, 0), (7, 0), (2, 1), (3, 1), (5, 1))
     ],
-    "taylorseer": INTERVALS,
+    "taylorseer": [*INTERVALS, *({"interval": interval, "warmup": 1, "last": 1} for interval in (3, 4, 5))],
     "faster-cache": [{"interval": interval} for interval in (2, 3, 5)],
     "pyramid-attention": [{"interval": interval} for interval in (2, 4)],
     "first-block": AT_SPEEDUPS,

@@ -55,7 +55,7 @@ RETAINED = 0.1
 def accelerate(row: str, folder: Path, settings: dict[str, Any], request: Request) -> Run:
     """With the settings of the row, or with the threshold that gives `settings["speedup"]`."""
     if row in FIXED:
-        return cached(folder, request, partial(FIXED[row], settings))
+        return cached(folder, request, partial(FIXED[row], settings, request))
     config_at = THRESHOLDS[row](settings, folder, request)
 
     def run_at(threshold: float) -> Run:
@@ -86,10 +86,13 @@ def cached(folder: Path, request: Request, config_for: Callable[[Any], Any]) -> 
     return Run(pipeline, request.sampling)
 
 
-def taylorseer(settings: dict[str, Any], pipeline: Any) -> TaylorSeerCacheConfig:
+def taylorseer(settings: dict[str, Any], request: Request, pipeline: Any) -> TaylorSeerCacheConfig:
+    steps = request.sampling.steps
+    assert steps is not None
     return TaylorSeerCacheConfig(
         cache_interval=settings["interval"],
         disable_cache_before_step=settings["warmup"],
+        disable_cache_after_step=steps - settings.get("last", 0),
         max_order=1,
         taylor_factors_dtype=float32,
         cache_identifiers=FORECAST,
@@ -97,7 +100,7 @@ def taylorseer(settings: dict[str, Any], pipeline: Any) -> TaylorSeerCacheConfig
     )
 
 
-def pyramid_attention(settings: dict[str, Any], pipeline: Any) -> PyramidAttentionBroadcastConfig:
+def pyramid_attention(settings: dict[str, Any], request: Request, pipeline: Any) -> PyramidAttentionBroadcastConfig:
     return PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=settings["interval"],
         cross_attention_block_skip_range=settings["interval"],
@@ -107,7 +110,7 @@ def pyramid_attention(settings: dict[str, Any], pipeline: Any) -> PyramidAttenti
     )
 
 
-def faster_cache(settings: dict[str, Any], pipeline: Any) -> FasterCacheConfig:
+def faster_cache(settings: dict[str, Any], request: Request, pipeline: Any) -> FasterCacheConfig:
     # Its own list of what holds both halves of the batch, and the labels of a DiT.
     both = (*FasterCacheConfig._unconditional_conditional_input_kwargs_identifiers, "class_labels")
     return FasterCacheConfig(
@@ -152,7 +155,7 @@ def magnitudes(settings: dict[str, Any], folder: Path, request: Request) -> Call
     return lambda threshold: MagCacheConfig(threshold=threshold, **known)
 
 
-FIXED: dict[str, Callable[[dict[str, Any], Any], Any]] = {
+FIXED: dict[str, Callable[[dict[str, Any], Request, Any], Any]] = {
     "taylorseer": taylorseer,
     "pyramid-attention": pyramid_attention,
     "faster-cache": faster_cache,

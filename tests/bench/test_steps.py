@@ -101,7 +101,7 @@ def test_a_cache_of_diffusers_that_skips_no_step_is_the_plain_pipeline(
     full = measure.full_macs(tiny_class, request_of_classes)
     plain = measure.Run(measure.load(tiny_class), SAMPLING).draw(request_of_classes.compare)
     for interval, computes_all in ((1, True), (2, False)):
-        settings = {"interval": interval, "warmup": 1}
+        settings = {"interval": interval, "warmup": 1, "last": 1}
         run = by_diffusers.accelerate("taylorseer", tiny_class, settings, request_of_classes)
         images, macs = measure.draw_and_count(run, request_of_classes.compare, 2)
         assert (macs == full) == computes_all
