@@ -56,6 +56,8 @@ ENVIRONMENTS = {"deepcache": "deepcache", "dbcache": "cache-dit"}
 Settings = dict[str, Any]
 
 AT_SPEEDUPS: list[Settings] = [{"speedup": speedup} for speedup in SPEEDUPS]
+FARTHER: list[Settings] = [*AT_SPEEDUPS, {"speedup": 4.5}]
+"""For what only comes near: a point beyond the last as well."""
 INTERVALS: list[Settings] = [
     {"interval": interval, "warmup": warmup}
     for interval, warmup in ((2, 3), (2, 1), (3, 3), (3, 1), (4, 3), (4, 1), (5, 1), (7, 1))
@@ -68,9 +70,9 @@ SETTINGS: dict[str, list[Settings]] = {
     "taylorseer": [*INTERVALS, *({"interval": interval, "warmup": 1, "last": 1} for interval in (3, 4, 5))],
     "faster-cache": [{"interval": interval} for interval in (2, 3, 5)],
     "pyramid-attention": [{"interval": interval} for interval in (2, 4)],
-    "first-block": AT_SPEEDUPS,
-    "magcache": AT_SPEEDUPS,
-    "dbcache": [{**each, "even": even} for even in (False, True) for each in AT_SPEEDUPS],
+    "first-block": FARTHER,
+    "magcache": FARTHER,
+    "dbcache": [{**each, "even": even} for even in (False, True) for each in FARTHER],
     "inherit": AT_SPEEDUPS,
     "inherit+W8A8": AT_SPEEDUPS,
 }
