@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import curves
 
 RESULTS = Path(__file__).parent / "results"
 ORIGINAL = "original, float32"
@@ -34,6 +39,12 @@ STEPS_OF_LEARNING = {
     "qat": "whole weights instead of low-rank changes",
 }
 """Each adds one thing to the row before it, but for the last."""
+
+OWN = ("inherit", "inherit+W8A8")
+"""Our rows of `results/steps.json`."""
+NOT_REACHED = "-"
+CACHES_AT = ("ddim", 25)
+"""Scheduler and steps at which every peer is shown."""
 
 
 def recipes(results: dict[str, Any]) -> str:
@@ -124,6 +135,57 @@ def fusion(results: dict[str, Any]) -> str:
     return _table(("model", "packed layers", "fused with their norm"), rows)
 
 
+def steps(results: dict[str, Any]) -> str:
+    """Fewer steps, the best peer and ours at equal multiplications of the denoiser, of `results/steps.json`."""
+    header = ("", "fewer MACs", "fewer steps", "best peer", *(f"**{row}**" for row in OWN), "its time", "its cache")
+    lines: list[Sequence[str]] = []
+    for case, rows in curves.cases(results).items():
+        lines.append((f"**{curves.words(case)}**", *[""] * (len(header) - 1)))
+        lines += [("", *_at_speedup(rows, speedup)) for speedup in curves.SPEEDUPS]
+    return _table(header, lines)
+
+
+def _at_speedup(rows: curves.Rows, speedup: float) -> Sequence[str]:
+    peers = {name: curves.psnr_at(own, speedup) for name, own in rows.items() if name not in (curves.PLAIN, *OWN)}
+    best = max(((psnr, name) for name, psnr in peers.items() if psnr is not None), default=None)
+    ours = [row for row in rows.get(OWN[0], []) if row["wanted_speedup"] == speedup and "error" not in row]
+    return (
+        f"{speedup}x",
+        _decibels(curves.psnr_at(rows[curves.PLAIN], speedup)),
+        NOT_REACHED if best is None else f"{best[0]:.1f}, {best[1]}",
+        *(_decibels(curves.psnr_at(rows.get(row, []), speedup)) for row in OWN),
+        "".join(f"{row['latency_ratio']:.2f}" for row in ours),
+        "".join(_kilobytes(row["cached_bytes"]) for row in ours),
+    )
+
+
+def caches(results: dict[str, Any]) -> str:
+    """Every way of computing less, at equal multiplications, where most was measured, of `results/steps.json`."""
+    header = ("", *(f"{speedup}x" for speedup in curves.SPEEDUPS), "most", "time, of what its MACs promise", "cache")
+    lines: list[Sequence[str]] = []
+    for case, rows in curves.cases(results).items():
+        if case[1:] == CACHES_AT:
+            lines.append((f"**{case[0]}**", *[""] * (len(header) - 1)))
+            lines += [(name, *_cache(own)) for name, own in rows.items()]
+    return _table(header, lines)
+
+
+def _cache(rows: list[dict[str, Any]]) -> Sequence[str]:
+    fine = [row for row in rows if "error" not in row]
+    if not fine:
+        return (rows[0]["error"], *[""] * 5)
+    return (
+        *(_decibels(curves.psnr_at(rows, speedup)) for speedup in curves.SPEEDUPS),
+        f"{max(row['mac_speedup'] for row in fine):.2f}x",
+        f"{median(row['latency_ratio'] * row['mac_speedup'] for row in fine):.2f}",
+        _kilobytes(max(row["cached_bytes"] for row in fine)),
+    )
+
+
+def _decibels(psnr_db: float | None) -> str:
+    return NOT_REACHED if psnr_db is None else f"{psnr_db:.1f}"
+
+
 def _by_model(
     models: dict[str, list[dict[str, Any]]], header: Sequence[str], line: Callable[[dict[str, Any]], Sequence[str]]
 ) -> str:
@@ -138,6 +200,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
+def _kilobytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e3:.0f} kB"
+
+
 def _megabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.2f} MB"
 
@@ -148,6 +214,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "learning": ("quantize.json", learning),
     "cpu": ("cpu.json", cpu),
     "fusion": ("fusion.json", fusion),
+    "steps": ("steps.json", steps),
+    "caches": ("steps.json", caches),
 }
 """Name to the results file and what is made of it."""
 

@@ -32,13 +32,16 @@ PEERS = {
     "modelopt": Peer(("nvidia-modelopt==0.47.0",), ("W8A8", "W4A8", "W4A4", "W2A8", "w4")),
 }
 
+CACHES = {"deepcache": Peer(("DeepCache==0.1.1",), ()), "cache-dit": Peer(("cache-dit==1.5.3",), ())}
+"""Peers that skip computation between steps; they quantize nothing."""
+
 
 def python_for(peer: str, work: Path) -> Path:
     """The interpreter of a virtual environment under `work`, made where it is missing.
 
     It sees the packages of the environment that runs this. Raises RuntimeError where it cannot be made.
     """
-    folder, pins = work / peer, PEERS[peer].pins
+    folder, pins = work / peer, (PEERS | CACHES)[peer].pins
     python = folder / "bin" / "python"
     ready = folder / READY
     if ready.is_file() and ready.read_text().split() == list(pins):
