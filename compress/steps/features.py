@@ -48,5 +48,5 @@ class FeatureMoments:
 
 
 def _channels(y: Tensor) -> Tensor:
-    """[C, N] of [B, C, H, W] or [..., C]."""
-    return (y.movedim(1, 0) if y.ndim == IMAGE else y.movedim(-1, 0)).flatten(1).float().contiguous()
+    """[C, N] of [B, C, ...] or [..., C]."""
+    return (y.movedim(1, 0) if y.ndim >= IMAGE else y.movedim(-1, 0)).flatten(1).float().contiguous()

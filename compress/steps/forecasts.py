@@ -86,18 +86,28 @@ def _correction(
     return scale, mean_y - scale * mean_f
 
 
-def fit_plan(moments: FeatureMoments, cells: NDArray[np.bool_], order: int, correct: bool) -> tuple[Tensor, Tensor]:
-    """Of a plan that computes where `cells` [S, U] are true: damping [S, U, order] and correction [S, 2, channels]."""
-    steps, units = cells.shape
-    damping = torch.zeros(steps, units, order)
-    correction = torch.zeros(steps, 2, sum(len(own[0]) for own in moments.sums))
-    correction[:, 0] = 1
-    start = 0
-    for unit in range(units):
-        end = start + len(moments.sums[unit][0])
-        for step in np.flatnonzero(~cells[:, unit]).tolist():
-            found = fit_forecast(moments, unit, step, history_of(cells[:, unit], step, order + 1), order, correct)
-            damping[step, unit] = torch.tensor(found.damping)
-            correction[step, 0, start:end], correction[step, 1, start:end] = found.scale, found.shift
-        start = end
-    return damping, correction
+class Forecasts:
+    """Fitted when they are first asked for: plans that are tried one after the other share most of them."""
+
+    def __init__(self, moments: FeatureMoments) -> None:
+        self.moments = moments
+        self._known: dict[tuple[object, ...], Forecast] = {}
+
+    def fitted(self, unit: int, step: int, history: Sequence[int], order: int, correct: bool) -> Forecast:
+        """See `fit_forecast`."""
+        key = (unit, step, tuple(history), order, correct)
+        if key not in self._known:
+            self._known[key] = fit_forecast(self.moments, unit, step, history, order, correct)
+        return self._known[key]
+
+    def of_plan(self, cells: NDArray[np.bool_], order: int, correct: bool) -> tuple[Tensor, Tensor]:
+        """Of a plan that computes where `cells` [S, U] are true: damping [S, U, order] and correction [S, 2, channels]."""
+        channels = [own.shape[1] for own in self.moments.sums]
+        damping, correction = torch.zeros(*cells.shape, order), torch.zeros(len(cells), 2, sum(channels))
+        correction[:, 0] = 1
+        for unit, places in enumerate(torch.arange(sum(channels)).split(channels)):
+            for step in np.flatnonzero(~cells[:, unit]).tolist():
+                found = self.fitted(unit, step, history_of(cells[:, unit], step, order + 1), order, correct)
+                damping[step, unit] = torch.tensor(found.damping)
+                correction[step, :, places] = torch.stack([found.scale, found.shift]).float()
+        return damping, correction

@@ -22,7 +22,7 @@ from ..stage import Cost, Report, Running, Subject
 from ..stage_folder import StageFolder
 from .budget import Budget
 from .candidates import Candidate, by_hand, forecastings
-from .features import FeatureMoments
+from .forecasts import Forecasts
 from .observing import observe_features
 from .schedules import BENDS
 from .search import search
@@ -66,8 +66,9 @@ def run(subject: Subject, options: Inherit, folder: StageFolder, report: Report)
     _check_reach(budget, options)
     seen = subject.conditions(options.images)
     moments = observe_features(subject, units, seen, WINDOW, partial(report, "steps, looking at features"))
-    ranked = _ranked(subject, options, units, budget, moments, folder.path, partial(report, "steps"))
-    fitted = fit(units, moments, ranked[0][0], options.cache)
+    forecasts = Forecasts(moments)
+    ranked = _ranked(subject, options, units, budget, forecasts, folder.path, partial(report, "steps"))
+    fitted = fit(units, forecasts, ranked[0][0], options.cache)
     plan = with_unused(fitted.plan, subject.model, partial(replay, subject.model, calls[middle]), subject.timesteps)
     return _changes(subject, budget, ranked, fitted._replace(plan=plan))
 
@@ -77,7 +78,7 @@ def _ranked(
     options: Inherit,
     units: Sequence[Unit],
     budget: Budget,
-    moments: FeatureMoments,
+    forecasts: Forecasts,
     folder: Path,
     notify: Progress,
 ) -> list[tuple[Candidate, float]]:
@@ -86,16 +87,16 @@ def _ranked(
     tried = subject.conditions(2 * options.images)[options.images :]
     trials = Trials(
         folder / "trials.jsonl",
-        lambda own: fit(units, moments, own, options.cache),
+        lambda own: fit(units, forecasts, own, options.cache),
         lambda fitted: sampled(subject, tried, fitted),
         lambda: sample_in_batches(subject.pipeline, tried, subject.sampling, subject.batch).images,
     )
     orders = [order for order in (1, 2, 0) if order <= options.order]
-    forecasts = forecastings(orders, [True, False] if options.correction else [False])
+    ways = forecastings(orders, [True, False] if options.correction else [False])
     if options.schedule != "fitted":
-        own = by_hand(options.schedule, BENDS[0], budget, options.speedup, forecasts[0])
+        own = by_hand(options.schedule, BENDS[0], budget, options.speedup, ways[0])
         return [(own, trials.error(own))]
-    return search(trials, budget, options.speedup, options.trials, forecasts, options.patterns, subject.seed, notify)
+    return search(trials, budget, options.speedup, options.trials, ways, options.patterns, subject.seed, notify)
 
 
 def _changes(subject: Subject, budget: Budget, ranked: Sequence[tuple[Candidate, float]], fitted: Fitted) -> Changes:

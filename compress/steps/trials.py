@@ -18,8 +18,7 @@ from diffpress.compress.stage import Subject
 from diffpress.export.runtime import Inheritance, StepClock, StepPlan, Unit
 
 from .candidates import Candidate, Forecasting
-from .features import FeatureMoments
-from .forecasts import fit_plan
+from .forecasts import Forecasts
 
 SMALLEST = 1e-12
 """Mean squared error that counts as none."""
@@ -39,10 +38,10 @@ class Fitted(NamedTuple):
         return {"damping": self.damping, **corrected}
 
 
-def fit(units: Sequence[Unit], moments: FeatureMoments, own: Candidate, storage: str) -> Fitted:
+def fit(units: Sequence[Unit], forecasts: Forecasts, own: Candidate, storage: str) -> Fitted:
     """The numbers of a candidate in closed form."""
     order, corrected, trust = own.forecast
-    damping, correction = fit_plan(moments, own.cells, order, corrected)
+    damping, correction = forecasts.of_plan(own.cells, order, corrected)
     damping[..., :1] += trust * (1 - damping[..., :1])
     plan = StepPlan.of(units, own.cells, order=order, corrected=corrected, storage=storage)
     return Fitted(plan, damping, correction[plan.inheriting].half() if corrected else None)

@@ -184,7 +184,7 @@ def _unit(name: str, module: nn.Module, first: Seen, second: Seen) -> Unit:
     adds_to = tuple(
         _adds_to(module, y0, y1, first.inputs[0], second.inputs[0]) for y0, y1 in zip(before, after, strict=True)
     )
-    channels = tuple(y.shape[1 if y.ndim == IMAGE else -1] for y in before)
+    channels = tuple(y.shape[1 if y.ndim >= IMAGE else -1] for y in before)
     return Unit(modules=(name,), adds_to=adds_to, channels=channels, gives=_places(first.outputs[0]))
 
 

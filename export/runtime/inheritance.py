@@ -19,7 +19,7 @@ from .runs import Arguments, Computed, Features, Run, Runs, hold
 from .step_plan import COMPUTED, UNUSED, StepPlan, Unit, forecast_weights, last_of_run, rows_at
 
 IMAGE = 4
-"""Axes of a feature map, whose channels are the second; others have them last."""
+"""Axes from which on a feature is a map, whose channels are the second; others have them last."""
 
 
 @dataclass
@@ -261,8 +261,8 @@ def _combined(weights: Tensor, past: list[Tensor]) -> Tensor:
 
 
 def _corrected(y: Tensor, correction: Tensor) -> Tensor:
-    """`y` [..., C] or [B, C, H, W] by `correction` [2, C]."""
-    scale, shift = correction.view(2, -1, 1, 1) if y.ndim == IMAGE else correction
+    """`y` [..., C] or [B, C, ...] by `correction` [2, C]."""
+    scale, shift = correction.view(2, -1, *[1] * (y.ndim - 2)) if y.ndim >= IMAGE else correction
     return torch.addcmul(shift, y, scale)
 
 

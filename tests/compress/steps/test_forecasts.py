@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffpress.compress.steps.features import FeatureMoments
-from diffpress.compress.steps.forecasts import fit_forecast, fit_plan, history_of
+from diffpress.compress.steps.forecasts import Forecasts, fit_forecast, history_of
 
 STEPS, CHANNELS = 6, 3
 
@@ -85,7 +85,7 @@ def test_what_lies_outside_of_the_window_is_left_out() -> None:
 
 def test_a_plan_has_numbers_where_it_inherits_and_neutral_ones_elsewhere() -> None:
     cells = np.array([[True], [False], [True], [False], [False], [True]])
-    damping, correction = fit_plan(moments_of([features()]), cells, 1, True)
+    damping, correction = Forecasts(moments_of([features()])).of_plan(cells, 1, True)
     computed = np.flatnonzero(cells[:, 0]).tolist()
     assert (damping[computed] == 0).all()
     assert (correction[computed, 0] == 1).all()
