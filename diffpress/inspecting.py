@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.export.artifact import is_artifact, verify
+from diffpress.export.edits import Attach
 from diffpress.export.errors import ArtifactError, UserError
 from diffpress.export.manifest import Manifest, read_manifest
 from diffpress.export.portable.manifest import is_export, read_export
+
+from .report.formatting import ranges
+from .report.steps import KINDS
+
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+"""Its title, its header and its rows."""
 
 
 def verify_folder(path: Path) -> str:
@@ -50,7 +57,7 @@ def _require_artifact(path: Path) -> None:
         raise ArtifactError(f"{path} is neither an artifact nor an export of diffpress: compress or export first.")
 
 
-def _tables(path: Path, manifest: Manifest) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+def _tables(path: Path, manifest: Manifest) -> list[Table]:
     formats = Counter(row.format for row in manifest.plan)
     summary = [
         ("source", str(manifest.source["model"])),
@@ -68,4 +75,18 @@ def _tables(path: Path, manifest: Manifest) -> list[tuple[str, tuple[str, ...], 
     return [
         (f"artifact {path}", ("", "value"), [(key, value) for key, value in summary]),
         ("plan", ("module", "shape", "format", "bytes", "reason"), plan),
+        *(_step_plan(edit) for edit in manifest.edits if isinstance(edit, Attach)),
     ]
+
+
+def _step_plan(edit: Attach) -> Table:
+    """A row for each pattern: how many units do what, and at which steps."""
+    plan = edit.settings
+    rows = [
+        (
+            *(str(pattern.count(kind)) for kind in KINDS),
+            ranges(step for step, own in enumerate(plan.steps, 1) if own == index),
+        )
+        for index, pattern in enumerate(plan.patterns)
+    ]
+    return edit.words(), (*(f"units {words}" for words in KINDS.values()), "at steps"), rows

@@ -15,6 +15,8 @@ LOGARITHMIC = 30
 LABELS = 6
 BINS = 8
 NARROWEST_DB = 0.1
+NARROWEST = 1e-3
+"""Between marks, at the least and over the largest value: equal values are no reason for many digits."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,14 @@ def value_axis(values: Sequence[float]) -> Axis:
     return Axis(low, high, marks, logarithmic)
 
 
+def close_axis(values: Sequence[float]) -> Axis:
+    """For finite `values` of which differences matter: linear, with round ends close around them."""
+    step = nice(max((max(values) - min(values)) / 4, NARROWEST * abs(max(values)), NARROWEST))
+    first, last = math.floor(min(values) / step + 1e-9), math.ceil(max(values) / step - 1e-9)
+    marks = [step * i for i in range(first, max(last, first + 1) + 1)]
+    return Axis(marks[0], marks[-1], marks, False)
+
+
 def strips(places: Sequence[float], texts: Sequence[str]) -> list[Strip]:
     """Around each of the rising `places` a strip that reaches half the way to its neighbours."""
     middles = [(left + right) / 2 for left, right in pairwise(places)]
@@ -156,6 +166,11 @@ def nice(value: float) -> float:
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * (1 - 1e-9))
 
 
+def step_words(step: int, timesteps: Sequence[float]) -> str:
+    """Which step it is, with its time step where those are known."""
+    return f"step {step + 1} (time step {significant(timesteps[step])})" if timesteps else f"step {step + 1}"
+
+
 def _edge_words(value: float, width: float) -> str:
     """A bin's edge with as many places as its width needs."""
     return f"{value:.{len(f'{width:g}'.partition('.')[2])}f}"
@@ -183,8 +198,7 @@ def _tick_words(value: float) -> str:
 
 
 def _point_words(step: int, value: float, timesteps: Sequence[float]) -> str:
-    when = f" (time step {significant(timesteps[step])})" if timesteps else ""
-    return f"step {step + 1}{when}: {scientific(value)}"
+    return f"{step_words(step, timesteps)}: {scientific(value)}"
 
 
 def _step_tick(step: int, count: int, timesteps: Sequence[float]) -> Tick:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import groupby
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -66,3 +68,9 @@ def change(ratio: float, less: str, more: str) -> tuple[str, str]:
     if abs(ratio - 1) <= SAME:
         return f"1{TIMES}", "the same"
     return f"{significant(1 / ratio if ratio < 1 else ratio)}{TIMES}", less if ratio < 1 else more
+
+
+def ranges(places: Iterable[int]) -> str:
+    """Rising `places`, those that follow each other together: 1, 3, 6-8."""
+    runs = [[place for _, place in run] for _, run in groupby(enumerate(places), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -74,12 +74,12 @@ def totals(plan: Sequence[PlanRow]) -> list[Total]:
 
 
 def summary(plan: Sequence[PlanRow]) -> str:
-    """What was done, in words: `W8A8, 84 of 97 layers; attention int8, 8 of 8 attentions`."""
+    """What was done, in words: `W8A8, 84 of 97 layers; attention int8, 8 of 8 attentions`, and what a step plan saves."""
     layers = [row for row in plan if not row.format.startswith((ATTENTION, STEP_PLAN))]
     attentions = [row for row in plan if row.format.startswith(ATTENTION)]
     words = [_formats(layers, "layers") or f"nothing packed, {len(layers)} layers left as they were"]
     words += [_formats(attentions, "attentions") or "attention in float"] if attentions else []
-    words += [row.format for row in plan if row.format.startswith(STEP_PLAN)]
+    words += [row.reason or row.format for row in plan if row.format.startswith(STEP_PLAN)]
     return "; ".join(words)
 
 
@@ -93,7 +93,7 @@ def _formats(rows: Sequence[PlanRow], noun: str) -> str:
 
 def sensitivity(plan: Sequence[PlanRow]) -> list[SensitivityBar]:
     """The layers whose rounding alone changes the denoiser's output most, the largest first."""
-    known = [(row, row.error) for row in plan if row.error is not None]
+    known = [(row, row.error) for row in plan if row.error is not None and _rounded(row)]
     known.sort(key=lambda pair: -pair[1] if math.isfinite(pair[1]) else -math.inf)
     worst = known[:MOST_SENSITIVE]
     largest = max((error for _, error in worst if math.isfinite(error)), default=0.0)
@@ -150,8 +150,13 @@ def _line(row: PlanRow, colour: int) -> Line:
         byte_size(row.source_bytes),
         byte_size(row.bytes),
         row.reason,
-        "" if row.error is None else scientific(row.error),
+        "" if row.error is None or not _rounded(row) else scientific(row.error),
     )
+
+
+def _rounded(row: PlanRow) -> bool:
+    """Whether its error is that of rounding it: a step plan's is of whole images."""
+    return not row.format.startswith(STEP_PLAN)
 
 
 def _share(error: float, largest: float) -> float:

@@ -20,6 +20,7 @@ from .formatting import byte_size, decibels, significant
 from .images import gallery
 from .learning import learning
 from .plan import lines, saving, sensitivity, summary, totals, whole
+from .steps import step_plan
 
 UNMEASURED = {
     "parameters": "parameters",
@@ -118,6 +119,7 @@ def _artifact(manifest: Manifest) -> dict[str, Any]:
     parts = totals(manifest.plan)
     return {
         "summary": summary(manifest.plan),
+        "steps": step_plan(manifest),
         "sensitivity": sensitivity(manifest.plan),
         "learning": learning([row for row in manifest.learning if "iteration" in row]),
         "plan": lines(manifest.plan),
