@@ -83,6 +83,8 @@ def print_estimate(values: Mapping[str, Any]) -> None:
     """What a `compress` will take."""
     rows = [(f"{stage}, seconds", f"{seconds:,.0f}") for stage, seconds in values["seconds"].items()]
     rows += [(name, f"{values[name] / 1e6:,.0f} MB") for name in ("disk_bytes", "memory_bytes")]
+    if "cache_bytes" in values:
+        rows.append(("features kept for an image", f"{values['cache_bytes'] / 1e6:,.1f} MB"))
     rows.append(("loaded in", values["dtype"]))
     for order, needed in values.get("learning_bytes", {}).items():
         taken = ", taken" if order == values["order"] else ""
