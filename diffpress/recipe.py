@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffpress.compress.methods import STAGES
-from diffpress.compress.options import Inherit, Ptq, Qalora
+from diffpress.compress.options import Feedback, Inherit, Ptq, Qalora
 from diffpress.export.errors import RecipeError
 
 
@@ -62,7 +62,9 @@ class Recipe(Section):
     quantize: Ptq | Qalora | None = Field(
         default=None, discriminator="method", description="store weights in fewer bits"
     )
-    steps: Inherit | None = Field(default=None, description="compute less at most steps")
+    steps: Inherit | Feedback | None = Field(
+        default=None, discriminator="method", description="compute less at most steps"
+    )
     gates: GatesSection = GatesSection()
     export: list[Literal["onnx"]] = Field(default=[], description="formats to export the result to")
 
