@@ -27,7 +27,7 @@ from diffpress.calibration.sampling import Sampling, replay, sample_in_batches
 from diffpress.calibration.trajectory import record
 from diffpress.compress.changes import Changes, worn
 from diffpress.compress.methods import method_of
-from diffpress.compress.options import Feedback
+from diffpress.compress.options import Feedback, Inherit
 from diffpress.compress.stage import Subject, run_stage
 from diffpress.compress.stage_folder import StageFolder
 from diffpress.compress.steps.feedback.blocks import find_blocks
@@ -59,6 +59,8 @@ FEWER = (13, 14)
 HELD = (13,)
 CHOSEN = {"region": (2, 4), "trials": 1, "batch": 2}
 """Of feedback; a search takes a trial's time for each plan."""
+TRIALS = 8
+"""Of inherit."""
 BATCH = 8
 RECORD = RecordSection(trajectories=64, batch=BATCH)
 
@@ -78,7 +80,7 @@ def rows(iterations: int) -> dict[str, Row]:
     feedback = {
         f"feedback-{source}": Row(STEPS, partial(learned, source, iterations)) for source in ("forecast", "pass")
     }
-    return {**fewer, **held, **feedback}
+    return {**fewer, **held, "inherit": Row(STEPS, inherited), **feedback}
 
 
 def held_only(count: int, subject: Subject, folder: Path) -> Changes:
@@ -90,6 +92,12 @@ def held_only(count: int, subject: Subject, folder: Path) -> Changes:
     damping = fit_damping(products_of(trajectories), plan.steps)
     edit = Attach(component=subject.component, module="feedback", settings=plan)
     return Changes((edit,), {"feedback.scales": torch.zeros(1), "feedback.damping": torch.tensor(damping)})
+
+
+def inherited(subject: Subject, folder: Path) -> Changes:
+    """What the method `inherit` leaves."""
+    options = Inherit.model_validate({"method": "inherit", "speedup": SPEEDUP, "trials": TRIALS})
+    return run_stage(method_of(options), subject, options, StageFolder(folder), _tell)
 
 
 def learned(source: str, iterations: int, subject: Subject, folder: Path) -> Changes:
@@ -120,7 +128,7 @@ def sampled(name: str, row: Row, subject: Subject, work: Path, count: int) -> No
     with worn(subject.model, changes, subject.timesteps):
         macs = macs_per_image(subject.pipeline, wanted[0], sampling)
         made = sample_in_batches(subject.pipeline, wanted, sampling, BATCH)
-    words = {"macs": macs, "plan": [edit.settings.words() + " " + edit.settings.steps for edit in changes.edits]}
+    words = {"macs": macs, "plan": [edit.settings.model_dump(mode="json") for edit in changes.edits]}
     save_file({"images": made.images, "latents": made.latents}, out, {"row": json.dumps(words)})
 
 
