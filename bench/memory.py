@@ -20,10 +20,10 @@ from torch import nn
 from diffpress.calibration.examples import Batch
 from diffpress.calibration.observe import layer_matrix
 from diffpress.calibration.sampling import answer
+from diffpress.compress.importance import StepImportance
 from diffpress.compress.layers import find_layers
 from diffpress.compress.options import Qalora
 from diffpress.compress.qalora.blocks import learn_blocks
-from diffpress.compress.qalora.importance import StepImportance
 from diffpress.compress.qalora.layer import QaloraLayer
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import learn

@@ -186,6 +186,21 @@ def _decibels(psnr_db: float | None) -> str:
     return NOT_REACHED if psnr_db is None else f"{psnr_db:.1f}"
 
 
+def feedback(results: dict[str, Any]) -> str:
+    """Inner-loop feedback beside fewer steps, of `results/ilf.json`."""
+    header = ("", "multiplications", "PSNR dB", "latents", "latents, 50 steps", "features", "features, 50 steps")
+    return _table(header, [_feedback(row) for row in results["rows"]])
+
+
+def _feedback(row: dict[str, Any]) -> Sequence[str]:
+    distance = f"{row['kernel_distance']:.4f}"
+    if "macs" not in row:
+        return (row["row"], *[""] * 4, distance, "")
+    psnr = "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+    errors = [f"{row[key]:.1e}" for key in ("latent_mse", "latent_mse_long")]
+    return (row["row"], f"{1 / row['speedup']:.2f}", psnr, *errors, distance, f"{row['feature_mse_long']:.1e}")
+
+
 def _by_model(
     models: dict[str, list[dict[str, Any]]], header: Sequence[str], line: Callable[[dict[str, Any]], Sequence[str]]
 ) -> str:
@@ -213,6 +228,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quantizers": ("quantize.json", quantizers),
     "learning": ("quantize.json", learning),
     "cpu": ("cpu.json", cpu),
+    "feedback": ("ilf.json", feedback),
     "fusion": ("fusion.json", fusion),
     "steps": ("steps.json", steps),
     "caches": ("steps.json", caches),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-from .options import Inherit, Ptq, Qalora
+from .options import Feedback, Inherit, Ptq, Qalora
 
 if TYPE_CHECKING:
     from .stage import Method
@@ -30,6 +30,7 @@ METHODS = (
     Entry("quantize", "ptq", Ptq, "diffpress.compress.ptq"),
     Entry("quantize", "qalora", Qalora, "diffpress.compress.qalora.method"),
     Entry("steps", "inherit", Inherit, "diffpress.compress.steps.inherit"),
+    Entry("steps", "feedback", Feedback, "diffpress.compress.steps.feedback.method"),
 )
 
 

@@ -212,3 +212,42 @@ class Inherit(BaseModel):
     images: int = Field(
         default=8, ge=1, description="images of a trial, and as many others that forecasts are fitted to"
     )
+
+
+class Feedback(BaseModel):
+    """Inner-loop feedback: a trained copy of one block lets fewer steps be computed, the others continuing their answers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    method: Literal["feedback"] = Field(
+        description="`feedback`: a trained feedback module, so that fewer steps are computed"
+    )
+    speedup: float = Field(default=1.8, gt=1, description="in multiplications of the denoiser an image")
+    region: tuple[int, int] | None = Field(
+        default=None, description="first and last block of the inner loop; left out: searched"
+    )
+    source: Literal["pass", "forecast"] | None = Field(
+        default=None,
+        description="what is fed back: the last looped block's output in a first `pass`, or a `forecast` of it by earlier "
+        "steps, which needs no first pass; left out: searched",
+    )
+    trials: int = Field(default=4, ge=1, description="plans that learn for a while before the best learns on")
+    iterations: int = Field(
+        default=600, ge=1, description="optimizer steps of the best plan; a trial has a fifth of them"
+    )
+    batch: int = Field(
+        default=4, ge=1, description="recorded calls, each of a batch of images, that an optimizer step sees"
+    )
+    rate: float = Field(default=3e-4, gt=0, description="learning rate of the feedback module")
+    rollout_share: float = Field(
+        default=0.7,
+        ge=0,
+        lt=1,
+        description="share of the iterations, the last ones, that learn on what the compressed model itself samples",
+    )
+    validation_images: int = Field(
+        default=8, ge=1, description="images that plans and learning are evaluated by, and not learned from"
+    )
+    patience: int = Field(
+        default=8, ge=1, description="evaluations without improvement after which learning stops early"
+    )

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.export.artifact import is_artifact, verify
-from diffpress.export.edits import Attach
+from diffpress.export.edits import step_plans
 from diffpress.export.errors import ArtifactError, UserError
 from diffpress.export.manifest import Manifest, read_manifest
 from diffpress.export.portable.manifest import is_export, read_export
+from diffpress.export.runtime import StepPlan
 
 from .report.formatting import ranges
 from .report.steps import KINDS
@@ -75,13 +76,12 @@ def _tables(path: Path, manifest: Manifest) -> list[Table]:
     return [
         (f"artifact {path}", ("", "value"), [(key, value) for key, value in summary]),
         ("plan", ("module", "shape", "format", "bytes", "reason"), plan),
-        *(_step_plan(edit) for edit in manifest.edits if isinstance(edit, Attach)),
+        *(_step_plan(plan) for plan in step_plans(manifest.edits)),
     ]
 
 
-def _step_plan(edit: Attach) -> Table:
+def _step_plan(plan: StepPlan) -> Table:
     """A row for each pattern: how many units do what, and at which steps."""
-    plan = edit.settings
     rows = [
         (
             *(str(pattern.count(kind)) for kind in KINDS),
@@ -89,4 +89,4 @@ def _step_plan(edit: Attach) -> Table:
         )
         for index, pattern in enumerate(plan.patterns)
     ]
-    return edit.words(), (*(f"units {words}" for words in KINDS.values()), "at steps"), rows
+    return plan.words(), (*(f"units {words}" for words in KINDS.values()), "at steps"), rows

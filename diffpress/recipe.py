@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffpress.compress.methods import STAGES
-from diffpress.compress.options import Inherit, Ptq, Qalora
+from diffpress.compress.options import Feedback, Inherit, Ptq, Qalora
 from diffpress.export.errors import RecipeError
 
 
@@ -62,7 +62,9 @@ class Recipe(Section):
     quantize: Ptq | Qalora | None = Field(
         default=None, discriminator="method", description="store weights in fewer bits"
     )
-    steps: Inherit | None = Field(default=None, description="compute less at most steps")
+    steps: Inherit | Feedback | None = Field(
+        default=None, discriminator="method", description="compute less at most steps"
+    )
     gates: GatesSection = GatesSection()
     export: list[Literal["onnx"]] = Field(default=[], description="formats to export the result to")
 
@@ -227,6 +229,11 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [part for part in (annotation, *get_args(annotation)) if hasattr(part, "model_fields")]
 
 
+def _joined(known: str, other: str) -> str:
+    """What two methods say of one key."""
+    return known if other == known else f"{known}; {other}"
+
+
 def reference_rows() -> list[tuple[str, str, str]]:
     """Key, default and meaning of everything a recipe may say, from the fields themselves."""
     rows: dict[str, tuple[str, str]] = {}
@@ -236,8 +243,8 @@ def reference_rows() -> list[tuple[str, str, str]]:
         for path, entry in entries or [(key, info)]:
             default = "" if entry.is_required() else json.dumps(entry.default)
             meaning = entry.description or ""
-            known = rows.get(path, (default, meaning))[1]
-            rows[path] = (default, meaning if meaning == known else f"{known}; {meaning}")
+            known = rows.get(path, (default, meaning))
+            rows[path] = (_joined(known[0], default), _joined(known[1], meaning))
     return [(path, default, meaning) for path, (default, meaning) in rows.items()]
 
 

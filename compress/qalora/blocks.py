@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from diffpress.calibration.examples import Batch
 from diffpress.calibration.partway import arguments_of, call_order, output_of
 
+from ..checkpoint import Progress, read_progress, read_tensors, write_tensors
+from ..importance import StepImportance
 from ..options import Qalora
-from .checkpoint import Progress, read_progress, read_tensors, write_tensors
-from .importance import StepImportance
 from .layer import along_batch
 from .student import Student
 from .train import Report

@@ -11,11 +11,11 @@ from torch import nn
 from diffpress.calibration.observe import layer_matrix
 from diffpress.calibration.sampling import Call, replay
 
+from ..checkpoint import checkpoint_bytes
 from ..layers import find_layers
 from ..options import Order, Qalora
 from ..overlay import is_large
 from .blocks import find_blocks, tensors
-from .checkpoint import checkpoint_bytes
 from .layer import CODE_OFFSET_BITS, PART
 
 FLOAT = 4

@@ -16,6 +16,7 @@ from diffpress.calibration.trajectory import Trajectories
 from .. import ptq
 from ..attention import learnable
 from ..changes import Changes
+from ..importance import step_importance
 from ..options import Qalora
 from ..overlay import frozen
 from ..result import QuantizationResult, changes_of, load_result, save_result
@@ -23,7 +24,6 @@ from ..stage import Cost, Running, Subject
 from ..stage import Report as StageReport
 from ..stage_folder import StageFolder
 from .blocks import learn_blocks
-from .importance import step_importance
 from .layer import QaloraLayer
 from .memory import learning_disk_bytes
 from .order import check_order, fitting_order, learning_bytes, settle_order

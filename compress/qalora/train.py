@@ -13,9 +13,9 @@ from diffpress.calibration.examples import Batch
 from diffpress.calibration.guidance import Guidance
 from diffpress.calibration.sampling import answer
 
+from ..checkpoint import Progress, load_checkpoint, read_tensors, save_checkpoint, write_tensors
+from ..importance import StepImportance
 from ..options import Qalora
-from .checkpoint import Progress, load_checkpoint, read_tensors, save_checkpoint, write_tensors
-from .importance import StepImportance
 from .student import Student
 from .trainer import Trainer
 from .training_data import TrainingData, steps_per_image

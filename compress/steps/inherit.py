@@ -32,6 +32,8 @@ from .unused import with_unused
 
 PART = "step_plan"
 """What the model calls the part."""
+ITEMSIZE = {"bfloat16": 2, "int8": 1}
+"""Bytes of a number that is kept so."""
 WINDOW = 16
 """Steps that a forecast may reach back."""
 OBSERVING = 2
@@ -59,9 +61,12 @@ def estimate(subject: Subject, options: Inherit, running: Running) -> Cost:
 def run(subject: Subject, options: Inherit, folder: StageFolder, report: Report) -> Changes:
     """The method. Raises RecipeError where the speed-up is out of reach."""
     first = subject.trajectories.shards[0]
-    calls = [call for call in subject.trajectories.calls([first]) if call.branch == 0]
+    recorded = list(subject.trajectories.calls([first]))
+    calls = [call for call in recorded if call.branch == 0]
     middle = len(calls) // 2
-    units, costs = _units_of(subject, calls[middle - 1 :], subject.trajectories.images(first), options)
+    # Guidance in two calls keeps features of both.
+    images = subject.trajectories.images(first) * len(calls) / len(recorded)
+    units, costs = _units_of(subject, calls[middle - 1 :], images, options)
     budget = Budget(costs, len(subject.timesteps))
     _check_reach(budget, options)
     seen = subject.conditions(options.images)
@@ -100,19 +105,21 @@ def _ranked(
 
 
 def _changes(subject: Subject, budget: Budget, ranked: Sequence[tuple[Candidate, float]], fitted: Fitted) -> Changes:
-    best, error = ranked[0]
+    best = ranked[0][0]
     edit = Attach(component=subject.component, module=PART, settings=fitted.plan)
     held = _cache_bytes(budget.costs, best.forecast.order)
     reason = f"{budget.speedup(best.cells):.2f} times fewer multiplications, {held / 1e6:.1f} MB of features an image"
     tensors = {f"{PART}.{name}": tensor.contiguous() for name, tensor in fitted.tensors.items()}
     history = [{"speedup": budget.speedup(own.cells), "psnr_db": -10 * log10(found)} for own, found in ranked]
-    return Changes((edit,), tensors, {PART: Note(reason, error, edit.words())}, tuple(history))
+    return Changes((edit,), tensors, {PART: Note(reason, format=edit.words())}, tuple(history))
 
 
-def _units_of(subject: Subject, calls: Sequence[Call], images: int, options: Inherit) -> tuple[list[Unit], Costs]:
+def _units_of(subject: Subject, calls: Sequence[Call], images: float, options: Inherit) -> tuple[list[Unit], Costs]:
     """Of two neighbouring calls, the first of `calls`."""
     model = subject.model
     units, costs = find_units(model, [partial(replay, model, call) for call in calls[:2]], images, options.level)
+    if options.cache in ITEMSIZE:
+        costs = costs.kept_in(ITEMSIZE[options.cache])
     if options.cache_mb is not None:
         units, costs = affordable(units, costs, options.cache_mb * 1e6 / (options.order + 1))
     if not units:
@@ -160,5 +167,5 @@ def _check_reach(budget: Budget, options: Inherit) -> None:
 
 
 def _cache_bytes(costs: Costs, order: int) -> int:
-    """Of an image's features, as they are computed."""
+    """Of an image's features."""
     return sum(costs.feature_bytes) * (order + 1)

@@ -9,11 +9,11 @@ import numpy as np
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.sampling import sample
 from diffpress.calibration.trajectory import Progress
-from diffpress.compress.overlay import overlaid
-from diffpress.compress.stage import Subject
 from diffpress.export.runtime import Inheritance, StepClock, StepPlan, Unit
 from diffpress.export.runtime.runs import Run
 
+from ..overlay import overlaid
+from ..stage import Subject
 from .features import FeatureMoments
 
 

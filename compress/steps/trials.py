@@ -13,10 +13,10 @@ from torch import Tensor
 
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.sampling import sample_in_batches
-from diffpress.compress.overlay import overlaid
-from diffpress.compress.stage import Subject
 from diffpress.export.runtime import Inheritance, StepClock, StepPlan, Unit
 
+from ..overlay import overlaid
+from ..stage import Subject
 from .candidates import Candidate, Forecasting
 from .forecasts import Forecasts
 

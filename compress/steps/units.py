@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -42,17 +42,24 @@ class Costs:
     """That inheriting each saves."""
     total: int
     feature_bytes: tuple[int, ...]
-    """Of what each unit computes of one image."""
+    """Of what each unit leaves of one image."""
+    itemsize: int
+    """Of a number in it."""
 
     @property
     def rest(self) -> int:
         """What is always computed."""
         return self.total - sum(self.units)
 
+    def kept_in(self, itemsize: int) -> Costs:
+        """With features in as many bytes a number."""
+        held = tuple(own // self.itemsize * itemsize for own in self.feature_bytes)
+        return replace(self, feature_bytes=held, itemsize=itemsize)
+
 
 @torch.no_grad()
 def find_units(
-    model: nn.Module, calls: Sequence[Callable[[], object]], images: int, level: Level = "stack"
+    model: nn.Module, calls: Sequence[Callable[[], object]], images: float, level: Level = "stack"
 ) -> tuple[list[Unit], Costs]:
     """The units of `model`, in the order in which they are called, and what each costs.
 
@@ -77,7 +84,8 @@ def find_units(
         units = _stacked(units, seen)
     saved = tuple(sum(macs[name] for name in unit.modules) - _shortcut_macs(macs, unit) for unit in units)
     held = tuple(_bytes(seen[unit.modules[-1]], images) for unit in units)
-    return units, Costs(saved, int(counter.get_total_flops()) // 2, held)
+    itemsize = max((y.element_size() for own in seen.values() for y in _outputs(own)), default=1)
+    return units, Costs(saved, int(counter.get_total_flops()) // 2, held, itemsize)
 
 
 def _stacked(units: Sequence[Unit], seen: Mapping[str, Seen]) -> list[Unit]:
@@ -115,7 +123,9 @@ def affordable(units: Sequence[Unit], costs: Costs, most_bytes: float) -> tuple[
             held += costs.feature_bytes[index]
     kept = sorted(chosen)
     pick = lambda values: tuple(values[index] for index in kept)  # noqa: E731
-    return [units[index] for index in kept], Costs(pick(costs.units), costs.total, pick(costs.feature_bytes))
+    return [units[index] for index in kept], replace(
+        costs, units=pick(costs.units), feature_bytes=pick(costs.feature_bytes)
+    )
 
 
 def _macs(counter: FlopCounterMode, model: nn.Module, name: str) -> int:
@@ -123,8 +133,12 @@ def _macs(counter: FlopCounterMode, model: nn.Module, name: str) -> int:
     return sum(counts.values()) // 2
 
 
-def _bytes(seen: Seen, images: int) -> int:
-    return sum(y.numel() * y.element_size() for y in tensors_of(seen.outputs[0])) // images
+def _bytes(seen: Seen, images: float) -> int:
+    return round(sum(y.numel() * y.element_size() for y in tensors_of(seen.outputs[0])) / images)
+
+
+def _outputs(seen: Seen) -> tuple[Tensor, ...]:
+    return tensors_of(seen.outputs[0]) if _plain(seen.outputs[0]) else ()
 
 
 def _shortcut_macs(macs: Mapping[str, int], unit: Unit) -> int:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from diffpress.compress.overlay import overlaid
 from diffpress.export.runtime import Inheritance, StepClock, StepPlan
 from diffpress.export.runtime.inheritance import Frame
 from diffpress.export.runtime.runs import Features
 from diffpress.export.runtime.step_plan import INHERITED, UNUSED
+
+from ..overlay import overlaid
 
 OTHER = -3.0
 """What a feature is multiplied by to see whether anything changes: no unit, rounding or saturating, gives the same for it."""

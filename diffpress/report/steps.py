@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from diffpress.export.edits import Attach
+from diffpress.export.edits import step_plans
 from diffpress.export.manifest import Manifest
 from diffpress.export.runtime.step_plan import COMPUTED, INHERITED, UNUSED, StepPlan, Unit
 
@@ -107,7 +107,7 @@ class Steps:
 
 def step_plan(manifest: Manifest) -> Steps | None:
     """The plan of the denoiser. None where every step is computed."""
-    plans = [edit.settings for edit in manifest.edits if isinstance(edit, Attach)]
+    plans = step_plans(manifest.edits)
     if not plans:
         return None
     (plan, *_), trials = plans, [row for row in manifest.learning if "speedup" in row]

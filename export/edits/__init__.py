@@ -1,9 +1,19 @@
 """What a finished method leaves behind: plain frozen data that saving, loading, the report and export understand."""
 
-from .attach import Attach
+from .attach import Attach, step_plans
 from .attention import QuantizeAttention
 from .base import EditBase
 from .kinds import Edit, edits_of, own_tensors, store_edits
 from .pack import Pack
 
-__all__ = ["Attach", "Edit", "EditBase", "Pack", "QuantizeAttention", "edits_of", "own_tensors", "store_edits"]
+__all__ = [
+    "Attach",
+    "Edit",
+    "EditBase",
+    "Pack",
+    "QuantizeAttention",
+    "edits_of",
+    "own_tensors",
+    "step_plans",
+    "store_edits",
+]

@@ -45,8 +45,12 @@ class EditBase(BaseModel):
         """
         raise NotImplementedError
 
+    def owns(self, tensor: str) -> bool:
+        """Whether a tensor of this name is the edit's own, as `MODULE.TENSOR` is."""
+        return tensor.rpartition(".")[0] == self.module
+
     def store(self, tensors: Mapping[str, Stored], own: Mapping[str, Stored]) -> dict[str, Stored]:
-        """What is stored of the component's `tensors` once the edit is made, whose `own` are named `MODULE.TENSOR`."""
+        """What is stored of the component's `tensors` once the edit is made, which `owns` the `own` ones."""
         return {**tensors, **own}
 
     def why_not_exported(self) -> str | None:

@@ -23,7 +23,7 @@ def edits_of(component: str, edits: Iterable[Edit]) -> list[Edit]:
 
 def own_tensors(edit: Edit, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """Those of the edits' `tensors` that are this one's."""
-    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] == edit.module}
+    return {name: tensor for name, tensor in tensors.items() if edit.owns(name)}
 
 
 def store_edits(

@@ -10,15 +10,20 @@ from .attention import (
     why_not_int8,
 )
 from .clock import TIMESTEPS, StepClock, attach_clock_, find_timestep, step_weights, timestep_name
+from .feedback import Feedback
+from .feedback_plan import FeedbackPlan
 from .forwards import Forward, Wrap
 from .inheritance import Inheritance, tensors_of
 from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, why_not_packable
+from .part import RuntimePart
 from .step_plan import StepPlan, Unit
 
 __all__ = [
     "TIMESTEPS",
     "Attention",
     "AttentionOverride",
+    "Feedback",
+    "FeedbackPlan",
     "Forward",
     "Inheritance",
     "Int8Attention",
@@ -26,6 +31,7 @@ __all__ = [
     "PackedEmbedding",
     "PackedLayer",
     "PackedLinear",
+    "RuntimePart",
     "StepClock",
     "StepPlan",
     "Unit",

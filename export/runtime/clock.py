@@ -48,6 +48,12 @@ class StepClock:
     def weights(self, value: Tensor) -> None:
         self._thread.weights = value
 
+    @property
+    def position(self) -> float:
+        """Of this thread among the steps, counted from 0; between two of them where the time step is."""
+        weights = self.weights.double().cpu()
+        return float(weights @ torch.arange(len(weights), dtype=torch.double))
+
     def set(self, timestep: Tensor | float) -> None:
         """Move to `timestep` (of a tensor, its first entry); between known steps tables are interpolated, outside them held."""
         self.weights = step_weights(self.timesteps, torch.as_tensor(timestep).flatten()[0])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from .clock import StepClock
 from .forwards import Forward, Wrap
-from .runs import Arguments, Computed, Features, Run, Runs, hold
-from .step_plan import COMPUTED, UNUSED, StepPlan, Unit, forecast_weights, last_of_run, rows_at
+from .part import RuntimePart
+from .runs import Arguments, Computed, Features, Run, hold
+from .step_plan import COMPUTED, UNUSED, StepPlan, Unit, forecast_weights, rows_at
 
 IMAGE = 4
 """Axes from which on a feature is a map, whose channels are the second; others have them last."""
@@ -44,13 +44,7 @@ class Frame:
     """What the shortcuts of units gave."""
 
 
-class _ThreadState(threading.local):
-    def __init__(self) -> None:
-        self.runs = Runs()
-        self.frame: Frame | None = None
-
-
-class Inheritance(nn.Module):
+class Inheritance(RuntimePart):
     """The runtime part of a step plan, with its tensors; `wraps` lays it around a denoiser.
 
     `damping` [steps, units, order] are the factors of a forecast's terms; `correction` [inheriting steps, 2, channels], of half
@@ -61,28 +55,19 @@ class Inheritance(nn.Module):
     correction: Tensor | None
 
     def __init__(self, plan: StepPlan, clock: StepClock) -> None:
-        super().__init__()
-        self.plan, self.clock = plan, clock
+        super().__init__(clock)
+        self.plan = plan
         self.cells = plan.cells
         self.register_buffer("damping", torch.zeros(len(plan.steps), len(plan.units), plan.order))
         neutral = torch.tensor([1.0, 0.0]).view(1, 2, 1).repeat(len(plan.inheriting), 1, plan.channels)
         self.register_buffer("correction", neutral.half() if plan.corrected else None)
         ends = np.cumsum([0, *(sum(unit.channels) for unit in plan.units)]).tolist()
         self.places = list(pairwise(ends))
-        self._thread = _ThreadState()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_thread"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy has runs of its own.
-        super().__setstate__(state)
-        self._thread = _ThreadState()
-
-    @property
-    def frame(self) -> Frame | None:
-        """Of the call that this thread is in."""
-        return self._thread.frame
+    @classmethod
+    def around(cls, plan: StepPlan, model: nn.Module, clock: StepClock) -> Self:
+        """Every plan is laid around `model` alike."""
+        return cls(plan, clock)
 
     def wraps(self, model: nn.Module) -> dict[str, Wrap]:
         """What lies around the denoiser itself, its units and their shortcuts, by name."""
@@ -101,32 +86,18 @@ class Inheritance(nn.Module):
 
     def begin(self, call: Arguments) -> Run:
         """Find the run of a call, and what its units do."""
-        position = self._position()
-        state = self._thread
-        run = state.runs.continued(call, position)
-        last = None if run is None else run.position
-        if run is None:
-            run = Run(call.sample, call.conditions, position)
-        state.frame = self._frame(run, position, last)
-        run.sample, run.conditions, run.position = call.sample, call.conditions, position
-        if last_of_run(position, last, len(self.plan.steps)):
-            state.runs.drop(run)
-        else:
-            state.runs.keep(run)
+        position = self.clock.position
+        run, last = self.runs.enter(call, position, len(self.plan.steps))
+        self.frame = self._frame(run, position, last)
         return run
 
     def end(self, run: Run) -> None:
         """Remember what was computed."""
-        frame, self._thread.frame = self._thread.frame, None
-        if frame is None or run not in self._thread.runs.live:
-            return
-        for index, features in frame.made.items():
-            held = tuple(hold(y, self.plan.storage) for y in features)
-            run.past[index] = [Computed(run.position, held), *run.past.get(index, ())][: self.plan.kept]
-
-    def _position(self) -> float:
-        weights = self.clock.weights.double().cpu()
-        return float(weights @ torch.arange(len(weights), dtype=torch.double))
+        frame, self.frame = self.frame, None
+        if frame is not None and run in self.runs.live:
+            for index, features in frame.made.items():
+                held = tuple(hold(y, self.plan.storage) for y in features)
+                run.remember(index, Computed(run.position, held), self.plan.kept)
 
     def _frame(self, run: Run, position: float, last: float | None) -> Frame:
         steps, kept = len(self.plan.steps), self.plan.kept

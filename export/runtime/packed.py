@@ -162,6 +162,18 @@ def pack_layer(layer: nn.Module, edit: Pack, clock: StepClock | None) -> PackedL
     return PackedConv2d(layer, edit, clock)
 
 
+def float_form(layer: PackedLayer) -> nn.Module:
+    """The layer that `layer` is the packed form of, with weights that it is born with."""
+    has_bias = layer.bias is not None
+    if isinstance(layer, PackedLinear):
+        return nn.Linear(layer.in_features, layer.out_features, has_bias)
+    if isinstance(layer, PackedEmbedding):
+        return nn.Embedding(layer.num_embeddings, layer.embedding_dim)
+    assert isinstance(layer, PackedConv2d)
+    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    return nn.Conv2d(layer.in_channels, layer.out_channels, *geometry, bias=has_bias)  # type: ignore[arg-type]
+
+
 def _why_not_so(layer: nn.Module, edit: Pack, clock: StepClock | None) -> str | None:
     """The reason why a layer that can be packed cannot be in the format of `edit`."""
     if isinstance(layer, nn.Embedding) and (edit.activation_bits is not None or edit.smoothed):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .clock import TIMESTEPS
-from .step_plan import Storage
+from .step_plan import Storage, last_of_run
 
 LIVE = 8
 """Runs that a thread keeps at a time: two calls a step for guidance, of a few generations that take turns."""
@@ -65,6 +65,12 @@ class Run:
     position: float
     past: dict[int, list[Computed]] = field(default_factory=dict)
     """Per unit, the latest first."""
+    output_type: type = tuple
+    """What the denoiser wrapped its answer in, the latest time."""
+
+    def remember(self, unit: int, computed: Computed, count: int) -> None:
+        """As the latest of `count` that are kept of the unit."""
+        self.past[unit] = [computed, *self.past.get(unit, ())][:count]
 
 
 class Arguments(NamedTuple):
@@ -92,6 +98,18 @@ class Runs:
 
     def __init__(self) -> None:
         self.live: list[Run] = []
+
+    def enter(self, call: Arguments, position: float, steps: int) -> tuple[Run, float | None]:
+        """The run of `call`, moved on to `position` of so many steps, and where it was before; None at its start."""
+        run = self.continued(call, position)
+        last = None if run is None else run.position
+        run = run or Run(call.sample, call.conditions, position)
+        run.sample, run.conditions, run.position = call.sample, call.conditions, position
+        if last_of_run(position, last, steps):
+            self.drop(run)
+        else:
+            self.keep(run)
+        return run, last
 
     def continued(self, call: Arguments, position: float) -> Run | None:
         """The run that `call` continues at `position`: of the same shape and conditions, and not as far yet; None begins one.

@@ -94,6 +94,14 @@ class StepPlan(BaseModel):
         """Of all tensors of all units."""
         return sum(sum(unit.channels) for unit in self.units)
 
+    def words(self) -> str:
+        """What the report calls it."""
+        return f"step plan, {len(self.patterns)} patterns of {len(self.units)} units"
+
+    def exact(self) -> tuple[str, ...]:
+        """Tensors of the part whose dtype no loader may change."""
+        return ("damping", "correction") if self.corrected else ("damping",)
+
     @property
     def kept(self) -> int:
         """Features of a unit that a forecast looks at."""

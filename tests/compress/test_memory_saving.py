@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from diffpress.calibration.examples import Batch, Examples
 from diffpress.calibration.sampling import answer
 from diffpress.compress import overlay
+from diffpress.compress.checkpoint import Progress, load_checkpoint, save_checkpoint
 from diffpress.compress.options import Qalora
 from diffpress.compress.qalora import layer as layers
-from diffpress.compress.qalora.checkpoint import Progress, load_checkpoint, save_checkpoint
 from diffpress.compress.qalora.layer import QaloraLayer
 from diffpress.compress.qalora.optimizer import make_optimizer
 from diffpress.compress.qalora.student import BatchClock, Student

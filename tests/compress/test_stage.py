@@ -25,6 +25,7 @@ from diffpress.export.folder import PipelineFolder
 QUICK: dict[str, dict[str, Any]] = {
     "ptq": {"weights": 4, "attention": "scores"},
     "inherit": {"speedup": 1.2, "trials": 3, "images": 2},
+    "feedback": {"speedup": 1.4, "trials": 2, "iterations": 5, "batch": 1, "validation_images": 1},
     "qalora": {"weights": 4, "iterations": 2, "batch": 2, "rank": 2, "validation_images": 1, "order": "whole"},
 }
 """Options with which a method is done in seconds; the rest as they are left out."""
@@ -32,6 +33,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "ptq": ({"keep": ["nothing.*"]}, r"'nothing.\*' fits no layer"),
     "qalora": ({"keep": ["nothing.*"]}, r"'nothing.\*' fits no layer"),
     "inherit": ({"speedup": 1000}, r"speedup 1000: [\d.]+ is the most that can be reached"),
+    "feedback": ({"region": (0, 9)}, r"steps.region: 0 to 9 are no blocks of this denoiser"),
 }
 """What fits no subject, and what is said of it."""
 

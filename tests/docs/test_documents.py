@@ -78,6 +78,7 @@ def test_advice_quotes_what_was_recorded(tables: ModuleType) -> None:
         ("learning", "docs/beside-peers.md"),
         ("cpu", "docs/kernels.md"),
         ("fusion", "docs/kernels.md"),
+        ("feedback", "docs/ilf.md"),
     ],
 )
 def test_tables_are_those_that_were_recorded(tables: ModuleType, name: str, document: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
+from diffusers import DiTTransformer2DModel
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
@@ -19,12 +20,21 @@ from diffpress.export.artifact import load_pipeline
 from diffpress.export.edits import Attach, Edit, EditBase, Pack, QuantizeAttention, own_tensors, store_edits
 from diffpress.export.errors import ArtifactError
 from diffpress.export.folder import PipelineFolder
-from diffpress.export.runtime import StepClock, StepPlan, Unit
+from diffpress.export.runtime import FeedbackPlan, StepClock, StepPlan, Unit
 from diffpress.kernels import pack_codes
 
 STEPS = [900.0, 500.0, 0.0]
 LAYER, ATTENTION = "transformer_blocks.1.ff.net.2", "transformer_blocks.0.attn1"
 KINDS: tuple[type[EditBase], ...] = get_args(get_args(Edit)[0])
+TINY_BLOCK = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 1,
+    "num_embeds_ada_norm": 1000,
+    "norm_elementwise_affine": False,
+    "attention_bias": True,
+}
+"""A transformer whose block is as those of the `model`."""
 Example = tuple[EditBase, dict[str, Tensor]]
 
 
@@ -59,6 +69,29 @@ def planned(order: int, corrected: bool = False) -> Example:
     return edit, {f"step_plan.{name}": tensor for name, tensor in tensors.items()}
 
 
+def fed(source: str) -> Example:
+    """Both blocks are looped at the first two steps, the feedback module drawn at random; the third step is held."""
+    plan = FeedbackPlan.model_validate(
+        {
+            "blocks": "transformer_blocks",
+            "first": 0,
+            "last": 1,
+            "copied": 1,
+            "carries": ("hidden_states",),
+            "source": source,
+            "steps": "@@.",
+        }
+    )
+    block = DiTTransformer2DModel(**TINY_BLOCK).transformer_blocks[0]
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        f"block.{name}": 0.2 * torch.randn(own.shape, generator=generator) for name, own in block.state_dict().items()
+    }
+    tensors |= {"scales": torch.tensor([0.5, -0.3]), "damping": torch.tensor([0.0, 0.0, 0.5])}
+    edit = Attach(component="transformer", module="feedback", settings=plan)
+    return edit, {f"feedback.{name}": tensor for name, tensor in tensors.items()}
+
+
 EXAMPLES: dict[type[EditBase], list[Example]] = {
     Pack: [
         packed(weight_bits=8, activation_bits=8),
@@ -69,7 +102,7 @@ EXAMPLES: dict[type[EditBase], list[Example]] = {
         (QuantizeAttention(component="transformer", module=ATTENTION), {}),
         (QuantizeAttention(component="transformer", module=ATTENTION, integer_values=True), {}),
     ],
-    Attach: [planned(order=0), planned(order=1, corrected=True), planned(order=2)],
+    Attach: [planned(order=0), planned(order=1, corrected=True), planned(order=2), fed("pass"), fed("forecast")],
 }
 ALL = [example for kind in KINDS for example in EXAMPLES[kind]]
 every_example = pytest.mark.parametrize("example", ALL, ids=lambda example: example[0].words())

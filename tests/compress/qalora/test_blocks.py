@@ -15,10 +15,10 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffpress.calibration.sampling import answer
+from diffpress.compress.importance import StepImportance
 from diffpress.compress.options import Qalora
 from diffpress.compress.qalora import LearningError, StudentRollouts, learn_layers_
 from diffpress.compress.qalora.blocks import STEPS, _Blocks, block_steps, find_blocks, learn_blocks, tensors
-from diffpress.compress.qalora.importance import StepImportance
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import Report
 from diffpress.compress.qalora.training_data import TrainingData

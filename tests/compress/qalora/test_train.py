@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from diffpress.calibration.guidance import find_guidance
 from diffpress.calibration.sampling import sample
+from diffpress.compress.importance import StepImportance
 from diffpress.compress.options import Qalora
 from diffpress.compress.qalora import LearningError, StudentRollouts, learn_layers_, train, training_data
-from diffpress.compress.qalora.importance import StepImportance
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import Report, learn
 from diffpress.compress.qalora.training_data import TrainingData

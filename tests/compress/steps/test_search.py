@@ -16,7 +16,7 @@ from diffpress.compress.steps.search import search
 from diffpress.compress.steps.trials import Trials, image_error
 from diffpress.compress.steps.units import Costs
 
-BUDGET = Budget(Costs((30, 20, 40), 100, (8, 8, 8)), 20)
+BUDGET = Budget(Costs((30, 20, 40), 100, (8, 8, 8), 4), 20)
 
 
 def test_what_a_plan_costs_is_counted_cell_by_cell() -> None:

@@ -47,7 +47,7 @@ def step_importance(scheduler: Any, updates: Sequence[int]) -> StepImportance:
     """
     steps = max(updates) + 1
     even = torch.full((steps,), 1 / steps)
-    weights = _weights(scheduler, updates)
+    weights = scheduler_weights(scheduler, updates)
     if weights is None:
         return StepImportance(even, torch.ones(steps))
     sampling_probabilities = EVEN_SHARE * even + (1 - EVEN_SHARE) * weights.abs() / weights.abs().sum()
@@ -55,7 +55,7 @@ def step_importance(scheduler: Any, updates: Sequence[int]) -> StepImportance:
     return StepImportance(sampling_probabilities, shares / (sampling_probabilities * shares.square()).sum().sqrt())
 
 
-def _weights(scheduler: Any, updates: Sequence[int]) -> Tensor | None:
+def scheduler_weights(scheduler: Any, updates: Sequence[int]) -> Tensor | None:
     """[S] the weight in the last sample of what is given at each step, its mean where a step is updated at twice."""
     try:
         own = torch.tensor(table_of(scheduler).coefficients[-1][1:])

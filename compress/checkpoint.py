@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffpress.export.tensor_files import save_tensors
 
@@ -38,8 +38,8 @@ class Progress:
 
 def save_checkpoint(
     path: Path,
-    parameters: dict[str, nn.Parameter],
-    average: dict[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     progress: Progress,
 ) -> None:
@@ -63,8 +63,8 @@ def checkpoint_bytes(learned: int, bytes_each: int, moments: int) -> int:
 
 def load_checkpoint(
     path: Path,
-    parameters: dict[str, nn.Parameter],
-    average: dict[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
     """Put what `save_checkpoint` wrote back in place; the beginning where there is no readable file."""

@@ -22,7 +22,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from diffpress.compress.qalora.importance import EVEN_SHARE, StepImportance, step_importance
+from diffpress.compress.importance import EVEN_SHARE, StepImportance, step_importance
 
 LINEAR = {
     "DDIM": DDIMScheduler(clip_sample=False),
