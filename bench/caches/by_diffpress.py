@@ -10,6 +10,8 @@ from measure import Run
 from task import Request
 
 import diffpress
+from diffpress.calibration.conditions import call_parameters
+from diffpress.models import pipeline_class, resolve
 
 EIGHT_BITS = {"method": "ptq", "weights": 8, "activations": 8, "float_activations": 0.05}
 """As in the preset `balanced`."""
@@ -17,8 +19,11 @@ EIGHT_BITS = {"method": "ptq", "weights": 8, "activations": 8, "float_activation
 
 def accelerate(row: str, folder: Path, settings: dict[str, Any], request: Request) -> Run:
     """Compress for the steps that are asked for, and load."""
+    sampling: dict[str, Any] = {"steps": request.sampling.steps}
+    if "guidance_scale" in call_parameters(pipeline_class(resolve(str(folder)))):
+        sampling["guidance_scale"] = request.sampling.guidance_scale
     recipe: dict[str, Any] = {
-        "sampling": {"steps": request.sampling.steps, "guidance_scale": request.sampling.guidance_scale},
+        "sampling": sampling,
         "steps": {"method": "inherit", "speedup": settings["speedup"]},
     }
     if row == "inherit+W8A8":
