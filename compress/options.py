@@ -12,7 +12,7 @@ Order = Literal["whole", "blocks"]
 """What learns at a time."""
 DENOISERS = frozenset({"denoiser", "transformer", "unet"})
 """What a recipe calls the component that is recorded, and that learns."""
-Level = Literal["branch", "block", "stack"]
+Level = Literal["branch", "block", "stack", "whole"]
 """What is inherited as one."""
 Storage = Literal["computed", "bfloat16", "int8"]
 """How features are kept."""
@@ -183,8 +183,8 @@ class Inherit(BaseModel):
     )
     level: Level = Field(
         default="stack",
-        description="what is inherited as one: attentions and feed-forwards (`branch`), blocks (`block`), or blocks that "
-        "follow each other together (`stack`), which keeps least and runs fastest; parts of UNets are blocks",
+        description="what is inherited as one: attentions and feed-forwards (`branch`), blocks (`block`), blocks that follow "
+        "each other together (`stack`; parts of UNets are blocks), or all that the denoiser gives (`whole`)",
     )
     order: Literal[0, 1, 2] = Field(
         default=2,

@@ -64,18 +64,18 @@ def find_units(
     """The units of `model`, in the order in which they are called, and what each costs.
 
     `calls` make two calls of it for so many `images`, at neighbouring steps. A unit is one of a list of blocks (`block`);
-    where its attentions and feed-forwards make up nearly all of it, each of them (`branch`); or blocks that follow each other
-    together (`stack`). What changes least from one call to the next is what is inherited: all that is given, or what is added
-    to an input.
+    where its attentions and feed-forwards make up nearly all of it, each of them (`branch`); blocks that follow each other
+    together (`stack`); or the model itself (`whole`). What changes least from one call to the next is what is inherited: all
+    that is given, or what is added to an input.
     """
-    names = {name for name, _ in model.named_modules() if name}
+    names = {name for name, _ in model.named_modules() if bool(name) != (level == "whole")}
     with (
         _watching(model, names) as seen,
         FlopCounterMode(display=False, custom_mapping=operation_formulas()) as counter,
     ):
         calls[0]()
     macs = {name: _macs(counter, model, name) for name in seen}
-    blocks = set(_chosen(model, seen, macs, level))
+    blocks = names if level == "whole" else set(_chosen(model, seen, macs, level))
     chosen = [name for name in seen if name in blocks]
     with _watching(model, set(chosen)) as again:
         calls[1]()
@@ -129,7 +129,7 @@ def affordable(units: Sequence[Unit], costs: Costs, most_bytes: float) -> tuple[
 
 
 def _macs(counter: FlopCounterMode, model: nn.Module, name: str) -> int:
-    counts = counter.get_flop_counts().get(f"{type(model).__name__}.{name}", {})
+    counts = counter.get_flop_counts().get(f"{type(model).__name__}.{name}".rstrip("."), {})
     return sum(counts.values()) // 2
 
 

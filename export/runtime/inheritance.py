@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Self
@@ -72,11 +72,13 @@ class Inheritance(RuntimePart):
     def wraps(self, model: nn.Module) -> dict[str, Wrap]:
         """What lies around the denoiser itself, its units and their shortcuts, by name."""
         signature = inspect.signature(model.forward)
-        found: dict[str, Wrap] = {"": lambda forward: _Call(forward, self, signature)}
+        found: dict[str, Wrap] = {}
         for index, unit in enumerate(self.plan.units):
             for name in unit.modules:
                 found |= self._module_wraps(index, unit, name, model.get_submodule(name))
-        return found
+        # A unit may be the denoiser itself.
+        inner = found.get("", lambda forward: forward)
+        return {**found, "": lambda forward: _Call(inner(forward), self, signature)}
 
     def _module_wraps(self, index: int, unit: Unit, name: str, module: nn.Module) -> dict[str, Wrap]:
         found: dict[str, Wrap] = {name: lambda forward: _Unit(forward, self, index, unit, name, module)}
@@ -171,6 +173,7 @@ class _Unit:
         self.__wrapped__, self.inheritance, self.index, self.unit = forward, inheritance, index, unit
         self.module, self.first, self.last = module, name == unit.modules[0], name == unit.modules[-1]
         self.names = list(inspect.signature(forward).parameters)
+        self.structure: Callable[..., Any] | None = None
         self.factor = float(getattr(module, "output_scale_factor", getattr(module, "rescale_output_factor", 1)))
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -186,6 +189,7 @@ class _Unit:
 
     def _computed(self, frame: Frame, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         output = self.__wrapped__(*arguments, **options)
+        self.structure = type(output) if isinstance(output, dict) else None
         if self.first:
             frame.entries[self.index] = self._identity(frame.shortcuts.get(self.index), arguments, options)
         if self.last:
@@ -195,6 +199,8 @@ class _Unit:
         return output
 
     def _given_back(self, tensors: list[Tensor]) -> Any:
+        if self.structure is not None:
+            return self.structure(*tensors)
         if self.unit.gives is None:
             return tensors[0]
         left = iter(tensors)
@@ -238,5 +244,6 @@ def _corrected(y: Tensor, correction: Tensor) -> Tensor:
 
 
 def tensors_of(output: Any) -> tuple[Tensor, ...]:
-    """Of what a module gave back: a tensor, or a tuple of tensors and of None."""
-    return (output,) if isinstance(output, Tensor) else tuple(part for part in output if part is not None)
+    """Of what a module gave back: a tensor, a tuple of tensors and of None, or such by name."""
+    parts = output.values() if isinstance(output, dict) else output
+    return (output,) if isinstance(output, Tensor) else tuple(part for part in parts if part is not None)

@@ -97,11 +97,13 @@ def test_a_killed_search_continues_to_the_same_bytes(planned, tiny_text, digests
     assert digests(tmp_path / "artifact") == digests(planned)
 
 
-@pytest.mark.parametrize("level", ["branch", "block", "stack"])
-def test_every_level_and_storage_goes_the_whole_way(tiny_class: Path, tmp_path: Path, level: str) -> None:
-    storage = {"branch": "bfloat16", "block": "int8", "stack": "computed"}[level]
+@pytest.mark.parametrize("level", ["branch", "block", "stack", "whole"])
+def test_every_level_and_storage_goes_the_whole_way(request, tmp_path: Path, level: str) -> None:
+    storage = {"branch": "bfloat16", "block": "int8", "stack": "computed", "whole": "computed"}[level]
+    # The one calls its denoiser for a tuple, the other for a named output.
+    model = request.getfixturevalue("tiny_pixels" if level == "whole" else "tiny_class")
     own = {**RECIPE["steps"], "level": level, "cache": storage, "schedule": "uniform"}
-    out = made(tiny_class, tmp_path / "artifact", {**RECIPE, "steps": own})
+    out = made(model, tmp_path / "artifact", {**RECIPE, "steps": own})
     (edit,) = read_manifest(out).edits
     assert edit.settings.storage == storage  # type: ignore[union-attr]
     verify(out)

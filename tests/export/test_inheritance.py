@@ -85,6 +85,20 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 # Which steps, and with what.
 
 
+def test_the_denoiser_itself_may_be_a_unit_and_gives_back_what_it_is_asked_for(transformer: nn.Module) -> None:
+    """Order 0: the last answer once more, as a tuple or by name, and no layer is called."""
+    sample, labels = begin(1)
+    unit = Unit(modules=("",), adds_to=(None,), channels=(4,), gives=(True,))
+    first, second = (torch.full((2,), step) for step in STEPS[:2])
+    with inheriting(transformer, StepPlan.of([unit], EVERY_SECOND, order=0)), torch.no_grad():
+        expected = transformer(sample, timestep=first, class_labels=labels).sample
+        handle = transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("computed"))  # type: ignore[union-attr]
+        found = transformer(sample * 2, timestep=second, class_labels=labels)
+        handle.remove()
+    assert type(found).__name__ == "Transformer2DModelOutput"
+    assert torch.equal(found.sample, expected)
+
+
 def test_a_plan_that_computes_everything_changes_nothing(transformer: nn.Module) -> None:
     expected = generate(transformer, 1)
     with inheriting(transformer, planned(np.ones((6, 1), dtype=bool))):

@@ -17,7 +17,7 @@ from diffpress.compress.overlay import overlaid
 from diffpress.compress.steps.units import affordable, find_units
 from diffpress.export.runtime import Inheritance, StepClock, StepPlan
 
-LEVELS: tuple[Level, ...] = ("branch", "block", "stack")
+LEVELS: tuple[Level, ...] = ("branch", "block", "stack", "whole")
 
 
 def found(recorded: Callable[[str], Any], name: str, level: Level) -> Any:
@@ -35,14 +35,16 @@ def test_a_transformer_is_one_stack_or_its_blocks_or_their_branches(
     units, costs = found(recorded, "tiny_class", level)
     blocks = [f"transformer_blocks.{block}" for block in range(2)]
     expected = {
+        "whole": [("",)],
         "stack": [tuple(blocks)],
         "block": [(block,) for block in blocks],
         "branch": [(f"{block}.{part}",) for block in blocks for part in ("attn1", "ff")],
     }[level]
     assert [unit.modules for unit in units] == expected
     # The branches are given back alone, the blocks on top of what they are given.
-    assert {unit.adds_to for unit in units} == {(None,) if level == "branch" else ("hidden_states",)}
-    assert 0 < costs.rest < costs.total
+    if level != "whole":
+        assert {unit.adds_to for unit in units} == {(None,) if level == "branch" else ("hidden_states",)}
+    assert 0 < costs.rest < costs.total or (level == "whole" and costs.rest == 0)
 
 
 def test_a_unet_is_its_layers_with_their_shortcuts_and_its_resamplers_whole(recorded: Callable[[str], Any]) -> None:
