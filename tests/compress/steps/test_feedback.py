@@ -239,10 +239,17 @@ def test_the_artifact_draws_as_the_student_did(subject: Subject, changes: Change
     assert denoiser_of(loaded).feedback is not None
 
 
-def test_the_teacher_is_left_as_it_was(subject: Subject, changes: Changes) -> None:
+@pytest.fixture
+def learning_before(subject: Subject) -> list[bool]:
+    """Which of the teacher's weights need gradients, before anything is learned."""
+    return [own.requires_grad for own in subject.model.parameters()]
+
+
+def test_the_teacher_is_left_as_it_was(learning_before: list[bool], subject: Subject, changes: Changes) -> None:
     call = next(iter(subject.trajectories.calls()))
     assert torch.equal(replay(subject.model, call), call.output)
-    assert all(own.requires_grad and own.grad is None for own in subject.model.parameters())
+    assert [own.requires_grad for own in subject.model.parameters()] == learning_before
+    assert all(own.grad is None for own in subject.model.parameters())
     assert not any("forward" in vars(module) for module in subject.model.modules())
 
 
