@@ -79,6 +79,8 @@ def test_advice_quotes_what_was_recorded(tables: ModuleType) -> None:
         ("cpu", "docs/kernels.md"),
         ("fusion", "docs/kernels.md"),
         ("feedback", "docs/ilf.md"),
+        ("steps", "docs/steps.md"),
+        ("caches", "docs/steps.md"),
     ],
 )
 def test_tables_are_those_that_were_recorded(tables: ModuleType, name: str, document: str) -> None:
