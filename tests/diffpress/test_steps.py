@@ -76,6 +76,7 @@ def test_plain_diffusers_draws_what_was_measured_for_other_steps_and_twice_alike
         assert all(torch.equal(image, images[0]) for image in images)
 
 
+@pytest.mark.long
 def test_a_killed_search_continues_to_the_same_bytes(planned, tiny_text, digests, tmp_path, monkeypatch) -> None:
     """Tried plans are not tried again."""
     asked: list[object] = []
@@ -97,7 +98,10 @@ def test_a_killed_search_continues_to_the_same_bytes(planned, tiny_text, digests
     assert digests(tmp_path / "artifact") == digests(planned)
 
 
-@pytest.mark.parametrize("level", ["branch", "block", "stack", "whole"])
+@pytest.mark.parametrize(
+    "level",
+    [pytest.param("branch", marks=pytest.mark.long), pytest.param("block", marks=pytest.mark.long), "stack", "whole"],
+)
 def test_every_level_and_storage_goes_the_whole_way(request, tmp_path: Path, level: str) -> None:
     storage = {"branch": "bfloat16", "block": "int8", "stack": "computed", "whole": "computed"}[level]
     # The one calls its denoiser for a tuple, the other for a named output.
