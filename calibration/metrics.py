@@ -16,6 +16,14 @@ def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
     return -10 * torch.log10(error)
 
 
+def geometric_mean_error(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    """Geometric mean over images [N, ...] of their mean squared error, `least` at the least: no single one decides, as in a
+    mean of decibels.
+    """
+    errors = (found - expected).square().flatten(1).mean(1)
+    return float(errors.clamp(min=least).log().mean().exp())
+
+
 def ssim(images: Tensor, reference: Tensor) -> float:
     """Mean structural similarity of images [N, C, H, W] in 0..1 (Wang et al. 2004)."""
     value = structural_similarity_index_measure(images, reference, data_range=1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -15,20 +14,18 @@ from torch import Tensor
 
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.examples import Batch, Examples
-from diffpress.calibration.sampling import Call, Sampling, replay, sample_in_batches
-from diffpress.calibration.trajectory import Trajectories, record
+from diffpress.calibration.metrics import geometric_mean_error
+from diffpress.calibration.sampling import Sampling, sample_in_batches
+from diffpress.calibration.trajectory import Trajectories
 
 from ..options import Qalora
+from ..rollouts import ROLLOUT_ROUNDS, TEACHERS_SHARE, forget_rounds, record_round
 from .student import Student
 
 STEPS_PER_IMAGE = 4
 """Steps of one image that a batch holds, so that it shows what their errors add up to."""
 FRESH_SHARE = 0.5
 """Examples that a round of the student's own runs makes, over those that are drawn until the next."""
-ROLLOUT_ROUNDS = 8
-"""Rounds that are learned from; older ones show a student that is no more."""
-TEACHERS_SHARE = 4
-"""Every so many batches are of the teacher's runs while the student's own are learned from."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +92,7 @@ class TrainingData:
             with student.off():
                 self._truth = self._validation_latents()
         with student.on():
-            errors = (self._validation_latents() - self._truth).square().flatten(1).mean(1)
-        return float(errors.log().mean().exp())
+            return geometric_mean_error(self._validation_latents(), self._truth)
 
     def _validation_latents(self) -> Tensor:
         runs = self.runs
@@ -109,23 +105,11 @@ class TrainingData:
 
     def forget(self, latest: int) -> None:
         """Delete the rounds that are learned from no more once the latest is `latest`, however often learning goes on."""
-        for folder in self.runs.folder.glob("round-*"):
-            if int(folder.name.removeprefix("round-")) <= latest - ROLLOUT_ROUNDS:
-                shutil.rmtree(folder)
+        forget_rounds(self.runs.folder, latest, ROLLOUT_ROUNDS)
 
     def _sample(self, student: Student, index: int) -> Examples:
         """Let the student sample, and the teacher answer to what it saw."""
-        runs = self.runs
-        first = index * self.images
-        wanted = [runs.wanted[place % len(runs.wanted)] for place in range(first, first + self.images)]
-
-        def teacher(call: Call) -> Tensor:
-            with student.off():
-                return replay(student.denoiser, call)
-
-        with student.on():
-            folder = runs.folder / f"round-{index:05d}"
-            trajectories = record(runs.pipeline, wanted, runs.sampling, folder, runs.batch, answer=teacher)
+        trajectories = record_round(self.runs, student, index, self.images)
         return Examples(trajectories, trajectories.shards)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from diffpress.calibration.conditions import Condition
+from diffpress.calibration.metrics import geometric_mean_error
 from diffpress.calibration.sampling import sample_in_batches
 from diffpress.export.runtime import Inheritance, StepClock, StepPlan, Unit
 
@@ -65,21 +66,20 @@ class Trials:
     run: Callable[[Fitted], Tensor]
     target: Callable[[], Tensor]
     """The images without a plan, made when they are needed."""
-    known: dict[Candidate, float] = field(default_factory=dict)
     _target: Tensor | None = None
 
     def __post_init__(self) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self._read = {}
+        self._known: dict[Candidate, float] = {}
         for line in lines:
             rows, forecast, error = json.loads(line)
-            self._read[Candidate(tuple(rows), Forecasting(*forecast))] = error
+            self._known[Candidate(tuple(rows), Forecasting(*forecast))] = error
 
     def error(self, own: Candidate) -> float:
         """Of the images that it makes: see `image_error`."""
-        if own not in self.known:
-            self.known[own] = self._read[own] if own in self._read else self._tried(own)
-        return self.known[own]
+        if own not in self._known:
+            self._known[own] = self._tried(own)
+        return self._known[own]
 
     def _tried(self, own: Candidate) -> float:
         if self._target is None:
@@ -95,5 +95,5 @@ def image_error(found: Tensor, expected: Tensor) -> float:
 
     Latents would not do: some of their errors are not seen in any image.
     """
-    each = (found - expected).square().flatten(1).mean(1)
-    return float(each.clamp(min=SMALLEST).log().mean().exp()) if torch.isfinite(each).all() else float("inf")
+    error = geometric_mean_error(found, expected, SMALLEST)
+    return error if isfinite(error) else inf

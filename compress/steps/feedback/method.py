@@ -25,6 +25,7 @@ from ...checkpoint import Progress, checkpoint_bytes
 from ...importance import scheduler_weights
 from ...options import Feedback
 from ...overlay import frozen
+from ...rollouts import ROLLOUT_ROUNDS
 from ...stage import Cost, Report, Running, Subject
 from ...stage_folder import StageFolder
 from .blocks import Blocks, block_lists, find_blocks
@@ -32,7 +33,7 @@ from .landing import fit_damping, landings
 from .search import SPACINGS, computed_steps, outer_places, plain_plan, plan_macs, plans
 from .student import Student
 from .train import EVALUATIONS, Learning
-from .training_data import ROLLOUT_ROUNDS, StudentRollouts, TrainingData, check_calls, products_of
+from .training_data import StudentRollouts, TrainingData, check_calls, products_of
 from .validation import Validation
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,14 @@ import torch
 from torch import Tensor
 
 from diffpress.calibration.conditions import Condition
-from diffpress.calibration.sampling import Call, Sampling, replay
-from diffpress.calibration.trajectory import Trajectories, record
+from diffpress.calibration.sampling import Call, Sampling
+from diffpress.calibration.trajectory import Trajectories
 from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.runtime.feedback import PAST
 
+from ...rollouts import ROLLOUT_ROUNDS, TEACHERS_SHARE, forget_rounds, record_round
 from .landing import Landing, targets
 from .student import Student
-
-ROLLOUT_ROUNDS = 8
-"""Rounds that are learned from; older ones show a student that is no more."""
-TEACHERS_SHARE = 4
-"""Every so many batches are of the teacher's runs while the student's own are learned from."""
 
 
 @dataclass(frozen=True)
@@ -85,26 +80,14 @@ class TrainingData:
     def follow(self, student: Student, latest: int) -> None:
         """Have the rounds up to `latest` that are learned from; those that are on disk already are not sampled again."""
         wanted = range(max(0, latest - ROLLOUT_ROUNDS + 1), latest + 1)
-        self.rounds = {index: self.rounds.get(index) or self._sample(student, index) for index in wanted}
+        self.rounds = {
+            index: self.rounds.get(index) or record_round(self.runs, student, index, self.runs.batch)
+            for index in wanted
+        }
 
     def forget(self, latest: int) -> None:
         """Delete the rounds that are learned from no more once the latest is `latest`."""
-        for folder in self.runs.folder.glob("round-*"):
-            if int(folder.name.removeprefix("round-")) <= latest - ROLLOUT_ROUNDS:
-                shutil.rmtree(folder)
-
-    def _sample(self, student: Student, index: int) -> Trajectories:
-        """Let the student sample a batch, and the teacher answer to what it saw."""
-        runs = self.runs
-        wanted = [runs.wanted[(index * runs.batch + place) % len(runs.wanted)] for place in range(runs.batch)]
-
-        def teacher(call: Call) -> Tensor:
-            with student.off():
-                return replay(student.denoiser, call)
-
-        with student.on():
-            folder = runs.folder / f"round-{index:05d}"
-            return record(runs.pipeline, wanted, runs.sampling, folder, runs.batch, answer=teacher)
+        forget_rounds(self.runs.folder, latest, ROLLOUT_ROUNDS)
 
 
 def step_weights(landed: Mapping[int, float]) -> dict[int, float]:

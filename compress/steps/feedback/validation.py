@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from diffpress.calibration.conditions import Condition
+from diffpress.calibration.metrics import geometric_mean_error
 from diffpress.calibration.sampling import Sampling, sample_in_batches
 
 from .student import Student
@@ -32,8 +33,7 @@ class Validation:
             with student.off():
                 self._truth = self._latents()
         with student.on():
-            errors = (self._latents() - self._truth).square().flatten(1).mean(1)
-        return float(errors.clamp(min=SMALLEST).log().mean().exp())
+            return geometric_mean_error(self._latents(), self._truth, SMALLEST)
 
     def _latents(self) -> Tensor:
         return sample_in_batches(self.pipeline, self.images, self.sampling, self.batch).latents
