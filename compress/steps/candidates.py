@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffpress.export.runtime.step_plan import COMPUTED, INHERITED
+from diffpress.export.runtime.step_plan import cells_of, rows_of
 
 from .budget import Budget, Cells
 from .schedules import BENDS, MODES, computed_steps
@@ -41,12 +41,12 @@ class Candidate:
     @classmethod
     def of(cls, cells: Cells, forecast: Forecasting) -> Candidate:
         """That computes where `cells` are true."""
-        return cls(tuple("".join(COMPUTED if cell else INHERITED for cell in row) for row in cells), forecast)
+        return cls(tuple(rows_of(cells)), forecast)
 
     @property
     def cells(self) -> Cells:
         """[steps, units]"""
-        return np.array([[cell == COMPUTED for cell in row] for row in self.rows])
+        return cells_of(self.rows)
 
 
 def by_hand(mode: str, bend: float, budget: Budget, speedup: float, forecast: Forecasting) -> Candidate:

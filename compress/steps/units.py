@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffpress.calibration.cost import operation_formulas
-from diffpress.export.runtime.inheritance import IMAGE, tensors_of
+from diffpress.export.runtime.inheritance import IMAGE, SHORTCUT, shortcut_of, tensors_of
 from diffpress.export.runtime.step_plan import Unit
 
 from ..options import Level
@@ -142,14 +142,14 @@ def _outputs(seen: Seen) -> tuple[Tensor, ...]:
 
 
 def _shortcut_macs(macs: Mapping[str, int], unit: Unit) -> int:
-    return sum(macs.get(f"{name}.conv_shortcut", 0) for name in unit.modules) if any(unit.adds_to) else 0
+    return sum(macs.get(f"{name}.{SHORTCUT}", 0) for name in unit.modules) if any(unit.adds_to) else 0
 
 
 def _chosen(model: nn.Module, seen: Mapping[str, Seen], macs: Mapping[str, int], level: Level) -> Iterator[str]:
     pending = [("", model)]
     while pending:
         name, module = pending.pop()
-        if name in seen and _is_block(model, name) and _inheritable(module, seen[name]) and macs[name]:
+        if name in seen and _is_block(model, name) and _inheritable(seen[name]) and macs[name]:
             branches = [
                 child for child in _children(name, module) if child in seen and _is_branch(model, child, seen, macs)
             ]
@@ -169,7 +169,7 @@ def _is_block(model: nn.Module, name: str) -> bool:
     return listed and any(True for _ in model.get_submodule(name).children())
 
 
-def _inheritable(module: nn.Module, seen: Seen) -> bool:
+def _inheritable(seen: Seen) -> bool:
     """Whether it is called once, and gives back tensors."""
     return len(seen.outputs) == 1 and not seen.takes_many and _plain(seen.outputs[0])
 
@@ -181,7 +181,7 @@ def _keeps_shape(seen: Seen) -> bool:
 
 def _is_branch(model: nn.Module, name: str, seen: Mapping[str, Seen], macs: Mapping[str, int]) -> bool:
     module = model.get_submodule(name)
-    whole = any(True for _ in module.children()) and _inheritable(module, seen[name])
+    whole = any(True for _ in module.children()) and _inheritable(seen[name])
     return bool(macs[name]) and whole and _keeps_shape(seen[name])
 
 
@@ -210,13 +210,11 @@ def _adds_to(
     module: nn.Module, y0: Tensor, y1: Tensor, inputs0: Mapping[str, Tensor], inputs1: Mapping[str, Tensor]
 ) -> str | None:
     """The input but for which an output changes least; None where it is no input."""
-    shortcut = getattr(module, "conv_shortcut", None)
-    through = shortcut if isinstance(shortcut, nn.Module) else nn.Identity()
-    factor = float(getattr(module, "output_scale_factor", getattr(module, "rescale_output_factor", 1)))
+    through = shortcut_of(module)
     changes: dict[str | None, float] = {}
     for name, x0 in inputs0.items():
-        if name in inputs1 and (x0.shape == y0.shape or (through is shortcut and not changes)):
-            moved = (through(inputs1[name]) - through(x0)) / factor
+        if name in inputs1 and (x0.shape == y0.shape or (through.layer is not None and not changes)):
+            moved = through(inputs1[name]) - through(x0)
             changes[name] = float((y1 - y0 - moved).float().square().sum())
     # Last: what is the same at both steps, as a text is for the first block, changes nothing either way.
     changes[None] = float((y1 - y0).float().square().sum())
@@ -250,8 +248,7 @@ def _watching(model: nn.Module, names: set[str]) -> Iterator[dict[str, Seen]]:
         parameters = list(inspect.signature(module.forward).parameters)
         handles.append(module.register_forward_hook(partial(look, name, parameters), with_kwargs=True))
     try:
-        with torch.no_grad():
-            yield seen
+        yield seen
     finally:
         for handle in handles:
             handle.remove()

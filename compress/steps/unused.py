@@ -53,7 +53,7 @@ class _Probe(Inheritance):
         count, kept = len(self.computes), self.plan.kept
         past = [[] if computed else [self._past(unit)] * kept for unit, computed in enumerate(self.computes)]
         weights = torch.eye(1, kept).repeat(count, 1)
-        self._thread.frame = Frame(self.computes, (False,) * count, weights, past, None)
+        self.frame = Frame(self.computes, (False,) * count, weights, past, None)
 
     def _past(self, unit: int) -> Features:
         factor = OTHER if unit == self.other else 1.0
@@ -61,6 +61,6 @@ class _Probe(Inheritance):
 
     def end(self, run: None) -> None:  # type: ignore[override]
         """Remember the first call."""
-        frame, self._thread.frame = self._thread.frame, None
+        frame, self.frame = self.frame, None
         if frame is not None and all(self.computes):
             self.features = frame.made

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from .step_plan import COMPUTED, UNUSED, StepPlan, Unit, forecast_weights, rows_
 
 IMAGE = 4
 """Axes from which on a feature is a map, whose channels are the second; others have them last."""
+
+
+SHORTCUT = "conv_shortcut"
+"""What a resnet calls the layer that its input goes through before it is added."""
 
 
 @dataclass
@@ -57,9 +61,9 @@ class Inheritance(RuntimePart):
     def __init__(self, plan: StepPlan, clock: StepClock) -> None:
         super().__init__(clock)
         self.plan = plan
-        self.cells = plan.cells
+        self.cells, self.inheriting = plan.cells, plan.inheriting
         self.register_buffer("damping", torch.zeros(len(plan.steps), len(plan.units), plan.order))
-        neutral = torch.tensor([1.0, 0.0]).view(1, 2, 1).repeat(len(plan.inheriting), 1, plan.channels)
+        neutral = torch.tensor([1.0, 0.0]).view(1, 2, 1).repeat(len(self.inheriting), 1, plan.channels)
         self.register_buffer("correction", neutral.half() if plan.corrected else None)
         ends = np.cumsum([0, *(sum(unit.channels) for unit in plan.units)]).tolist()
         self.places = list(pairwise(ends))
@@ -82,8 +86,8 @@ class Inheritance(RuntimePart):
 
     def _module_wraps(self, index: int, unit: Unit, name: str, module: nn.Module) -> dict[str, Wrap]:
         found: dict[str, Wrap] = {name: lambda forward: _Unit(forward, self, index, unit, name, module)}
-        if any(unit.adds_to) and isinstance(getattr(module, "conv_shortcut", None), nn.Module):
-            found[f"{name}.conv_shortcut"] = lambda forward: _Shortcut(forward, self, index)
+        if any(unit.adds_to) and shortcut_of(module).layer is not None:
+            found[f"{name}.{SHORTCUT}"] = lambda forward: _Shortcut(forward, self, index)
         return found
 
     def begin(self, call: Arguments) -> Run:
@@ -124,9 +128,9 @@ class Inheritance(RuntimePart):
         return Frame(computes, unused, torch.tensor(weights).to(device), past, self._correction(row, device))
 
     def _correction(self, row: int, device: torch.device) -> Tensor | None:
-        if self.correction is None or row not in self.plan.inheriting:
+        if self.correction is None or row not in self.inheriting:
             return None
-        return self.correction[self.plan.inheriting.index(row)].to(device)
+        return self.correction[self.inheriting.index(row)].to(device)
 
 
 class _Call:
@@ -150,6 +154,26 @@ class _Call:
         self.inheritance.end(run)
 
 
+class Shortcut(NamedTuple):
+    """How a module takes what it adds to: through a layer of its own, over a factor."""
+
+    layer: nn.Module | None
+    factor: float
+
+    def __call__(self, x: Tensor, known: Tensor | None = None) -> Tensor:
+        """Of the module's input; `known` is what the layer gave for it, where it was asked already."""
+        if self.layer is not None:
+            x = self.layer(x) if known is None else known
+        return x if self.factor == 1 else x / self.factor
+
+
+def shortcut_of(module: nn.Module) -> Shortcut:
+    """By the names that diffusers has for it."""
+    layer = getattr(module, SHORTCUT, None)
+    factor = float(getattr(module, "output_scale_factor", getattr(module, "rescale_output_factor", 1)))
+    return Shortcut(layer if isinstance(layer, nn.Module) else None, factor)
+
+
 class _Shortcut:
     """The forward of what a unit's branch is added to: its answer is needed to tell the branch from the sum."""
 
@@ -171,10 +195,10 @@ class _Unit:
         self, forward: Forward, inheritance: Inheritance, index: int, unit: Unit, name: str, module: nn.Module
     ) -> None:
         self.__wrapped__, self.inheritance, self.index, self.unit = forward, inheritance, index, unit
-        self.module, self.first, self.last = module, name == unit.modules[0], name == unit.modules[-1]
+        self.first, self.last = name == unit.modules[0], name == unit.modules[-1]
         self.names = list(inspect.signature(forward).parameters)
         self.structure: Callable[..., Any] | None = None
-        self.factor = float(getattr(module, "output_scale_factor", getattr(module, "rescale_output_factor", 1)))
+        self.shortcut = shortcut_of(module)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         frame = self.inheritance.frame
@@ -209,13 +233,7 @@ class _Unit:
     def _identity(self, shortcut: Tensor | None, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> list[Any]:
         """What each tensor of the output is added to, or None."""
         given = dict(zip(self.names, arguments, strict=False)) | dict(options)
-        return [None if name is None else self._through(given[name], shortcut) for name in self.unit.adds_to]
-
-    def _through(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
-        own = getattr(self.module, "conv_shortcut", None)
-        if isinstance(own, nn.Module):
-            x = own(x) if shortcut is None else shortcut
-        return x if self.factor == 1 else x / self.factor
+        return [None if name is None else self.shortcut(given[name], shortcut) for name in self.unit.adds_to]
 
     def _forecast(self, frame: Frame, identity: list[Any]) -> list[Tensor]:
         weights, past = frame.weights[self.index], frame.past[self.index]

@@ -73,7 +73,7 @@ class StepPlan(BaseModel):
     @classmethod
     def of(cls, units: Sequence[Unit], cells: NDArray[np.bool_], **settings: object) -> Self:
         """The plan that computes where `cells` [steps, units] are true."""
-        rows = ["".join(COMPUTED if cell else INHERITED for cell in row) for row in cells]
+        rows = rows_of(cells)
         patterns = tuple(dict.fromkeys(rows))
         return cls.model_validate(
             {"units": tuple(units), "patterns": patterns, "steps": tuple(map(patterns.index, rows)), **settings}
@@ -82,7 +82,7 @@ class StepPlan(BaseModel):
     @property
     def cells(self) -> NDArray[np.bool_]:
         """[steps, units] whether it is computed."""
-        return np.array([[cell == COMPUTED for cell in self.patterns[index]] for index in self.steps])
+        return cells_of([self.patterns[index] for index in self.steps])
 
     @property
     def inheriting(self) -> list[int]:
@@ -106,6 +106,16 @@ class StepPlan(BaseModel):
     def kept(self) -> int:
         """Features of a unit that a forecast looks at."""
         return self.order + 1
+
+
+def rows_of(cells: NDArray[np.bool_]) -> list[str]:
+    """As patterns are spelt: a row computes where `cells` [steps, units] are true."""
+    return ["".join(COMPUTED if cell else INHERITED for cell in row) for row in cells]
+
+
+def cells_of(rows: Sequence[str]) -> NDArray[np.bool_]:
+    """[steps, units] whether it is computed."""
+    return np.array([[cell == COMPUTED for cell in row] for row in rows])
 
 
 def rows_at(position: float, last: float | None, steps: int) -> list[int]:
