@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffpress.export.edits import Edit, own_tensors
 from diffpress.export.runtime import StepClock
 
-from .overlay import overlaid
+from .overlay import overlaid, replaced
 
 
 @dataclass(frozen=True)
@@ -62,5 +62,6 @@ def worn(model: nn.Module, changes: Changes, timesteps: Sequence[float]) -> Iter
         stack.enter_context(overlaid(model, {}, clock))
         for edit in changes.edits:
             own = own_tensors(edit, changes.tensors)
+            stack.enter_context(replaced(model, edit.replaces(model, own)))
             stack.enter_context(overlaid(model, edit.wraps(model, own, clock)))
         yield

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from diffpress.export.runtime import Attention, AttentionOverride, Forward, StepClock, Wrap, attach_clock_
+from diffpress.export.edits import Replacement
+from diffpress.export.runtime import Attention, AttentionOverride, StepClock, Wrap, attach_clock_
 
 from .options import LARGE
 
 NOTHING = object()
 """Stands where an instance has no forward of its own, and the one of its class answers."""
 
-_BENEATH: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
-"""Per module with wraps around it, what its instance had before each of them, the innermost first."""
+
+class _Laid(NamedTuple):
+    """An attribute of a module that an overlay has set."""
+
+    owner: nn.Module
+    name: str
+    before: Any
+
+
+_LAID: WeakKeyDictionary[nn.Module, list[_Laid]] = WeakKeyDictionary()
+"""Per model what overlays have set in it, in the order in which they came."""
 
 
 @contextmanager
@@ -32,40 +41,61 @@ def overlaid(model: nn.Module, wraps: Mapping[str, Wrap], clock: StepClock | Non
         if clock is not None:
             stack.callback(attach_clock_(model, clock).remove)
         for name, wrap in wraps.items():
-            stack.enter_context(_wrapped(model.get_submodule(name), wrap))
+            module = model.get_submodule(name)
+            stack.enter_context(_laid(model, module, "forward", wrap(module.forward)))
         yield
 
 
 @contextmanager
-def _wrapped(module: nn.Module, wrap: Wrap) -> Iterator[None]:
-    beneath = _BENEATH.setdefault(module, [])
-    beneath.append(module.__dict__.get("forward", NOTHING))
+def replaced(model: nn.Module, replacements: Iterable[Replacement]) -> Iterator[None]:
+    """Put other modules, and other attributes, in their places while the context lasts; overlays laid later find those."""
+    with ExitStack() as stack:
+        for replacement in replacements:
+            stack.enter_context(_laid(model, *replacement))
+        yield
+
+
+@contextmanager
+def _laid(model: nn.Module, owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+    laid = _LAID.setdefault(model, [])
+    laid.append(_Laid(owner, name, _get(owner, name)))
     try:
-        _set_forward(module, wrap(module.forward))
+        _set(owner, name, value)
         yield
     finally:
-        _set_forward(module, beneath.pop())
-        if not beneath:
-            del _BENEATH[module]
+        last = laid.pop()
+        _set(owner, name, last.before)
+        if not laid:
+            del _LAID[model]
 
 
 @contextmanager
 def teacher(model: nn.Module) -> Iterator[None]:
     """The original answers while the context lasts: every overlay of `model` is off."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            if module in _BENEATH:
-                stack.callback(partial(_set_forward, module, module.__dict__.get("forward", NOTHING)))
-                _set_forward(module, _BENEATH[module][0])
+    laid = list(_LAID.get(model, ()))
+    now = []
+    for owner, name, before in reversed(laid):
+        now.append((owner, name, _get(owner, name)))
+        _set(owner, name, before)
+    try:
         yield
+    finally:
+        for owner, name, value in reversed(now):
+            _set(owner, name, value)
 
 
-def _set_forward(module: nn.Module, forward: Forward | Any) -> None:
+def _get(owner: nn.Module, name: str) -> Any:
     # An attribute of the instance stands before the method of its class.
-    if forward is NOTHING:
-        module.__dict__.pop("forward", None)
+    return owner.__dict__.get(name, NOTHING) if name == "forward" else getattr(owner, name)
+
+
+def _set(owner: nn.Module, name: str, value: Any) -> None:
+    if value is NOTHING:
+        owner.__dict__.pop(name, None)
+    elif name == "forward":
+        owner.__dict__[name] = value
     else:
-        module.__dict__["forward"] = forward
+        setattr(owner, name, value)
 
 
 def overriding_attention(attention: Mapping[str, Attention]) -> dict[str, Wrap]:

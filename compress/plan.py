@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from diffpress.export.edits import Edit, store_edits
 from diffpress.export.manifest import PlanRow
@@ -16,10 +16,12 @@ def plan_rows(component: str, forms: Mapping[str, Form], changes: Changes) -> li
 
     After them one row for everything else that a stage has said something of, such as attention or a part that it added.
     """
-    edits = {edit.module: edit for edit in changes.edits}
+    edits: dict[str, list[Edit]] = {}
+    for edit in changes.edits:
+        edits.setdefault(edit.module, []).append(edit)
     before, after = _by_module(forms), _by_module(store_edits(forms, changes.edits, forms_of(changes.tensors)))
     rows = [
-        _row(component, module, own, after.get(module, {}), edits.get(module), changes.notes.get(module, Note()))
+        _row(component, module, own, after.get(module, {}), edits.get(module, []), changes.notes.get(module, Note()))
         for module, own in before.items()
     ]
     return rows + [
@@ -43,7 +45,7 @@ def _row(
     module: str,
     before: Mapping[str, Form],
     after: Mapping[str, Form],
-    edit: Edit | None,
+    edits: Sequence[Edit],
     note: Note,
 ) -> PlanRow:
     first = before.get(f"{module}.weight", next(iter(before.values())))
@@ -51,7 +53,7 @@ def _row(
         component=component,
         module=module,
         shape=first.shape,
-        format=note.format or (str(first.dtype)[6:] if edit is None else edit.words()),
+        format=note.format or ", ".join(edit.words() for edit in edits) or str(first.dtype)[6:],
         source_bytes=_bytes(before),
         bytes=_bytes(after),
         reason=note.reason,

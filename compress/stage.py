@@ -11,7 +11,8 @@ from torch import nn
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.sampling import Sampling
 from diffpress.calibration.trajectory import Trajectories
-from diffpress.export.source import Form
+from diffpress.export.edits import store_edits
+from diffpress.export.source import Form, forms_of
 
 from .changes import Changes, worn
 from .stage_folder import StageFolder
@@ -28,7 +29,7 @@ class Subject:
     component: str
     """Its name in the pipeline, such as `unet`."""
     forms: Mapping[str, Form]
-    """How the source stores its tensors, by the model's names."""
+    """How its tensors are stored, by the model's names: by the source, or as earlier stages left them."""
     trajectories: Trajectories
     """Recorded runs of the original."""
     sampling: Sampling
@@ -52,7 +53,8 @@ class Subject:
 
     def after(self, changes: Changes) -> Subject:
         """The subject of the next stage."""
-        return replace(self, before=self.before.then(changes))
+        forms = store_edits(self.forms, changes.edits, forms_of(changes.tensors))
+        return replace(self, before=self.before.then(changes), forms=forms)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from .attach import Attach, step_plans
 from .attention import QuantizeAttention
-from .base import EditBase
+from .base import EditBase, Replacement
 from .kinds import Edit, edits_of, own_tensors, store_edits
 from .pack import Pack
+from .resize import Resize
 
 __all__ = [
     "Attach",
@@ -12,6 +13,8 @@ __all__ = [
     "EditBase",
     "Pack",
     "QuantizeAttention",
+    "Replacement",
+    "Resize",
     "edits_of",
     "own_tensors",
     "step_plans",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -12,6 +12,14 @@ from ..runtime import StepClock, Wrap
 
 Stored = TypeVar("Stored")
 """A tensor, or its form alone."""
+
+
+class Replacement(NamedTuple):
+    """What an attribute of a module becomes: a number, or, where it is the name of a child, another module."""
+
+    owner: nn.Module
+    name: str
+    value: Any
 
 
 class EditBase(BaseModel):
@@ -43,7 +51,11 @@ class EditBase(BaseModel):
         """The same on a `model` that has its weights and keeps them: what is laid around the forwards of modules, by their
         names, with the edit's tensors.
         """
-        raise NotImplementedError
+        return {}
+
+    def replaces(self, model: nn.Module, own: Mapping[str, Tensor]) -> Iterable[Replacement]:
+        """And what takes the place of modules and their attributes; later edits, and later stages, are of that."""
+        return ()
 
     def owns(self, tensor: str) -> bool:
         """Whether a tensor of this name is the edit's own, as `MODULE.TENSOR` is."""

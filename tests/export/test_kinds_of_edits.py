@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -14,13 +15,14 @@ from diffusers import DiTTransformer2DModel
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from diffpress.compress.overlay import overlaid
+from diffpress.compress.changes import Changes, worn
+from diffpress.compress.overlay import teacher
 from diffpress.export.apply import apply_edits_
 from diffpress.export.artifact import load_pipeline
-from diffpress.export.edits import Attach, Edit, EditBase, Pack, QuantizeAttention, own_tensors, store_edits
+from diffpress.export.edits import Attach, Edit, EditBase, Pack, QuantizeAttention, Resize, store_edits
 from diffpress.export.errors import ArtifactError
 from diffpress.export.folder import PipelineFolder
-from diffpress.export.runtime import FeedbackPlan, StepClock, StepPlan, Unit
+from diffpress.export.runtime import FeedbackPlan, StepPlan, Unit
 from diffpress.kernels import pack_codes
 
 STEPS = [900.0, 500.0, 0.0]
@@ -35,7 +37,8 @@ TINY_BLOCK = {
     "attention_bias": True,
 }
 """A transformer whose block is as those of the `model`."""
-Example = tuple[EditBase, dict[str, Tensor]]
+Example = tuple[Sequence[EditBase], dict[str, Tensor]]
+"""Edits, the first of them of the kind that it is an example of, and their tensors."""
 
 
 def packed(**form: Any) -> Example:
@@ -52,7 +55,7 @@ def packed(**form: Any) -> Example:
         tensors["zero_point"] = torch.tensor([1.0, -2.0, 3.0])
     if edit.smoothed:
         tensors["smoothing"] = torch.linspace(0.5, 2, 64)
-    return edit, {f"{LAYER}.{name}": tensor for name, tensor in tensors.items()}
+    return [edit], {f"{LAYER}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def planned(order: int, corrected: bool = False) -> Example:
@@ -66,7 +69,7 @@ def planned(order: int, corrected: bool = False) -> Example:
     if corrected:
         tensors["correction"] = torch.linspace(0.5, 1.5, 2 * 2 * 32).view(2, 2, 32).half()
     edit = Attach(component="transformer", module="step_plan", settings=plan)
-    return edit, {f"step_plan.{name}": tensor for name, tensor in tensors.items()}
+    return [edit], {f"step_plan.{name}": tensor for name, tensor in tensors.items()}
 
 
 def fed(source: str) -> Example:
@@ -89,7 +92,23 @@ def fed(source: str) -> Example:
     }
     tensors |= {"scales": torch.tensor([0.5, -0.3]), "damping": torch.tensor([0.0, 0.0, 0.5])}
     edit = Attach(component="transformer", module="feedback", settings=plan)
-    return edit, {f"feedback.{name}": tensor for name, tensor in tensors.items()}
+    return [edit], {f"feedback.{name}": tensor for name, tensor in tensors.items()}
+
+
+def resized(refitted: bool) -> Example:
+    """A block without one of its two heads, and without 24 of its 64 neurons; what reads them has new weights, or not."""
+    where = {"component": "transformer"}
+    head, neurons = ((8, 8),), ((0, 8), (32, 32))
+    edits = [
+        Resize(module=LAYER, inputs=neurons, refitted=refitted, **where),
+        Resize(module=LAYER.replace("net.2", "net.0.proj"), outputs=neurons, **where),
+        Resize(module=f"{ATTENTION}.to_out.0", inputs=head, **where),
+        *[Resize(module=f"{ATTENTION}.to_{name}", outputs=head, **where) for name in "qkv"],
+        Resize(module=ATTENTION, attributes={"heads": 1, "inner_dim": 8}, **where),
+    ]
+    generator = torch.Generator().manual_seed(4)
+    tensors = {"weight": 0.2 * torch.randn(16, 40, generator=generator), "bias": torch.linspace(-1, 1, 16)}
+    return edits, {f"{LAYER}.refitted.{name}": tensor for name, tensor in tensors.items()} if refitted else {}
 
 
 EXAMPLES: dict[type[EditBase], list[Example]] = {
@@ -99,13 +118,14 @@ EXAMPLES: dict[type[EditBase], list[Example]] = {
         packed(weight_bits=4, activation_bits=None, group_size=16),
     ],
     QuantizeAttention: [
-        (QuantizeAttention(component="transformer", module=ATTENTION), {}),
-        (QuantizeAttention(component="transformer", module=ATTENTION, integer_values=True), {}),
+        ([QuantizeAttention(component="transformer", module=ATTENTION)], {}),
+        ([QuantizeAttention(component="transformer", module=ATTENTION, integer_values=True)], {}),
     ],
+    Resize: [resized(False), resized(True)],
     Attach: [planned(order=0), planned(order=1, corrected=True), planned(order=2), fed("pass"), fed("forecast")],
 }
 ALL = [example for kind in KINDS for example in EXAMPLES[kind]]
-every_example = pytest.mark.parametrize("example", ALL, ids=lambda example: example[0].words())
+every_example = pytest.mark.parametrize("example", ALL, ids=lambda example: example[0][0].words())
 
 
 @pytest.fixture
@@ -126,12 +146,12 @@ def answers(model: nn.Module) -> list[Tensor]:
 
 def applied(model: nn.Module, example: Example) -> nn.Module:
     """As it is loaded: onto the empty model, which is then filled with what is stored, in the dtypes that it holds."""
-    edit, own = example
-    stored = store_edits(model.state_dict(), [edit], own)
+    edits, own = example
+    stored = store_edits(model.state_dict(), edits, own)  # type: ignore[arg-type]
     empty = copy.deepcopy(model)
     with init_empty_weights(include_buffers=True):
-        apply_edits_(empty, [edit], STEPS)
-    assert edit.exact() <= stored.keys()
+        apply_edits_(empty, edits, STEPS)  # type: ignore[arg-type]
+    assert all(edit.exact() <= stored.keys() for edit in edits)
     held = {name: tensor.dtype for name, tensor in empty.state_dict().items()}
     assert stored.keys() == held.keys()
     empty.load_state_dict({name: stored[name].to(dtype) for name, dtype in held.items()}, strict=True, assign=True)
@@ -146,28 +166,28 @@ def test_every_kind_has_an_example() -> None:
 
 @every_example
 def test_it_is_read_back_as_it_was_written(example: Example) -> None:
-    edit = example[0]
     adapter: TypeAdapter[Any] = TypeAdapter(Annotated[Edit, "every kind"])
-    assert adapter.validate_json(adapter.dump_json(edit)) == edit
-    with pytest.raises(ValueError, match="extra"):
-        adapter.validate_python(edit.model_dump() | {"another": 1})
+    for edit in example[0]:
+        assert adapter.validate_json(adapter.dump_json(edit)) == edit
+        with pytest.raises(ValueError, match="extra"):
+            adapter.validate_python(edit.model_dump() | {"another": 1})
 
 
 @every_example
 def test_worn_it_answers_as_it_is_loaded(example: Example, model: nn.Module) -> None:
-    edit, own = example
+    edits, own = example
     before, loaded = answers(model), answers(applied(model, example))
     assert not all(torch.equal(found, known) for found, known in zip(loaded, before, strict=True))
-    clock = StepClock(STEPS)
-    wraps = edit.wraps(model, own_tensors(edit, own), clock)
-    with overlaid(model, wraps, clock):
-        worn = answers(model)
-    assert all(torch.equal(found, expected) for found, expected in zip(worn, loaded, strict=True))
+    with worn(model, Changes(tuple(edits), own), STEPS):  # type: ignore[arg-type]
+        found = answers(model)
+        with teacher(model):
+            assert all(torch.equal(found, known) for found, known in zip(answers(model), before, strict=True))
+    assert all(torch.equal(own, expected) for own, expected in zip(found, loaded, strict=True))
     assert all(torch.equal(found, expected) for found, expected in zip(answers(model), before, strict=True))
 
 
 @every_example
 def test_on_a_model_that_has_no_such_module_it_is_refused(example: Example, model: nn.Module) -> None:
-    edit = example[0].model_copy(update={"module": "no.such.module"})
+    edit = example[0][0].model_copy(update={"module": "no.such.module"})
     with pytest.raises(ArtifactError, match=r"edit of transformer\.no\.such\.module does not apply"):
         apply_edits_(model, [edit], STEPS)  # type: ignore[list-item]
