@@ -239,11 +239,23 @@ def range_errors(rows: Tensor, weights: Tensor, grid: RangeCandidates, bits: int
 
 def input_rows(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """At most `count` rows [N, K], drawn at random, of what the K columns of a layer's weight are multiplied with."""
+    return input_rows_at(layer, x, output_places(layer, x, count, generator))
+
+
+def output_places(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """At most `count` of the positions, each with a row, of what a Linear or Conv2d makes of `x`: drawn at random."""
     if not isinstance(layer, nn.Conv2d):
-        return _some_rows(layer, x, count, generator)
+        return _some(row_count(layer, x), count, generator)
+    return torch.randint(_positions(layer, x), (count,), generator=generator)
+
+
+def input_rows_at(layer: nn.Module, x: Tensor, places: Tensor) -> Tensor:
+    """What the columns of a layer's weight are multiplied with at these positions of its output: [N, K]."""
+    if not isinstance(layer, nn.Conv2d):
+        return rows_at(layer, x, places)
     assert not isinstance(layer.padding, str)
+    places = places.to(x.device)
     height, width = output_size(x.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    places = torch.randint(len(x) * height * width, (count,), generator=generator).to(x.device)
     image, place = places // (height * width), places % (height * width)
     top, left = place // width * layer.stride[0], place % width * layer.stride[1]
     padded = F.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)

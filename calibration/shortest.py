@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .conditions import Condition
-from .sampling import Sampling, sample
+from .sampling import Call, Sampling, sample, watch
 
 FEWEST = (2, 3, 4, 6, 8)
 """Steps that are tried: the second shows what the first is not to be blamed for; some schedulers cannot make so few."""
@@ -24,3 +24,12 @@ def shortest(pipeline: Any, condition: Condition, sampling: Sampling) -> Samplin
             continue
         return fewer
     return sampling
+
+
+def short_run(pipeline: Any, condition: Condition, sampling: Sampling) -> list[Call]:
+    """The denoiser's calls in the shortest run of one image."""
+    calls: list[Call] = []
+    few = shortest(pipeline, condition, sampling)
+    with watch(pipeline, calls.append):
+        sample(pipeline, [condition], few)
+    return calls

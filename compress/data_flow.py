@@ -26,8 +26,7 @@ def edge_layers(denoiser: nn.Module, call: Call) -> dict[str, str]:
     Not by the order in which layers are registered or called: embeddings of the time step and of captions come first there.
     What is called with another input than the sample has no such layers.
     """
-    # Diffusers' denoisers take the sample first, whatever they call it.
-    argument = next(iter(inspect.signature(denoiser.forward).parameters))
+    argument = first_argument(denoiser)
     if argument not in call.inputs:
         return {}
     flow = _Flow()
@@ -45,6 +44,11 @@ def edge_layers(denoiser: nn.Module, call: Call) -> dict[str, str]:
         output = answer(denoiser, inputs, call.output.dtype)
     last = flow.directly_behind(output) - flow.read
     return dict.fromkeys(last - {SAMPLE}, "last") | dict.fromkeys(flow.first, "first")
+
+
+def first_argument(denoiser: nn.Module) -> str:
+    """What a denoiser calls the sample: those of diffusers take it first."""
+    return next(iter(inspect.signature(denoiser.forward).parameters))
 
 
 class _Flow:

@@ -11,7 +11,7 @@ would be the Fisher information). Images of a batch do not see each other, so ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -24,14 +24,16 @@ from diffpress.calibration.trajectory import Trajectories
 from diffpress.export.runtime import Attention, Forward, StepClock, Wrap
 
 from .overlay import checkpointed, frozen, is_large, overlaid, overriding_attention
-from .quantized_layer import QuantizedLayer, fake_quantization
+from .quantized_layer import QuantizedLayer, call_with, fake_quantization
 
 PRODUCTS = 96
 """Products g . dy that an error is the mean of, at least: its relative standard deviation is sqrt(2 / 96), a seventh, where
 images err alike, while errors of layers differ by orders of magnitude."""
 
-Answers = Callable[..., Sequence[Tensor]]
+Answers = Callable[..., Iterable[Tensor]]
 """What a module would answer to its inputs under each of several changes."""
+Weights = tuple[Tensor, Tensor | None]
+"""The weight and the bias of a layer."""
 
 
 @torch.no_grad()
@@ -78,6 +80,33 @@ def measure_attention(
     return probes.measure(denoiser, overriding_attention({name: watch(name) for name in attention}))
 
 
+@torch.no_grad()
+def measure_weights(
+    denoiser: nn.Module,
+    weights: Mapping[str, Sequence[Weights]],
+    trajectories: Trajectories,
+    seed: int,
+    calls: Sequence[tuple[Call, float]],
+) -> dict[str, list[float]]:
+    """Squared error of the denoiser's output with one layer at a time having other weights, estimated (see above): a sum
+    over `calls`, each times the number beside it.
+    """
+    probes = _Probes(trajectories, {name: len(ways) for name, ways in weights.items()}, seed, calls)
+
+    def wrap(name: str) -> Wrap:
+        layer = denoiser.get_submodule(name)
+
+        def around(beneath: Forward) -> Forward:
+            def answers(x: Tensor) -> Iterator[Tensor]:
+                return (call_with(layer, beneath, x, *own) for own in weights[name])
+
+            return lambda x: probes.watch(name, answers, beneath(x), x)
+
+        return around
+
+    return probes.measure(denoiser, {name: wrap(name) for name in weights})
+
+
 def evaluation_calls(trajectories: Trajectories) -> list[Call]:
     """Three steps of one shard: the first, the one in the middle and the last."""
     shard = trajectories.shards[0]
@@ -85,12 +114,23 @@ def evaluation_calls(trajectories: Trajectories) -> list[Call]:
     return [trajectories.call(shard, index) for index in (0, (last + 1) // 2, last)]
 
 
+def _relative(calls: Sequence[Call]) -> list[tuple[Call, float]]:
+    """Each with what makes of the sum of its squared errors a share of the mean."""
+    return [(call, 1 / (len(calls) * float(call.output.float().square().sum()))) for call in calls]
+
+
 class _Probes:
     """Products g . dy of every module that is watched, from one backward pass after the other."""
 
-    def __init__(self, trajectories: Trajectories, ways: Mapping[str, int], seed: int) -> None:
+    def __init__(
+        self,
+        trajectories: Trajectories,
+        ways: Mapping[str, int],
+        seed: int,
+        calls: Sequence[tuple[Call, float]] | None = None,
+    ) -> None:
         """`ways`: in how many ways each module is changed."""
-        self.calls, self.ways = evaluation_calls(trajectories), ways
+        self.calls, self.ways = calls or _relative(evaluation_calls(trajectories)), ways
         self.timesteps, self.clock = trajectories.timesteps, StepClock(trajectories.timesteps)
         self.generator = torch.Generator().manual_seed(seed)
         self.step_weights = self.clock.weights
@@ -123,9 +163,9 @@ class _Probes:
         """The errors of every module in each way, with `wraps` that let them be watched."""
         errors = {name: torch.zeros(count) for name, count in self.ways.items()}
         with overlaid(denoiser, wraps), frozen(denoiser), checkpointed(denoiser, is_large(denoiser)):
-            for call in self.calls:
+            for call, weight in self.calls:
                 for name, squared in self._squared_errors(denoiser, call).items():
-                    errors[name] += squared / call.output.float().square().sum() / len(self.calls)
+                    errors[name] += squared * weight
         return {name: own.tolist() for name, own in errors.items()}
 
     def _squared_errors(self, denoiser: nn.Module, call: Call) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ from functools import partial
 from math import log10
 from pathlib import Path
 
-from diffpress.calibration.sampling import Call, replay, sample, sample_in_batches, watch
-from diffpress.calibration.shortest import shortest
+from diffpress.calibration.sampling import Call, replay, sample_in_batches
+from diffpress.calibration.shortest import short_run
 from diffpress.calibration.trajectory import Progress
 from diffpress.export.edits import Attach
 from diffpress.export.errors import RecipeError, UnsupportedModelError
@@ -132,11 +132,8 @@ def _units_of(subject: Subject, calls: Sequence[Call], images: float, options: I
 
 def _short_run(subject: Subject) -> list[Call]:
     """The calls of a run in few steps. Raises UnsupportedModelError where steps are not called alike."""
-    pipeline, calls = subject.pipeline, list[Call]()
-    wanted = subject.conditions(1)
-    few = shortest(pipeline, wanted[0], subject.sampling)
-    with watch(pipeline, calls.append):
-        sample(pipeline, wanted, few)
+    pipeline = subject.pipeline
+    calls = short_run(pipeline, subject.conditions(1)[0], subject.sampling)
     counts = Counter(call.step for call in calls)
     if len(counts) == 1:
         raise UnsupportedModelError(
