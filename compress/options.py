@@ -16,6 +16,8 @@ Level = Literal["branch", "block", "stack", "whole"]
 """What is inherited as one."""
 Storage = Literal["computed", "bfloat16", "int8"]
 """How features are kept."""
+Removable = Literal["heads", "neurons", "channels"]
+"""What can be removed: heads of attentions, neurons of feed-forwards, channels of resnets."""
 LARGE = 100_000_000
 """Parameters of a denoiser from which learning spends time to save memory."""
 
@@ -162,6 +164,54 @@ class Qalora(Rounding):
                 "method ptq"
             )
         return self
+
+
+class Removal(BaseModel):
+    """How much of the denoiser is removed; every pruning method shares this."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    remove: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="share that is removed; what can be reached at most is said where this is more",
+    )
+    share_of: Literal["parameters", "units", "macs"] = Field(
+        default="parameters",
+        description="what `remove` is a share of: all `parameters` of the denoiser, only those in what can be removed "
+        "(`units`), or its multiplications (`macs`)",
+    )
+    kinds: list[Removable] = Field(
+        default=["heads", "neurons", "channels"],
+        min_length=1,
+        description="what may be removed: `heads` of attentions, `neurons` of feed-forwards, `channels` of resnets",
+    )
+    multiple: int = Field(
+        default=8,
+        ge=1,
+        description="numbers of neurons that are kept are multiples of this, which kernels like; layers of fewer than eight "
+        "times as many keep any number",
+    )
+    keep: list[str] = Field(
+        default=[], description="modules to leave as they are: patterns of names such as `mid_block.*`"
+    )
+
+
+class Magnitude(Removal):
+    """Units with the smallest weights go, from every layer the same share."""
+
+    method: Literal["magnitude"] = Field(
+        description="`magnitude`: the smallest weights of every layer go, nothing makes up for them"
+    )
+
+
+class Obs(Removal):
+    """Optimal brain surgeon: what is least missed goes, and what is kept makes up for it, in closed form."""
+
+    method: Literal["obs"] = Field(
+        description="`obs`: what the recorded runs miss least goes, and what is kept is solved for anew; no training"
+    )
 
 
 class Inherit(BaseModel):

@@ -23,6 +23,8 @@ from diffpress.export.errors import RecipeError
 from diffpress.export.folder import PipelineFolder
 
 QUICK: dict[str, dict[str, Any]] = {
+    "obs": {"share_of": "units"},
+    "magnitude": {"share_of": "units"},
     "ptq": {"weights": 4, "attention": "scores"},
     "inherit": {"speedup": 1.2, "trials": 3, "images": 2},
     "feedback": {"speedup": 1.4, "trials": 2, "iterations": 5, "batch": 1, "validation_images": 1},
@@ -30,6 +32,8 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 """Options with which a method is done in seconds; the rest as they are left out."""
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "obs": ({"remove": 0.99}, r"remove 0.99: 0\.\d+ of what can be removed is the most"),
+    "magnitude": ({"keep": ["nothing.*"]}, r"'nothing.\*' fits nothing that could be removed"),
     "ptq": ({"keep": ["nothing.*"]}, r"'nothing.\*' fits no layer"),
     "qalora": ({"keep": ["nothing.*"]}, r"'nothing.\*' fits no layer"),
     "inherit": ({"speedup": 1000}, r"speedup 1000: [\d.]+ is the most that can be reached"),
@@ -177,10 +181,11 @@ def test_every_method_keeps_the_contract(entry: Any, subject: Subject, tmp_path:
     assert all(0 < done <= total for steps in told.values() for done, total in steps)
     assert changes.edits
     written = [path for path in (tmp_path / "work").rglob("*.safetensors") if path.is_file()]
-    assert 0 < sum(tensor_bytes(path) for path in written) <= cost.disk_bytes
+    held = sum(tensor.nbytes for tensor in changes.tensors.values())
+    assert held <= sum(tensor_bytes(path) for path in written) <= cost.disk_bytes
     rows = plan_rows("transformer", subject.forms, changes)
     smaller = sum(row.bytes for row in rows) < sum(row.source_bytes for row in rows)
-    assert smaller == (entry.stage == "quantize"), "a plan of steps adds what it holds"
+    assert smaller == (entry.stage != "steps"), "a plan of steps adds what it holds"
     assert json.dumps([row.model_dump(mode="json") for row in rows])
     source = PipelineFolder(Path(subject.pipeline.config._name_or_path), "tiny")
     write_pipeline(tmp_path / "out", source, changes.edits, {"transformer": changes.tensors}, subject.timesteps)

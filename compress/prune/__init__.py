@@ -1,0 +1,1 @@
+"""The stage `prune`: what a denoiser can do without is removed."""
