@@ -10,12 +10,17 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from diffpress.export.runtime import Attention, AttentionOverride, Forward, StepClock, Wrap, attach_clock_
+from diffpress.export.runtime import (
+    Attention,
+    AttentionOverride,
+    StepClock,
+    Wrap,
+    attach_clock_,
+    own_forward,
+    set_forward,
+)
 
 from .options import LARGE
-
-NOTHING = object()
-"""Stands where an instance has no forward of its own, and the one of its class answers."""
 
 _BENEATH: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 """Per module with wraps around it, what its instance had before each of them, the innermost first."""
@@ -39,12 +44,12 @@ def overlaid(model: nn.Module, wraps: Mapping[str, Wrap], clock: StepClock | Non
 @contextmanager
 def _wrapped(module: nn.Module, wrap: Wrap) -> Iterator[None]:
     beneath = _BENEATH.setdefault(module, [])
-    beneath.append(module.__dict__.get("forward", NOTHING))
+    beneath.append(own_forward(module))
     try:
-        _set_forward(module, wrap(module.forward))
+        set_forward(module, wrap(module.forward))
         yield
     finally:
-        _set_forward(module, beneath.pop())
+        set_forward(module, beneath.pop())
         if not beneath:
             del _BENEATH[module]
 
@@ -55,17 +60,9 @@ def teacher(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if module in _BENEATH:
-                stack.callback(partial(_set_forward, module, module.__dict__.get("forward", NOTHING)))
-                _set_forward(module, _BENEATH[module][0])
+                stack.callback(partial(set_forward, module, own_forward(module)))
+                set_forward(module, _BENEATH[module][0])
         yield
-
-
-def _set_forward(module: nn.Module, forward: Forward | Any) -> None:
-    # An attribute of the instance stands before the method of its class.
-    if forward is NOTHING:
-        module.__dict__.pop("forward", None)
-    else:
-        module.__dict__["forward"] = forward
 
 
 def overriding_attention(attention: Mapping[str, Attention]) -> dict[str, Wrap]:
