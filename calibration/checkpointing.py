@@ -1,0 +1,187 @@
+"""Gradients through a whole sampling run in the memory of one call of the denoiser: EcoDiff's time-step checkpointing, exact.
+
+Every call keeps its inputs only and is made again on the way back (2412.02852, section 3.3; there the noise of the second
+time is another). Schedulers and their state stay in the graph as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+from diffpress.export.errors import UserError
+from diffpress.export.runtime import (
+    Forward,
+    RuntimePart,
+    StepClock,
+    attached_clocks,
+    own_forward,
+    set_forward,
+)
+
+from .sampling import denoiser_of
+
+OF_A_CALL = ("forward", "training", "gradient_checkpointing")
+"""Attributes of modules that decide what a call computes: overlays are forwards of instances."""
+ROUNDINGS = 16
+"""Of the output's precision, by which an answer may differ the second time: kernels may add in another order."""
+
+
+@contextmanager
+def checkpoint_steps(pipeline: Any) -> Iterator[None]:
+    """Have every call of the pipeline's denoiser keep its inputs only, and be made again on the way back.
+
+    Gradients are those of plain back-propagation; activations take the memory of one call, whatever the number of steps.
+    `backward` may come after the context, and after overlays are off: a call is made again as it was made. Raises UserError
+    where that cannot be, as a step plan remembers earlier steps, or a weight was changed meanwhile.
+
+    >>> call = type(pipeline).__call__.__wrapped__  # diffusers' own, but without torch.no_grad
+    >>> with diffpress.checkpoint_steps(pipeline):
+    ...     latents = call(pipeline, "red apple", output_type="latent").images
+    >>> reward(latents).backward()
+    """
+    denoiser = denoiser_of(pipeline)
+    before = own_forward(denoiser)
+    set_forward(denoiser, _Checkpointed(denoiser, denoiser.forward))
+    try:
+        yield
+    finally:
+        set_forward(denoiser, before)
+
+
+class _Checkpointed:
+    """The forward of the denoiser. Its hooks stay outside: who watches sees each call once, and clocks are moved once."""
+
+    def __init__(self, denoiser: nn.Module, forward: Forward) -> None:
+        # By this name the signature is found.
+        self.__wrapped__, self.denoiser = forward, denoiser
+        self.latest: _Circumstances | None = None
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.__wrapped__(*arguments, **options)
+        _refuse_memory(self.denoiser)
+        now = _Circumstances.of(self.denoiser)
+        # Mostly the same as of the call before, and of large models not small.
+        self.latest = self.latest if now == self.latest else now
+        # Flat, because generators are saved of devices that tensors among the arguments are on, not of those in dicts.
+        inputs, structure = tree_flatten((arguments, options))
+        clocks = [(clock, clock.weights) for clock in attached_clocks(self.denoiser)]
+        call = _Call(self.__wrapped__, structure, self.denoiser, self.latest, clocks)
+        return checkpoint(call, *inputs, use_reentrant=False, early_stop=False)
+
+
+class _Call:
+    """One call of the denoiser, which can be made again: in another thread, later, and under what held then."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        structure: TreeSpec,
+        denoiser: nn.Module,
+        circumstances: _Circumstances | None,
+        clocks: Sequence[tuple[StepClock, Tensor]],
+    ) -> None:
+        self.forward, self.structure, self.denoiser = forward, structure, denoiser
+        self.circumstances, self.clocks = circumstances, clocks
+        self.answered: list[Tensor] | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self.answered is None:
+            output = self._made(inputs)
+            self.answered = _fingerprint(output)
+            return output
+        with ExitStack() as stack:
+            assert self.circumstances is not None
+            stack.enter_context(self.circumstances.again(self.denoiser))
+            for clock, weights in self.clocks:
+                stack.enter_context(clock.standing_at(weights))
+            try:
+                output = self._made(inputs)
+            except CheckpointError as error:
+                raise _another_answer(self.denoiser) from error
+        if not _alike(self.answered, _fingerprint(output), output):
+            raise _another_answer(self.denoiser)
+        return output
+
+    def _made(self, inputs: Sequence[Any]) -> Any:
+        arguments, options = tree_unflatten(inputs, self.structure)
+        return self.forward(*arguments, **options)
+
+
+class _Circumstances(NamedTuple):
+    """What decides, beside its inputs, what a call of a denoiser computes and keeps."""
+
+    attributes: list[dict[str, Any]]
+    """Per module, of OF_A_CALL those that the instance has."""
+    learning: list[bool]
+    """Per parameter, whether it requires a gradient."""
+
+    @classmethod
+    def of(cls, denoiser: nn.Module) -> Self:
+        """As they are now."""
+        own = [vars(module) for module in denoiser.modules()]
+        attributes = [{name: each[name] for name in OF_A_CALL if name in each} for each in own]
+        return cls(attributes, [parameter.requires_grad for parameter in denoiser.parameters()])
+
+    @contextmanager
+    def again(self, denoiser: nn.Module) -> Iterator[None]:
+        """They hold while the context lasts."""
+        now = self.of(denoiser)
+        self._restore(denoiser)
+        try:
+            yield
+        finally:
+            now._restore(denoiser)
+
+    def _restore(self, denoiser: nn.Module) -> None:
+        for module, own in zip(denoiser.modules(), self.attributes, strict=True):
+            for name in OF_A_CALL:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(own)
+        for parameter, learns in zip(denoiser.parameters(), self.learning, strict=True):
+            parameter.requires_grad_(learns)
+
+
+def _refuse_memory(denoiser: nn.Module) -> None:
+    forward: Any = denoiser.forward
+    while forward is not None:
+        for part in getattr(forward, "__dict__", {}).values():
+            if isinstance(part, RuntimePart):
+                raise UserError(
+                    f"What is laid around {type(denoiser).__name__} ({type(part).__name__}) remembers earlier steps, so that "
+                    "no step can be computed again alone. Take it off, or leave checkpoint_steps out."
+                )
+        forward = getattr(forward, "__wrapped__", None)
+
+
+@torch.no_grad()
+def _fingerprint(output: Any) -> list[Tensor]:
+    """Sum and norm of each tensor of floats in an answer."""
+    tensors = [y.detach().double() for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
+    return [torch.stack([y.sum(), y.norm()]) for y in tensors]
+
+
+def _alike(first: list[Tensor], second: list[Tensor], output: Any) -> bool:
+    """Whether answers differ by roundings only: of a sum of n numbers by their norm, times the root of n, times those."""
+    tensors = [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
+    for before, after, y in zip(first, second, tensors, strict=True):
+        slack = ROUNDINGS * torch.finfo(y.dtype).eps * before[1] * max(y.numel(), 1) ** 0.5
+        # What is not a number was not one the first time either, and is not for us to judge.
+        if bool(((before - after).abs() > slack).any()):
+            return False
+    return True
+
+
+def _another_answer(denoiser: nn.Module) -> UserError:
+    return UserError(
+        f"{type(denoiser).__name__} computes something else on the way back than it did on the way there: a weight or a "
+        "setting was changed in between, or something in it remembers earlier calls. Call backward before an optimizer's step, "
+        "and leave checkpoint_steps out for a model that remembers."
+    )
