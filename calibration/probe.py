@@ -121,9 +121,7 @@ class _Probe:
         return not torch.equal(_Probe(self.pipeline, self.run, self.forms, timestep).latents(), latents)
 
     def _barrier(self, latents: Tensor, answers: int) -> Operation | None:
-        """The first operation after so many answers that gives no gradient to what it is given, though what it makes has one, or
-        cannot have any.
-        """
+        """The first operation after so many answers that passes no gradient on, though what it makes has one or cannot have."""
         after = [operation for operation in self.trace.operations if operation.answers >= answers]
         deaf = [own for own in after if not any(map(_any, _gradients([latents], own.inputs)))]
         flat = (own for own in deaf if any(map(_any, _gradients([latents], own.outputs))))
