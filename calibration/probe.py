@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from diffpress.export.errors import UnsupportedModelError
-from diffpress.export.runtime import Forward, find_timestep, own_forward, set_forward
+from diffpress.export.runtime import Forward, attached_clocks, find_timestep, own_forward, set_forward
 
 from .sampling import denoiser_of, device_of
 from .tracing import Barriers, Operation, Trace, place_of
@@ -107,14 +109,16 @@ class _Probe:
 
     def latents(self) -> Tensor:
         """What the pipeline samples where the stand-in answers."""
-        before, device = own_forward(self.denoiser), device_of(self.denoiser)
-        set_forward(self.denoiser, self)
-        try:
-            with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        device = device_of(self.denoiser)
+        generators = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+        with _unwatched(self.denoiser), generators:
+            before = own_forward(self.denoiser)
+            set_forward(self.denoiser, self)
+            try:
                 torch.manual_seed(SEED)
                 return self.run()
-        finally:
-            set_forward(self.denoiser, before)
+            finally:
+                set_forward(self.denoiser, before)
 
     def _matters(self, timestep: float, latents: Tensor) -> bool:
         """Whether the latents change with what is answered there: with some schedulers the first step has no weight."""
@@ -170,6 +174,19 @@ class _Probe:
             refuse(self.pipeline, f"{name} lets none through to what it is given", OTHER_DENOISER)
         check_learning(self.pipeline, any(found is not leaf for found in _learning(tensors)))
         return tree_map(lambda y: y.detach() if isinstance(y, Tensor) else y, output)
+
+
+@contextmanager
+def _unwatched(denoiser: nn.Module) -> Iterator[None]:
+    """No hook of the denoiser sees a call while the context lasts, but for clocks."""
+    before, after = denoiser._forward_pre_hooks, denoiser._forward_hooks
+    clocks = attached_clocks(denoiser)
+    kept = ((key, hook) for key, hook in before.items() if getattr(hook, "__self__", None) in clocks)
+    denoiser._forward_pre_hooks, denoiser._forward_hooks = OrderedDict(kept), OrderedDict()
+    try:
+        yield
+    finally:
+        denoiser._forward_pre_hooks, denoiser._forward_hooks = before, after
 
 
 def _any(gradient: Tensor | None) -> bool:
