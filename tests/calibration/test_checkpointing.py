@@ -156,8 +156,11 @@ def in_a_thread(work: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("source", ["tiny_text", "tiny_class", "tiny_pixels"])
-@pytest.mark.parametrize("inside", [True, False], ids=["laid inside", "laid around"])
-@pytest.mark.parametrize("call", [lambda work: work(), in_a_thread], ids=["same thread", "another thread"])
+@pytest.mark.parametrize(
+    ("inside", "call"),
+    [(True, lambda work: work()), (False, in_a_thread)],
+    ids=["laid inside, same thread", "laid around, another thread"],
+)
 def test_an_overlay_and_its_step_are_those_of_the_call(
     source: str, inside: bool, call: Callable[..., Any], double: Callable[..., Any], two_of: Two
 ) -> None:
