@@ -7,7 +7,8 @@ time is another). Schedulers and their state stay in the graph as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -27,8 +28,10 @@ from diffpress.export.runtime import (
 
 from .sampling import denoiser_of
 
-OF_A_CALL = ("forward", "training", "gradient_checkpointing")
-"""Attributes of modules that decide what a call computes: overlays are forwards of instances."""
+BLOCKS_BY = "_gradient_checkpointing_func"
+"""What diffusers calls the attribute of a module that checkpoints its blocks."""
+OF_A_CALL = ("forward", "training", "gradient_checkpointing", BLOCKS_BY)
+"""Attributes of modules that decide what a call computes and keeps: overlays are forwards of instances."""
 ROUNDINGS = 16
 """Of the output's precision, by which an answer may differ the second time: kernels may add in another order."""
 
@@ -69,7 +72,8 @@ class _Checkpointed:
         _refuse_memory(self.denoiser)
         now = _Circumstances.of(self.denoiser)
         # Mostly the same as of the call before, and of large models not small.
-        self.latest = self.latest if now == self.latest else now
+        if self.latest is None or now != self.latest:
+            self.latest = now
         # Flat, because generators are saved of devices that tensors among the arguments are on, not of those in dicts.
         inputs, structure = tree_flatten((arguments, options))
         clocks = [(clock, clock.weights) for clock in attached_clocks(self.denoiser)]
@@ -85,7 +89,7 @@ class _Call:
         forward: Forward,
         structure: TreeSpec,
         denoiser: nn.Module,
-        circumstances: _Circumstances | None,
+        circumstances: _Circumstances,
         clocks: Sequence[tuple[StepClock, Tensor]],
     ) -> None:
         self.forward, self.structure, self.denoiser = forward, structure, denoiser
@@ -94,14 +98,11 @@ class _Call:
 
     def __call__(self, *inputs: Any) -> Any:
         if self.answered is None:
-            output = self._made(inputs)
+            with self._passed_on():
+                output = self._made(inputs)
             self.answered = _fingerprint(output)
             return output
-        with ExitStack() as stack:
-            assert self.circumstances is not None
-            stack.enter_context(self.circumstances.again(self.denoiser))
-            for clock, weights in self.clocks:
-                stack.enter_context(clock.standing_at(weights))
+        with self.again():
             try:
                 output = self._made(inputs)
             except CheckpointError as error:
@@ -113,6 +114,43 @@ class _Call:
     def _made(self, inputs: Sequence[Any]) -> Any:
         arguments, options = tree_unflatten(inputs, self.structure)
         return self.forward(*arguments, **options)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """All is as it was during the call while the context lasts."""
+        with ExitStack() as stack:
+            stack.enter_context(self.circumstances.again(self.denoiser))
+            for clock, weights in self.clocks:
+                stack.enter_context(clock.standing_at(weights))
+            stack.enter_context(self._passed_on())
+            yield
+
+    @contextmanager
+    def _passed_on(self) -> Iterator[None]:
+        """While the context lasts, to blocks that are checkpointed: they are made again by themselves, after the whole call."""
+        own = {module: vars(module).get(BLOCKS_BY) for module in self.denoiser.modules() if BLOCKS_BY in vars(module)}
+        for module, function in own.items():
+            vars(module)[BLOCKS_BY] = partial(self._checkpoint_block, function)
+        try:
+            yield
+        finally:
+            for module, function in own.items():
+                vars(module)[BLOCKS_BY] = function
+
+    def _checkpoint_block(self, function: Forward, block: Forward, *arguments: Any, **options: Any) -> Any:
+        return function(_Block(self, block), *arguments, **options)
+
+
+class _Block:
+    """A block of the denoiser, called for the second time as for the first."""
+
+    def __init__(self, call: _Call, block: Forward) -> None:
+        self.call, self.block, self.answered = call, block, False
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        first, self.answered = not self.answered, True
+        with nullcontext() if first else self.call.again():
+            return self.block(*arguments, **options)
 
 
 class _Circumstances(NamedTuple):

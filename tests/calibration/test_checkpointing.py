@@ -194,6 +194,7 @@ def test_an_overlay_that_is_laid_later_has_no_part(double: Callable[..., Any], t
         assert_close(run.gradients(latents), expected)
 
 
+@pytest.mark.filterwarnings("error:.*use_reentrant")
 @pytest.mark.parametrize("source", ["tiny_text", "tiny_class", "tiny_pixels"])
 def test_blocks_may_be_checkpointed_within_a_call(source: str, double: Callable[..., Any], two_of: Two) -> None:
     """Then a block is run three times a step: there, for its call, and for itself."""
@@ -213,6 +214,17 @@ def test_blocks_may_be_checkpointed_within_a_call(source: str, double: Callable[
     run.gradients(latents)
     assert len(calls) == 2 * FOUR.steps
     assert not denoiser.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("source", ["tiny_text", "tiny_class", "tiny_pixels"])
+def test_an_overlay_learns_with_its_blocks_checkpointed(source: str, double: Callable[..., Any], two_of: Two) -> None:
+    """The first block of the first step is given nothing that needs a gradient."""
+    pipeline = double(source)
+    scales = Scales(pipeline)
+    run = Run(pipeline, two_of(source), list(scales.tables.values()))
+    expected = run.gradients(run.latents(scales.on()))
+    blocks = checkpointed(scales.denoiser, True)
+    assert_close(run.gradients(run.latents(diffpress.checkpoint_steps(pipeline), scales.on(), blocks)), expected)
 
 
 def test_who_watches_sees_every_call_once(double: Callable[..., Any], two_of: Two) -> None:
