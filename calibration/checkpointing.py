@@ -17,14 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from diffpress.export.errors import UserError
-from diffpress.export.runtime import (
-    Forward,
-    RuntimePart,
-    StepClock,
-    attached_clocks,
-    own_forward,
-    set_forward,
-)
+from diffpress.export.runtime import Forward, RuntimePart, StepClock, attached_clocks, own_forward, set_forward
 
 from .sampling import denoiser_of
 
@@ -128,7 +121,7 @@ class _Call:
     @contextmanager
     def _passed_on(self) -> Iterator[None]:
         """While the context lasts, to blocks that are checkpointed: they are made again by themselves, after the whole call."""
-        own = {module: vars(module).get(BLOCKS_BY) for module in self.denoiser.modules() if BLOCKS_BY in vars(module)}
+        own = {module: vars(module)[BLOCKS_BY] for module in self.denoiser.modules() if BLOCKS_BY in vars(module)}
         for module, function in own.items():
             vars(module)[BLOCKS_BY] = partial(self._checkpoint_block, function)
         try:
@@ -207,10 +200,10 @@ def _fingerprint(output: Any) -> list[Tensor]:
 
 
 def _alike(first: list[Tensor], second: list[Tensor], output: Any) -> bool:
-    """Whether answers differ by roundings only: of a sum of n numbers by their norm, times the root of n, times those."""
+    """Whether answers differ by roundings only: norms by ROUNDINGS of them, sums of n numbers by the root of n times that."""
     tensors = [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
     for before, after, y in zip(first, second, tensors, strict=True):
-        slack = ROUNDINGS * torch.finfo(y.dtype).eps * before[1] * max(y.numel(), 1) ** 0.5
+        slack = ROUNDINGS * torch.finfo(y.dtype).eps * before[1] * before.new_tensor([y.numel() ** 0.5, 1.0])
         # What is not a number was not one the first time either, and is not for us to judge.
         if bool(((before - after).abs() > slack).any()):
             return False
