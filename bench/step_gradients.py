@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from machine import machine
 from rss import peak_rss_bytes, reset_peak, rss_bytes
 
+RECORDED = Path(__file__).parent / "results" / "step_gradients.json"
 STEPS = (5, 10, 20, 50)
 IMAGES = 2
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -137,12 +138,33 @@ def count(width: int, latents: int, measured: bool) -> dict[str, Any]:
     return row | ({"bytes": kept_bytes(sdxl(width), latents)} if measured else {})
 
 
+def draw(results: dict[str, Any], out: Path) -> None:
+    """Peak memory over the number of steps, of what has a gradient."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for way in (way for way in WAYS if way != NO_GRADIENT):
+        rows = [row for row in results["rows"] if row["way"] == way]
+        panel.plot([row["steps"] for row in rows], [row["peak_bytes"] / 1e6 for row in rows], marker="o", label=way)
+    panel.set(xlabel="sampling steps", ylabel="peak memory above the model's, MB", yscale="log")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    figure.savefig(out, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--no-sizes", action="store_true", help="leave the UNet of Stable Diffusion XL's shape out")
     parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--draw", type=Path, metavar="PNG", help="draw what is recorded instead of measuring")
     arguments = parser.parse_args()
+    if arguments.draw is not None:
+        draw(json.loads(RECORDED.read_text(encoding="utf-8")), arguments.draw)
+        return
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         # The C library reads these when a process begins.
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
