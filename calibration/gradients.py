@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffpress.export.runtime import NOTHING, own_forward
@@ -27,9 +27,9 @@ _DIFFERENTIABLE: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
 def sample_with_gradients(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Tensor:
     """`sample(...).latents` [N, ...], to the bit, with the graph of the whole run attached.
 
-    Gradients go to all that requires one, in the denoiser and elsewhere. Inside `checkpoint_steps` activations take the
-    memory of one call. Raises UnsupportedModelError, before any sampling, where a part of the pipeline lets no gradient
-    through, and names it.
+    Gradients go to the denoiser, and what is laid around it, as far as that requires one. Inside `checkpoint_steps`
+    activations take the memory of one call. Raises UnsupportedModelError, before any sampling, where a part of the pipeline
+    lets no gradient through, and names it.
     """
     known, here = _DIFFERENTIABLE.setdefault(pipeline, set()), _circumstances(pipeline, sampling)
     if here not in known:
@@ -65,10 +65,27 @@ def _sampled(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> 
 
     pixels = _Pixels()
     converting = pixels if getattr(pipeline, "vae", None) is None else nullcontext()
-    with watch_decoder(pipeline, receive), converting, suppress(_Sampled):
+    with _others_frozen(pipeline), watch_decoder(pipeline, receive), converting, suppress(_Sampled):
         images = call(pipeline, **call_arguments(pipeline, wanted, sampling)).images
         return torch.cat(seen) if seen else pixels_as_latents(pixels.tensor_of(pipeline, images))
     return torch.cat(seen)
+
+
+@contextmanager
+def _others_frozen(pipeline: Any) -> Iterator[None]:
+    """No part but the denoiser has a graph while the context lasts: text encoders would keep theirs, and T5 whose weights
+    require a gradient attends by another kernel, with other last bits.
+    """
+    modules = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, nn.Module)]
+    own = set(denoiser_of(pipeline).parameters())
+    others = {weight for part in modules for weight in part.parameters() if weight.requires_grad} - own
+    for weight in others:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in others:
+            weight.requires_grad_(True)
 
 
 class _Pixels(TorchFunctionMode):

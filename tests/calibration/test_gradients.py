@@ -53,6 +53,14 @@ def test_all_images_are_there_where_each_is_decoded_alone(two_calls: Any, two_of
     assert torch.equal(latents, sample(two_calls, two_of("tiny_pixels"), FOUR).latents)
 
 
+def test_only_the_denoiser_has_a_graph(double: Callable[..., Any], two_of: Two) -> None:
+    pipeline = double("tiny_text")
+    sample_with_gradients(pipeline, two_of("tiny_text"), FOUR).sum().backward()
+    assert all(parameter.grad is not None for parameter in pipeline.unet.parameters())
+    others = [*pipeline.text_encoder.parameters(), *pipeline.vae.parameters()]
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in others)
+
+
 def test_the_callers_own_noise_is_not_spent_on_checks(double: Callable[..., Any], two_of: Two) -> None:
     """A scheduler that is given no generator draws as it does in `sample`."""
 
