@@ -201,6 +201,43 @@ def _feedback(row: dict[str, Any]) -> Sequence[str]:
     return (row["row"], f"{1 / row['speedup']:.2f}", psnr, *errors, distance, f"{row['feature_mse_long']:.1e}")
 
 
+def step_gradients(results: dict[str, Any]) -> str:
+    """Peak memory and time of gradients through whole runs, of `results/step_gradients.json`."""
+    rows = {(row["way"], row["steps"]): row for row in results["rows"]}
+    ways, steps = (list(dict.fromkeys(column)) for column in zip(*rows, strict=True))
+    header = (
+        "",
+        *(f"{count} steps" for count in steps),
+        f"{steps[-1]} over {steps[0]}",
+        *(f"s, {n} steps" for n in steps),
+    )
+    lines = []
+    for way in ways:
+        own = [rows[way, count] for count in steps]
+        peaks = [row["peak_bytes"] for row in own]
+        seconds = [f"{row['cpu_seconds']:.1f}" for row in own]
+        # What a run without a gradient takes is too little to tell from what the C library holds back.
+        growth = "" if way == "no gradient" else f"{peaks[-1] / peaks[0]:.2f}"
+        lines.append((way, *(f"{peak / 1e6:.1f} MB" for peak in peaks), growth, *seconds))
+    return _table(header, lines)
+
+
+def step_gradient_sizes(results: dict[str, Any]) -> str:
+    """What one call of a UNet in the shape of Stable Diffusion XL's keeps, of `results/step_gradients.json`."""
+    header = ("width", "latents", "parameters", "kept, measured", "kept, by shapes")
+    lines = [
+        (
+            str(row["width"]),
+            f"{row['latents']} x {row['latents']}",
+            f"{row['parameters'] / 1e6:,.0f} million",
+            _megabytes(row["bytes"]) if "bytes" in row else "",
+            _megabytes(row["bytes_by_shapes"]),
+        )
+        for row in results["sizes"]
+    ]
+    return _table(header, lines)
+
+
 def _by_model(
     models: dict[str, list[dict[str, Any]]], header: Sequence[str], line: Callable[[dict[str, Any]], Sequence[str]]
 ) -> str:
@@ -232,6 +269,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "fusion": ("fusion.json", fusion),
     "steps": ("steps.json", steps),
     "caches": ("steps.json", caches),
+    "step-gradients": ("step_gradients.json", step_gradients),
+    "step-gradient-sizes": ("step_gradients.json", step_gradient_sizes),
 }
 """Name to the results file and what is made of it."""
 

@@ -64,6 +64,14 @@ def sample(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Sa
 
     Raises UnsupportedModelError where a number of steps is wanted and the pipeline takes none.
     """
+    seen: list[Tensor] = []
+    with watch_decoder(pipeline, seen.append):
+        made = torch.from_numpy(pipeline(**call_arguments(pipeline, wanted, sampling)).images)
+    return Sample(made.permute(0, 3, 1, 2).float(), torch.cat(seen) if seen else pixels_as_latents(made))
+
+
+def call_arguments(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> dict[str, Any]:
+    """What the call of the pipeline is given (see `sample`)."""
     arguments: dict[str, Any] = {
         "generator": [torch.Generator().manual_seed(condition.seed) for condition in wanted],
         "output_type": "np",
@@ -83,9 +91,16 @@ def sample(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Sa
         arguments["num_inference_steps"] = sampling.steps
     if sampling.guidance_scale is not None and "guidance_scale" in known:
         arguments["guidance_scale"] = sampling.guidance_scale
-    with _decoded_latents(pipeline) as seen:
-        images = torch.from_numpy(pipeline(**arguments).images).float().permute(0, 3, 1, 2)
-    return Sample(images, torch.cat(seen) if seen else images * 2 - 1)
+    return arguments
+
+
+def pixels_as_latents(images: Tensor) -> Tensor:
+    """Images [N, H, W, C] in 0..1 as [N, C, H, W] in -1..1, which stand for latents where there are none."""
+    return _at_least_single(images).permute(0, 3, 1, 2) * 2 - 1
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sample_in_batches(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling, batch: int) -> Sample:
@@ -95,22 +110,25 @@ def sample_in_batches(pipeline: Any, wanted: Sequence[Condition], sampling: Samp
 
 
 @contextmanager
-def _decoded_latents(pipeline: Any) -> Iterator[list[Tensor]]:
-    """Collects what the pipeline gives its image decoder."""
-    seen: list[Tensor] = []
+def watch_decoder(pipeline: Any, receive: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hand what the pipeline gives its image decoder, in single precision at least, to `receive`; none without a `vae`.
+
+    It is decoded without a gradient.
+    """
     vae = getattr(pipeline, "vae", None)
     if vae is None:
-        yield seen
+        yield
         return
     decode = vae.decode
 
     def watched(latents: Tensor, *arguments: Any, **options: Any) -> Any:
-        seen.append(latents.detach().float())
-        return decode(latents, *arguments, **options)
+        receive(_at_least_single(latents))
+        with torch.no_grad():
+            return decode(latents, *arguments, **options)
 
     vae.decode = watched
     try:
-        yield seen
+        yield
     finally:
         del vae.decode
 

@@ -10,12 +10,17 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from diffpress.export.edits import Replacement
-from diffpress.export.runtime import Attention, AttentionOverride, StepClock, Wrap, attach_clock_
+from diffpress.export.runtime import (
+    Attention,
+    AttentionOverride,
+    StepClock,
+    Wrap,
+    attach_clock_,
+    own_forward,
+    set_forward,
+)
 
 from .options import LARGE
-
-NOTHING = object()
-"""Stands where an instance has no forward of its own, and the one of its class answers."""
 
 
 class _Laid(NamedTuple):
@@ -85,15 +90,12 @@ def teacher(model: nn.Module) -> Iterator[None]:
 
 
 def _get(owner: nn.Module, name: str) -> Any:
-    # An attribute of the instance stands before the method of its class.
-    return owner.__dict__.get(name, NOTHING) if name == "forward" else getattr(owner, name)
+    return own_forward(owner) if name == "forward" else getattr(owner, name)
 
 
 def _set(owner: nn.Module, name: str, value: Any) -> None:
-    if value is NOTHING:
-        owner.__dict__.pop(name, None)
-    elif name == "forward":
-        owner.__dict__[name] = value
+    if name == "forward":
+        set_forward(owner, value)
     else:
         setattr(owner, name, value)
 

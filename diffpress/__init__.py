@@ -11,18 +11,20 @@ from diffpress import compress
 from diffpress.export.load import register_quantizers
 
 if TYPE_CHECKING:
+    from diffpress.calibration.checkpointing import checkpoint_steps
     from diffpress.export.artifact import load
 
     from .compiling import compile
     from .recipe import Recipe
 
-__all__ = ["Recipe", "__version__", "compile", "compress", "load"]
+__all__ = ["Recipe", "__version__", "checkpoint_steps", "compile", "compress", "load"]
 __version__ = _version("diffpress")
 
 register_quantizers()
 
 _HOMES = {
     "Recipe": "diffpress.recipe",
+    "checkpoint_steps": "diffpress.calibration.checkpointing",
     "compile": "diffpress.compiling",
     "load": "diffpress.export.artifact",
 }

@@ -9,16 +9,17 @@ from .attention import (
     quantize_attention_,
     why_not_int8,
 )
-from .clock import TIMESTEPS, StepClock, attach_clock_, find_timestep, step_weights, timestep_name
+from .clock import TIMESTEPS, StepClock, attach_clock_, attached_clocks, find_timestep, step_weights, timestep_name
 from .feedback import Feedback
 from .feedback_plan import FeedbackPlan
-from .forwards import Forward, Wrap
+from .forwards import NOTHING, Forward, Wrap, own_forward, set_forward
 from .inheritance import Inheritance, tensors_of
 from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, why_not_packable
 from .part import RuntimePart
 from .step_plan import StepPlan, Unit
 
 __all__ = [
+    "NOTHING",
     "TIMESTEPS",
     "Attention",
     "AttentionOverride",
@@ -37,11 +38,14 @@ __all__ = [
     "Unit",
     "Wrap",
     "attach_clock_",
+    "attached_clocks",
     "attention_overrides",
     "computes_attention",
     "find_timestep",
+    "own_forward",
     "pack_layer",
     "quantize_attention_",
+    "set_forward",
     "step_weights",
     "tensors_of",
     "timestep_name",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -64,6 +65,15 @@ class StepClock:
         if timestep is not None:
             self.set(timestep)
 
+    @contextmanager
+    def standing_at(self, weights: Tensor) -> Iterator[None]:
+        """In this thread, while the context lasts."""
+        before, self.weights = self.weights, weights
+        try:
+            yield
+        finally:
+            self.weights = before
+
     def select(self, table: Tensor) -> Tensor:
         """The entry [1] of `table` [steps] for the current step.
 
@@ -107,3 +117,9 @@ def find_timestep(denoiser: nn.Module, arguments: tuple[Any, ...], options: dict
 def attach_clock_(denoiser: nn.Module, clock: StepClock) -> RemovableHandle:
     """Set `clock` before every call of `denoiser`; a deep copy of the denoiser gets a clock of its own."""
     return denoiser.register_forward_pre_hook(clock.follow, with_kwargs=True)
+
+
+def attached_clocks(denoiser: nn.Module) -> list[StepClock]:
+    """Those that follow the calls of `denoiser`, in the order in which they were attached."""
+    owners = (getattr(hook, "__self__", None) for hook in denoiser._forward_pre_hooks.values())
+    return [owner for owner in owners if isinstance(owner, StepClock)]

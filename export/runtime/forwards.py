@@ -5,8 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 Forward = Callable[..., Any]
 """What answers a call of a module."""
 
 Wrap = Callable[[Forward], Forward]
 """From the forward of a module to one that stands for it. It may change what goes in and what the module computes with."""
+
+NOTHING = object()
+"""Stands where an instance has no forward of its own, and the one of its class answers."""
+
+
+def own_forward(module: nn.Module) -> Forward | Any:
+    """What somebody has set for this instance, or NOTHING."""
+    return module.__dict__.get("forward", NOTHING)
+
+
+def set_forward(module: nn.Module, forward: Forward | Any) -> None:
+    """Have `forward` answer for this instance; NOTHING leaves it to the class."""
+    # An attribute of the instance stands before the method of its class.
+    if forward is NOTHING:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward

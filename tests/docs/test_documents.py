@@ -81,6 +81,8 @@ def test_advice_quotes_what_was_recorded(tables: ModuleType) -> None:
         ("feedback", "docs/ilf.md"),
         ("steps", "docs/steps.md"),
         ("caches", "docs/steps.md"),
+        ("step-gradients", "docs/step-gradients.md"),
+        ("step-gradient-sizes", "docs/step-gradients.md"),
     ],
 )
 def test_tables_are_those_that_were_recorded(tables: ModuleType, name: str, document: str) -> None:
