@@ -10,6 +10,7 @@ from .attention import (
     why_not_int8,
 )
 from .clock import TIMESTEPS, StepClock, attach_clock_, find_timestep, step_weights, timestep_name
+from .factorized import BufferedLinear, FactorizedLinear, factorize_layer
 from .feedback import Feedback
 from .feedback_plan import FeedbackPlan
 from .forwards import Forward, Wrap
@@ -22,6 +23,8 @@ __all__ = [
     "TIMESTEPS",
     "Attention",
     "AttentionOverride",
+    "BufferedLinear",
+    "FactorizedLinear",
     "Feedback",
     "FeedbackPlan",
     "Forward",
@@ -39,6 +42,7 @@ __all__ = [
     "attach_clock_",
     "attention_overrides",
     "computes_attention",
+    "factorize_layer",
     "find_timestep",
     "pack_layer",
     "quantize_attention_",
