@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffpress.compress.methods import STAGES
-from diffpress.compress.options import Feedback, Inherit, Ptq, Qalora
+from diffpress.compress.options import Feedback, Inherit, Modulation, Ptq, Qalora
 from diffpress.export.errors import RecipeError
 
 
@@ -59,6 +59,7 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, lt=2**31, description="the only source of randomness")
     sampling: SamplingSection = SamplingSection()
     record: RecordSection = RecordSection()
+    prune: Modulation | None = Field(default=None, description="leave parts away")
     quantize: Ptq | Qalora | None = Field(
         default=None, discriminator="method", description="store weights in fewer bits"
     )

@@ -1,0 +1,1 @@
+"""Methods that leave parts of a denoiser away."""
