@@ -62,7 +62,7 @@ class TimeTape(TorchDispatchMode):
         sources = self.sources(_tensors((args, options)))
         output = func(*args, **options)
         made = _tensors(output)
-        if func.overloadpacket in FORMS_ONLY:
+        if getattr(func, "overloadpacket", None) in FORMS_ONLY:
             sources = NOTHING
         self._sources |= {_memory(tensor): sources for tensor in made}
         if sources == self.alone:
