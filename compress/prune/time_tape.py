@@ -88,7 +88,8 @@ class TimeTape(TorchDispatchMode):
             made = {id(self.time): torch.full_like(self.time, time, dtype=torch.float32)}
             for step in steps:
                 step(made)
-            return {name: distinct_rows([made[id(x)] for x in own]) for name, own in inputs.items()}
+            # What was written into a tensor that time had no part in before is in that tensor itself.
+            return {name: distinct_rows([made.get(id(x), x) for x in own]) for name, own in inputs.items()}
 
         return at
 
