@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from diffpress.export.runtime import PackedLayer
+from diffpress.export.runtime import BufferedLinear, PackedLayer
 
 from .conditions import Condition
 from .sampling import Sampling, denoiser_of, device_of, sample
@@ -115,4 +115,6 @@ def parameter_count(model: nn.Module) -> int:
     """Numbers the model computes with, however many bits each is stored in."""
     packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
     weights = [len(layer.weight) * layer.columns for layer in packed]
-    return sum(parameter.numel() for parameter in model.parameters()) + sum(weights)
+    floats = [module for module in model.modules() if isinstance(module, BufferedLinear)]
+    numbers = [*model.parameters(), *(tensor for layer in floats for tensor in layer.buffers())]
+    return sum(tensor.numel() for tensor in numbers) + sum(weights)

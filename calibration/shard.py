@@ -86,7 +86,9 @@ class Shard:
 def _content(value: Tensor) -> bytes:
     """What is equal for equal tensors alone."""
     form = f"{value.dtype} {list(value.shape)}".encode()
-    return hashlib.sha256(form + value.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+    # One number that was expanded counts as contiguous, and cannot be looked at as bytes.
+    flat = value.reshape(-1).clone(memory_format=torch.contiguous_format)
+    return hashlib.sha256(form + flat.view(torch.uint8).numpy().tobytes()).digest()
 
 
 def record_of(file: Any) -> dict[str, Any]:

@@ -44,11 +44,13 @@ class Changes:
     """Options that the recipe left open, as the method chose them, such as `quantize.order`."""
 
     def then(self, later: Changes) -> Changes:
-        """Both, one after the other."""
+        """Both, one after the other; of a module that only the first has changed, what that says of it holds."""
+        settled = {edit.module for edit in self.edits} - {edit.module for edit in later.edits}
+        notes = {module: note for module, note in later.notes.items() if module not in settled & self.notes.keys()}
         return Changes(
             self.edits + later.edits,
             {**self.tensors, **later.tensors},
-            {**self.notes, **later.notes},
+            {**self.notes, **notes},
             self.history + later.history,
             {**self.settled, **later.settled},
         )

@@ -37,7 +37,7 @@ def find_layers(model: nn.Module, options: Rounding) -> tuple[dict[str, nn.Modul
     layers: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
     for name, module in candidates.items():
-        reason = "kept by the recipe" if name in kept else why_not_packable(module)
+        reason = "kept by the recipe" if name in kept else why_not_packable(module) or _why_taken(module)
         if reason is None and f"{name}.weight" in tied:
             reason = f"its weight is that of {tied[f'{name}.weight']}"
         if reason is None:
@@ -47,6 +47,12 @@ def find_layers(model: nn.Module, options: Rounding) -> tuple[dict[str, nn.Modul
     if not layers:
         raise UnsupportedModelError(_nothing_left(model, reasons))
     return layers, reasons
+
+
+def _why_taken(layer: nn.Module) -> str | None:
+    """The reason why a layer that an earlier stage has put another in the place of, which is worn, cannot be packed."""
+    answering = getattr(layer.forward, "__self__", layer)
+    return None if answering is layer else f"an earlier stage made a {type(answering).__name__} of it"
 
 
 def attention_names(model: nn.Module) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-from .options import Feedback, Inherit, Magnitude, Obs, Ptq, Qalora
+from .options import Feedback, Inherit, Magnitude, Modulation, Obs, Ptq, Qalora
 
 if TYPE_CHECKING:
     from .stage import Method
@@ -29,6 +29,7 @@ class Entry:
 METHODS = (
     Entry("prune", "obs", Obs, "diffpress.compress.prune.obs"),
     Entry("prune", "magnitude", Magnitude, "diffpress.compress.prune.magnitude"),
+    Entry("prune", "modulation", Modulation, "diffpress.compress.prune.modulation"),
     Entry("quantize", "ptq", Ptq, "diffpress.compress.ptq"),
     Entry("quantize", "qalora", Qalora, "diffpress.compress.qalora.method"),
     Entry("steps", "inherit", Inherit, "diffpress.compress.steps.inherit"),

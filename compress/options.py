@@ -214,6 +214,28 @@ class Obs(Removal):
     )
 
 
+class Modulation(BaseModel):
+    """Modulation collapse: layers that read the time step alone become two of low rank, nearly without loss."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    method: Literal["modulation"] = Field(
+        description="`modulation`: layers that read the time step alone, in a basis of the inputs that it can give them"
+    )
+    rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="of every such layer; left out: the smallest that keeps the tolerance, each its own",
+    )
+    tolerance: float = Field(
+        default=1e-6,
+        gt=0,
+        le=1,
+        description="largest relative error of a layer's output, at every time step and between them; what errs by more is "
+        "left as it is",
+    )
+
+
 class Inherit(BaseModel):
     """Feature inheritance: units of the denoiser are computed at some steps and forecast at the others."""
 

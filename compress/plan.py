@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from diffpress.export.edits import Edit, store_edits
 from diffpress.export.manifest import PlanRow
@@ -19,7 +19,9 @@ def plan_rows(component: str, forms: Mapping[str, Form], changes: Changes) -> li
     edits: dict[str, list[Edit]] = {}
     for edit in changes.edits:
         edits.setdefault(edit.module, []).append(edit)
-    before, after = _by_module(forms), _by_module(store_edits(forms, changes.edits, forms_of(changes.tensors)))
+    before = _by_module(forms)
+    stored = store_edits(forms, changes.edits, forms_of(changes.tensors))
+    after = _by_module(stored, before.keys() | changes.notes.keys())
     rows = [
         _row(component, module, own, after.get(module, {}), edits.get(module, []), changes.notes.get(module, Note()))
         for module, own in before.items()
@@ -61,11 +63,18 @@ def _row(
     )
 
 
-def _by_module(forms: Mapping[str, Form]) -> dict[str, dict[str, Form]]:
-    """The tensors of each module; a parameter of the model itself stands for its own."""
+def _by_module(forms: Mapping[str, Form], known: Collection[str] = ()) -> dict[str, dict[str, Form]]:
+    """The tensors of each module; a parameter of the model itself stands for its own.
+
+    What an edit made of a module, or put into a part of its own, belongs to the nearest that is `known`.
+    """
     modules: dict[str, dict[str, Form]] = {}
     for name, form in forms.items():
-        modules.setdefault(name.rpartition(".")[0] or name, {})[name] = form
+        module = name.rpartition(".")[0] or name
+        outer = module
+        while outer and outer not in known:
+            outer = outer.rpartition(".")[0]
+        modules.setdefault(outer or module, {})[name] = form
     return modules
 
 

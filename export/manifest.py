@@ -16,9 +16,9 @@ from .errors import ArtifactError
 MANIFEST = "diffpress.json"
 REPORT = "report.html"
 """Holds timings, so it differs from run to run and is not under the digests."""
-SCHEMA = 4
+SCHEMA = 5
 """2 has edits of attention, and what became of it in the plan; 3 calls them `quantize_attention`; 4 may store scales of
-weights in float16. All else is as it was."""
+weights in float16; 5 has layers of two factors. All else is as it was."""
 ANEW = "compress anew"
 
 

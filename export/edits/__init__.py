@@ -3,6 +3,7 @@
 from .attach import Attach, step_plans
 from .attention import QuantizeAttention
 from .base import EditBase, Replacement
+from .factorize import Factorize
 from .kinds import Edit, edits_of, own_tensors, store_edits
 from .pack import Pack
 from .resize import Resize
@@ -11,6 +12,7 @@ __all__ = [
     "Attach",
     "Edit",
     "EditBase",
+    "Factorize",
     "Pack",
     "QuantizeAttention",
     "Replacement",

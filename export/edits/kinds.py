@@ -10,10 +10,11 @@ from pydantic import Field
 from .attach import Attach
 from .attention import QuantizeAttention
 from .base import Stored
+from .factorize import Factorize
 from .pack import Pack
 from .resize import Resize
 
-Edit = Annotated[Resize | Pack | QuantizeAttention | Attach, Field(discriminator="kind")]
+Edit = Annotated[Resize | Pack | QuantizeAttention | Factorize | Attach, Field(discriminator="kind")]
 """What a finished method leaves behind. A new kind is a new file here, and its name in this line."""
 
 

@@ -54,9 +54,12 @@ class EditsQuantizer(DiffusersQuantizer):
     ) -> None:
         # `param_value` was cast already.
         path, _dot, name = param_name.rpartition(".")
-        model.get_submodule(path).register_buffer(
-            name, state_dict[param_name].to(target_device, self.exact[param_name])
-        )
+        module, value = model.get_submodule(path), state_dict[param_name].to(target_device, self.exact[param_name])
+        if name in module._parameters:
+            # The bias of a layer that one edit keeps exact and a later one packed.
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        else:
+            module.register_buffer(name, value)
 
     @property
     def is_serializable(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffpress.kernels import code_range, dequantize_groups, quantize, to_fp8
 from diffpress.kernels.int8_attention.reference import LARGEST_CODE
 
-from ..runtime import Int8Attention, PackedConv2d, PackedEmbedding, PackedLayer, attention_overrides
+from ..runtime import BufferedLinear, Int8Attention, PackedConv2d, PackedEmbedding, PackedLayer, attention_overrides
 from .clocks import EPSILON, scale_now, scale_rounding, zero_now
 from .part import packed_layers
 
@@ -43,7 +43,8 @@ def layer_rounding(module: nn.Module) -> float:
 
 
 def _float_weights(module: nn.Module) -> list[Tensor]:
-    return [weight for weight in module.parameters() if weight.ndim > 1]
+    buffered = (layer.weight for layer in module.modules() if isinstance(layer, BufferedLinear))
+    return [weight for weight in (*module.parameters(), *buffered) if weight.ndim > 1]
 
 
 def layer_bound(layer: PackedLayer, x: Tensor, output: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from .attention import (
     why_not_int8,
 )
 from .clock import TIMESTEPS, StepClock, attach_clock_, attached_clocks, find_timestep, step_weights, timestep_name
+from .factorized import BufferedLinear, FactorizedLinear, factorize_layer
 from .feedback import Feedback
 from .feedback_plan import FeedbackPlan
 from .forwards import NOTHING, Forward, Wrap, own_forward, set_forward
@@ -23,6 +24,8 @@ __all__ = [
     "TIMESTEPS",
     "Attention",
     "AttentionOverride",
+    "BufferedLinear",
+    "FactorizedLinear",
     "Feedback",
     "FeedbackPlan",
     "Forward",
@@ -41,6 +44,7 @@ __all__ = [
     "attached_clocks",
     "attention_overrides",
     "computes_attention",
+    "factorize_layer",
     "find_timestep",
     "own_forward",
     "pack_layer",

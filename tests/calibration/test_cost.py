@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffpress.calibration.cost import operation_formulas, parameter_count
 from diffpress.export.edits import Pack
-from diffpress.export.runtime import StepClock, pack_layer
+from diffpress.export.runtime import StepClock, factorize_layer, pack_layer
 
 FORMATS: dict[str, dict[str, Any]] = {
     "W8A8": {"weight_bits": 8, "activation_bits": 8},
@@ -44,3 +44,9 @@ def flops(layer: nn.Module, shape: tuple[int, ...]) -> int:
 def test_packed_embeddings_have_their_parameters() -> None:
     edit = Pack(component="text_encoder", module="a", **FORMATS["W2 g16"])
     assert parameter_count(pack_layer(nn.Embedding(7, 33), edit, None)) == 7 * 33
+
+
+def test_factors_cost_what_they_are() -> None:
+    factors = factorize_layer(nn.Linear(63, 10), 3)
+    assert parameter_count(factors) == 3 * 63 + 10 * 3 + 10
+    assert flops(factors, (2, 5, 63)) == 2 * 10 * (3 * 63 + 10 * 3)

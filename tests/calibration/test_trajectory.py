@@ -91,6 +91,14 @@ def test_tensors_of_equal_bytes_and_another_form_are_held_apart() -> None:
     assert shard.sizes == [4 + 16 + 16 + 16, 0]
 
 
+def test_what_was_expanded_is_held_as_any_other() -> None:
+    """As the time step of one image is in some pipelines."""
+    shard = Shard()
+    for name, value in {"t": torch.tensor(0.5).expand(1), "x": torch.tensor([0.5]).expand(2, 3, 1)}.items():
+        shard.receive(Call({"timestep": torch.tensor(1.0), name: value}, torch.zeros(1), 0))
+        assert torch.equal(shard.tensors[f"{len(shard.steps) - 1:05d}.inputs.{name}"], value)
+
+
 @pytest.mark.parametrize(("seen", "steps"), [(2, 3), (3, 3), (3, 10)])
 def test_the_size_of_a_recording_is_told_from_a_shorter_one(
     seen: int, steps: int, tiny_text: Path, tmp_path: Path

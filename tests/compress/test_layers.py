@@ -19,8 +19,10 @@ from diffpress.compress.layers import (
     weights_only,
 )
 from diffpress.compress.options import Ptq
+from diffpress.compress.overlay import overlaid
 from diffpress.compress.quantized_layer import Format, QuantizedLayer
 from diffpress.export.errors import RecipeError, UnsupportedModelError
+from diffpress.export.runtime import factorize_layer
 
 
 def model() -> nn.ModuleDict:
@@ -99,6 +101,15 @@ def test_tied_weights_are_quantized_where_they_are_stored() -> None:
     layers, reasons = find_layers(own, options())
     assert "blocks.0.to_q" in layers
     assert reasons["blocks.0.to_k"] == "its weight is that of blocks.0.to_q.weight"
+
+
+def test_what_an_earlier_stage_replaced_is_left_alone_while_that_is_worn() -> None:
+    own, factors = model(), factorize_layer(nn.Linear(4, 8), 2)
+    with overlaid(own, {"time": lambda _forward: factors.forward}):
+        layers, reasons = find_layers(own, options())
+    assert list(layers) == [name for name in GOOD if name != "time"]
+    assert reasons["time"] == "an earlier stage made a FactorizedLinear of it"
+    assert "time" in find_layers(own, options())[0]
 
 
 def seen(conditioning: bool) -> LayerInput:

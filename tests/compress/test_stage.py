@@ -19,12 +19,14 @@ from diffpress.compress.result import changes_of
 from diffpress.compress.stage import Cost, Running, Subject, run_stage
 from diffpress.compress.stage_folder import StageFolder
 from diffpress.export.artifact import load_pipeline, write_pipeline
-from diffpress.export.errors import RecipeError
+from diffpress.export.edits import Factorize
+from diffpress.export.errors import UserError
 from diffpress.export.folder import PipelineFolder
 
 QUICK: dict[str, dict[str, Any]] = {
     "obs": {"share_of": "units"},
     "magnitude": {"share_of": "units"},
+    "modulation": {"rank": 1, "tolerance": 1},
     "ptq": {"weights": 4, "attention": "scores"},
     "inherit": {"speedup": 1.2, "trials": 3, "images": 2},
     "feedback": {"speedup": 1.4, "trials": 2, "iterations": 5, "batch": 1, "validation_images": 1},
@@ -34,6 +36,10 @@ QUICK: dict[str, dict[str, Any]] = {
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "obs": ({"remove": 0.99}, r"remove 0.99: 0\.\d+ of what can be removed is the most"),
     "magnitude": ({"keep": ["nothing.*"]}, r"'nothing.\*' fits nothing that could be removed"),
+    "modulation": (
+        {"rank": 300},
+        r"norm1.linear reads class labels beside the time step, and 2 others like it",
+    ),
     "ptq": ({"keep": ["nothing.*"]}, r"'nothing.\*' fits no layer"),
     "qalora": ({"keep": ["nothing.*"]}, r"'nothing.\*' fits no layer"),
     "inherit": ({"speedup": 1000}, r"speedup 1000: [\d.]+ is the most that can be reached"),
@@ -101,6 +107,14 @@ def test_one_stage_after_the_other() -> None:
     assert both.notes == {"a": Note("first"), "b": Note("later")}
     assert both.history == ({"loss": 1.0}, {"loss": 0.5})
     assert both.settled == {"x.y": 1}
+
+
+def test_of_what_one_stage_alone_changed_that_stage_speaks() -> None:
+    edit = Factorize(component="transformer", module="a", rank=1)
+    first = Changes((edit,), notes={"a": Note("first"), "b": Note("first")})
+    later = {"a": Note("later"), "b": Note("later")}
+    assert first.then(Changes(notes=later)).notes == {"a": Note("first"), "b": Note("later")}
+    assert first.then(Changes((edit,), notes=later)).notes == later
 
 
 def test_worn_changes_answer_as_the_loaded_artifact(subject: Subject, changes: Changes, tmp_path: Path) -> None:
@@ -199,5 +213,5 @@ def test_every_method_keeps_the_contract(entry: Any, subject: Subject, tmp_path:
 def test_every_method_refuses_what_does_not_fit_before_any_work(entry: Any, subject: Subject) -> None:
     wrong, words = WRONG[entry.name]
     options = entry.options(method=entry.name, **QUICK[entry.name] | wrong)
-    with pytest.raises(RecipeError, match=words):
+    with pytest.raises(UserError, match=words):
         method_of(options).check(subject, options)

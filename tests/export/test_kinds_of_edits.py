@@ -19,7 +19,7 @@ from diffpress.compress.changes import Changes, worn
 from diffpress.compress.overlay import teacher
 from diffpress.export.apply import apply_edits_
 from diffpress.export.artifact import load_pipeline
-from diffpress.export.edits import Attach, Edit, EditBase, Pack, QuantizeAttention, Resize, store_edits
+from diffpress.export.edits import Attach, Edit, EditBase, Factorize, Pack, QuantizeAttention, Resize, store_edits
 from diffpress.export.errors import ArtifactError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.runtime import FeedbackPlan, StepPlan, Unit
@@ -111,6 +111,14 @@ def resized(refitted: bool) -> Example:
     return edits, {f"{LAYER}.refitted.{name}": tensor for name, tensor in tensors.items()} if refitted else {}
 
 
+def factorized(rank: int, dtype: torch.dtype = torch.float32) -> Example:
+    """Of the same layer, the factors drawn at random and stored in `dtype`."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = {"down.weight": (rank, 64), "up.weight": (16, rank), "up.bias": (16,)}
+    tensors = {f"{LAYER}.{name}": torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return [Factorize(component="transformer", module=LAYER, rank=rank)], tensors
+
+
 EXAMPLES: dict[type[EditBase], list[Example]] = {
     Pack: [
         packed(weight_bits=8, activation_bits=8),
@@ -122,6 +130,7 @@ EXAMPLES: dict[type[EditBase], list[Example]] = {
         ([QuantizeAttention(component="transformer", module=ATTENTION, integer_values=True)], {}),
     ],
     Resize: [resized(False), resized(True)],
+    Factorize: [factorized(1), factorized(4, torch.float16)],
     Attach: [planned(order=0), planned(order=1, corrected=True), planned(order=2), fed("pass"), fed("forecast")],
 }
 ALL = [example for kind in KINDS for example in EXAMPLES[kind]]
