@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpress.calibration.observe import input_rows_at, output_places, rows_at
-from diffpress.calibration.replaying import looked_at, observed_shards
 from diffpress.calibration.sampling import replay
 from diffpress.calibration.trajectory import Progress, Trajectories
 
@@ -20,6 +20,8 @@ ROWS_A_COLUMN = 16
 """Rows of a layer's input that are looked at in all, for each of its columns."""
 FEWEST_ROWS = 64
 """Of a call, however few columns a layer has."""
+CALLS = 128
+"""Recorded calls that are looked at, spread over all images and all steps: what is fitted to few prompts suits no others."""
 BUDGET = 2**29
 """Bytes that moments may take at a time; those of more layers are collected in several replays."""
 
@@ -42,18 +44,18 @@ def moments_of(
     model: nn.Module,
     names: Sequence[str],
     trajectories: Trajectories,
+    shards: Sequence[Path],
     seed: int,
     wearing: Wearing | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, Moments]]:
-    """Layer by layer, over recorded calls; y is what the layers of `model` answer as they are now.
+    """Layer by layer, over recorded calls of the `shards`; y is what the layers of `model` answer as they are now.
 
     Where `wearing` is given, x is what they are fed while that is worn.
     """
+    calls = spread_calls(trajectories, shards, CALLS)
     for part in _parts(model, names):
         collected = _Collected(model, part, seed)
-        places = looked_at(trajectories, observed_shards(trajectories))
-        calls = [(shard, place) for shard, own in places.items() for place in own]
         for index, (shard, place) in enumerate(calls):
             call = trajectories.call(shard, place)
             collected.begin(index, len(calls))
@@ -66,6 +68,16 @@ def moments_of(
             if progress is not None:
                 progress(index + 1, len(calls))
         yield from collected.means()
+
+
+def spread_calls(trajectories: Trajectories, shards: Sequence[Path], count: int) -> list[tuple[Path, int]]:
+    """About `count` recorded calls: some steps of every shard, others of the next."""
+    turns = max(1, sum(len(trajectories.steps(shard)) for shard in shards) // count)
+    return [
+        (shard, place)
+        for index, shard in enumerate(shards)
+        for place in range(index % turns, len(trajectories.steps(shard)), turns)
+    ]
 
 
 def _parts(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,13 +27,15 @@ from ..stage import Cost, Report, Running, Subject
 from ..stage_folder import StageFolder
 from .budget import SHARES, Curve, choose, counts_of, step_of
 from .cutting import cut
-from .moments import BUDGET, Moments, affine, moments_of
+from .moments import BUDGET, Moments, affine, moments_of, spread_calls
 from .search import Candidates, find_candidates
 from .structures import Removed, Structure, columns
 from .surgeon import Reader, refitted, removal_order
 
-MEASURED_STEPS = 8
-"""Steps at which it is measured what removals cost."""
+MEASURED_SHARDS = 4
+"""Recorded shards, of four or more, that nothing is fitted to until it is chosen what goes."""
+MEASURED_CALLS = 16
+"""Calls at which it is measured what removals cost, about."""
 LOOKING = 6
 """What is replayed takes, in calls of the denoiser: twice the original and once the pruned model, and the moments of both."""
 MEASURING = 64
@@ -67,7 +70,8 @@ def compensated(subject: Subject, candidates: Candidates, removed: Removed, repo
     """
     model, structures = subject.model, candidates.structures
     gone = _gone_columns(subject, structures, removed)
-    look = partial(moments_of, model, list(gone), subject.trajectories, subject.seed)
+    trajectories = subject.trajectories
+    look = partial(moments_of, model, list(gone), trajectories, trajectories.shards, subject.seed)
     matrices = {name: affine(model.get_submodule(name)) for name in gone}
     kept = {name: _others(matrices[name].shape[1], gone[name]).to(matrices[name].device) for name in gone}
     first = {
@@ -105,10 +109,12 @@ def _measure(
     """In which order the units of each structure go, and what it costs that so many do."""
     orders: dict[str, list[int]] = {}
     curves: dict[str, Curve] = {}
-    calls = _weighted_calls(subject)
+    trajectories = subject.trajectories
+    fitted, measured = _halves(trajectories.shards)
+    calls = _weighted_calls(subject, measured)
     for part in _parts(subject, candidates.structures):
         readers = list(dict.fromkeys(reader.module for own in part for reader in own.readers))
-        moments = dict(moments_of(subject.model, readers, subject.trajectories, subject.seed, progress=progress))
+        moments = dict(moments_of(subject.model, readers, trajectories, fitted, subject.seed, progress=progress))
         orders |= {own.name: removal_order(_readers(subject, own, moments)) for own in part}
         ways = [
             (own.name, count, _without(subject, own, orders[own.name][:count], moments))
@@ -184,14 +190,21 @@ def _errors(
     return errors
 
 
-def _weighted_calls(subject: Subject) -> list[tuple[Call, float]]:
-    """Calls at steps spread over one recorded run, each with what its squared error weighs in the last sample."""
-    shard = subject.trajectories.shards[0]
-    steps = subject.trajectories.steps(shard)
-    places = sorted({round(place * (len(steps) - 1) / (MEASURED_STEPS - 1)) for place in range(MEASURED_STEPS)})
+def _halves(shards: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Shards that are fitted to, and others to measure by; the same where there is one only."""
+    measured = list(shards[:: max(2, len(shards) // MEASURED_SHARDS)])
+    return [shard for shard in shards if shard not in measured] or measured, measured
+
+
+def _weighted_calls(subject: Subject, shards: Sequence[Path]) -> list[tuple[Call, float]]:
+    """Calls spread over steps and images, each with what its squared error weighs in the last sample."""
+    trajectories = subject.trajectories
     scheduler = scheduler_in_use(subject.pipeline, subject.conditions(1)[0], subject.sampling)
-    weights = scheduler_weights(scheduler, subject.trajectories.updates)
+    weights = scheduler_weights(scheduler, trajectories.updates)
     return [
-        (subject.trajectories.call(shard, place), 1.0 if weights is None else float(weights[steps[place]]) ** 2)
-        for place in places
+        (
+            trajectories.call(shard, place),
+            1.0 if weights is None else float(weights[trajectories.steps(shard)[place]]) ** 2,
+        )
+        for shard, place in spread_calls(trajectories, shards, MEASURED_CALLS)
     ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .moments import Moments
 
-DAMPING = 1e-4
+DAMPING = 1e-2
 """Of the mean of H's diagonal, added to it."""
 ROUNDS = 64
 """In which units go: the loss of those that go together is counted one by one, which saves a product for each."""
