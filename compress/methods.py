@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-from .options import Feedback, Inherit, Magnitude, Modulation, Obs, Ptq, Qalora
+from .options import Feedback, Inherit, Magnitude, Masks, Modulation, Obs, Ptq, Qalora
 
 if TYPE_CHECKING:
     from .stage import Method
@@ -28,6 +28,7 @@ class Entry:
 
 METHODS = (
     Entry("prune", "obs", Obs, "diffpress.compress.prune.obs"),
+    Entry("prune", "masks", Masks, "diffpress.compress.prune.masks.method"),
     Entry("prune", "magnitude", Magnitude, "diffpress.compress.prune.magnitude"),
     Entry("prune", "modulation", Modulation, "diffpress.compress.prune.modulation"),
     Entry("quantize", "ptq", Ptq, "diffpress.compress.ptq"),

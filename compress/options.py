@@ -214,6 +214,22 @@ class Obs(Removal):
     )
 
 
+class Masks(Removal):
+    """EcoDiff: which units go is learned along whole sampling runs, from where `obs` ends; then as there."""
+
+    method: Literal["masks"] = Field(
+        description="`masks`: then learn along whole sampling runs which units go, and solve anew again"
+    )
+    iterations: int = Field(
+        default=60, ge=1, description="optimizer steps, each of whole sampling runs, there and back"
+    )
+    batch: int = Field(default=4, ge=1, description="images that an optimizer step samples")
+    rate: float = Field(default=0.1, gt=0, description="learning rate of the masks' logits")
+    validation_images: int = Field(
+        default=8, ge=1, description="images that removals are evaluated by, and not learned from"
+    )
+
+
 class Modulation(BaseModel):
     """Modulation collapse: layers that read the time step alone become two of low rank, nearly without loss."""
 

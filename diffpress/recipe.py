@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffpress.compress.methods import STAGES
-from diffpress.compress.options import Feedback, Inherit, Magnitude, Modulation, Obs, Ptq, Qalora
+from diffpress.compress.options import Feedback, Inherit, Magnitude, Masks, Modulation, Obs, Ptq, Qalora
 from diffpress.export.errors import RecipeError
 
 
@@ -59,7 +59,7 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, lt=2**31, description="the only source of randomness")
     sampling: SamplingSection = SamplingSection()
     record: RecordSection = RecordSection()
-    prune: Obs | Magnitude | Modulation | None = Field(
+    prune: Obs | Masks | Magnitude | Modulation | None = Field(
         default=None, discriminator="method", description="remove what the denoiser can do without"
     )
     quantize: Ptq | Qalora | None = Field(

@@ -53,6 +53,10 @@ class ModelFileError(UserError):
     """A file of the model is missing, unsafe, damaged or holds impossible numbers."""
 
 
+class LearningError(UserError):
+    """Learning left the numbers that a computer can hold."""
+
+
 class ArtifactError(UserError):
     """An artifact or export does not hold what its manifest says."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from diffpress.calibration.trajectory import Progress
 
 from ..changes import Changes, worn
 from ..importance import scheduler_weights
-from ..options import Obs
+from ..options import Obs, Removal
 from ..sensitivity import Weights, measure_weights
 from ..stage import Cost, Report, Running, Subject
 from ..stage_folder import StageFolder
@@ -47,7 +48,7 @@ def check(subject: Subject, options: Obs) -> None:
     find_candidates(subject, options)
 
 
-def estimate(subject: Subject, options: Obs, running: Running) -> Cost:
+def estimate(subject: Subject, options: Removal, running: Running) -> Cost:
     """Calls of the denoiser are what takes time."""
     calls = LOOKING * replayed_steps(min(SHARDS, running.recorded_batches), running.steps) + MEASURING
     disk_bytes = sum(form.size_bytes for form in subject.forms.values())
@@ -57,18 +58,29 @@ def estimate(subject: Subject, options: Obs, running: Running) -> Cost:
 def run(subject: Subject, options: Obs, folder: StageFolder, report: Report) -> Changes:
     """The method. Raises UserError where the options do not fit the model."""
     candidates = find_candidates(subject, options)
-    orders, curves = _measure(subject, candidates, options, partial(report, "prune, looking at inputs"))
-    chosen = choose(curves, candidates.target(options))
-    removed = {name: orders[name][:count] for name, count in chosen.items()}
-    return compensated(subject, candidates, removed, report)
+    measured = measure(subject, candidates, options, partial(report, "prune, looking at inputs"))
+    return compensated(subject, candidates.structures, measured.removed(candidates.target(options)), report)
 
 
-def compensated(subject: Subject, candidates: Candidates, removed: Removed, report: Report) -> Changes:
+class Measured(NamedTuple):
+    """What the recorded runs say of each structure."""
+
+    orders: Mapping[str, Sequence[int]]
+    """Its units, all but the last, in the order in which they go."""
+    curves: Mapping[str, Curve]
+    """What it costs that so many of them do."""
+
+    def removed(self, target: float) -> Removed:
+        """Units that weigh `target` together, at the least error."""
+        return {name: self.orders[name][:count] for name, count in choose(self.curves, target).items()}
+
+
+def compensated(subject: Subject, structures: Sequence[Structure], removed: Removed, report: Report) -> Changes:
     """The changes that remove these units, every layer that read them fitted to what the original answers.
 
     First on what the original feeds it; then, all layers together, on what the model that was pruned so does.
     """
-    model, structures = subject.model, candidates.structures
+    model = subject.model
     gone = _gone_columns(subject, structures, removed)
     trajectories = subject.trajectories
     look = partial(moments_of, model, list(gone), trajectories, trajectories.shards, subject.seed)
@@ -103,9 +115,7 @@ def _others(count: int, gone: Sequence[int]) -> Tensor:
     return kept.nonzero()[:, 0]
 
 
-def _measure(
-    subject: Subject, candidates: Candidates, options: Obs, progress: Progress
-) -> tuple[dict[str, list[int]], dict[str, Curve]]:
+def measure(subject: Subject, candidates: Candidates, options: Removal, progress: Progress) -> Measured:
     """In which order the units of each structure go, and what it costs that so many do."""
     orders: dict[str, list[int]] = {}
     curves: dict[str, Curve] = {}
@@ -126,7 +136,7 @@ def _measure(
             counts = [count for name, count, _ in ways if name == own.name]
             weight, step = candidates.weights.units[own.name], step_of(own.count, options.multiple)
             curves[own.name] = Curve(counts, [errors[own.name, count] for count in counts], weight, step)
-    return orders, curves
+    return Measured(orders, curves)
 
 
 def _parts(subject: Subject, structures: Sequence[Structure]) -> Iterator[list[Structure]]:

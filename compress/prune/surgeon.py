@@ -32,7 +32,7 @@ class Reader:
     @classmethod
     def of(cls, weight: Tensor, moments: Moments, columns: Sequence[Sequence[int]]) -> Reader:
         """Of what a layer is fed; the weight is changed in place."""
-        inverse = torch.linalg.inv(_damped(moments.xx))
+        inverse = torch.linalg.inv(damped(moments.xx))
         return cls(weight.clone(), inverse, torch.tensor(columns, device=weight.device))
 
     def losses(self) -> Tensor:
@@ -75,8 +75,9 @@ def refitted(weight: Tensor, moments: Moments, kept: Tensor) -> Tensor:
     xx, yx, own = moments.xx, moments.yx, weight[:, kept]
     if len(xx) != len(kept):
         xx, yx = xx[kept][:, kept], yx[:, kept]
-    return torch.linalg.solve(_damped(xx), (yx + DAMPING * xx.diagonal().mean() * own).t()).t()
+    return torch.linalg.solve(damped(xx), (yx + DAMPING * xx.diagonal().mean() * own).t()).t()
 
 
-def _damped(xx: Tensor) -> Tensor:
+def damped(xx: Tensor) -> Tensor:
+    """H, invertible whatever was seen."""
     return xx + DAMPING * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)

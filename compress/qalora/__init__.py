@@ -1,7 +1,6 @@
 """Quantization-aware LoRA: low-rank changes, step sizes and biases learned while everything is rounded (EfficientDM)."""
 
 from .method import learn_layers_
-from .trainer import LearningError
 from .training_data import StudentRollouts
 
-__all__ = ["LearningError", "StudentRollouts", "learn_layers_"]
+__all__ = ["StudentRollouts", "learn_layers_"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.calibration.examples import Batch
-from diffpress.export.errors import UserError
+from diffpress.export.errors import LearningError
 
 from ..options import Qalora
 from .optimizer import make_optimizer
@@ -30,10 +30,6 @@ BIAS_RATE = 0.05
 """Learning rate of biases over that of scales."""
 
 Loss = Callable[[Batch], Tensor]
-
-
-class LearningError(UserError):
-    """Learning left the numbers that a computer can hold."""
 
 
 class Trainer:

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffpress.calibration.guidance import Guidance
 from diffpress.calibration.partway import output_of
 from diffpress.calibration.sampling import Call, answer
-from diffpress.export.errors import UserError
+from diffpress.export.errors import LearningError
 from diffpress.export.runtime.feedback import computed, tensors
 from diffpress.export.runtime.runs import Computed
 
@@ -38,10 +38,6 @@ SCALE_RATE = 10.0
 
 Report = Callable[[int, int, float], None]
 """Called with how many iterations are done, how many there are, and the loss."""
-
-
-class LearningError(UserError):
-    """Learning left the numbers that a computer can hold."""
 
 
 @dataclass

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from diffpress.calibration.sampling import answer
 from diffpress.compress.importance import StepImportance
 from diffpress.compress.options import Qalora
-from diffpress.compress.qalora import LearningError, StudentRollouts, learn_layers_
+from diffpress.compress.qalora import StudentRollouts, learn_layers_
 from diffpress.compress.qalora.blocks import STEPS, _Blocks, block_steps, find_blocks, learn_blocks, tensors
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import Report
 from diffpress.compress.qalora.training_data import TrainingData
 from diffpress.compress.quantized_layer import QuantizedLayer, fake_quantized
 from diffpress.compress.result import QuantizationResult
+from diffpress.export.errors import LearningError
 from diffpress.export.runtime import StepClock
 
 EVEN = StepImportance(torch.full((3,), 1 / 3), torch.ones(3))

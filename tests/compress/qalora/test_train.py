@@ -19,12 +19,13 @@ from diffpress.calibration.guidance import find_guidance
 from diffpress.calibration.sampling import sample
 from diffpress.compress.importance import StepImportance
 from diffpress.compress.options import Qalora
-from diffpress.compress.qalora import LearningError, StudentRollouts, learn_layers_, train, training_data
+from diffpress.compress.qalora import StudentRollouts, learn_layers_, train, training_data
 from diffpress.compress.qalora.student import Student
 from diffpress.compress.qalora.train import Report, learn
 from diffpress.compress.qalora.training_data import TrainingData
 from diffpress.compress.quantized_layer import fake_quantized
 from diffpress.compress.result import QuantizationResult
+from diffpress.export.errors import LearningError
 from diffpress.export.runtime import StepClock
 
 EVEN = StepImportance(torch.full((3,), 1 / 3), torch.ones(3))

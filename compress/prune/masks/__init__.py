@@ -1,0 +1,1 @@
+"""The method `masks`: which units go is learned along whole sampling runs (EcoDiff, 2412.02852)."""
