@@ -25,6 +25,7 @@ from diffpress.export.folder import PipelineFolder
 
 QUICK: dict[str, dict[str, Any]] = {
     "obs": {"share_of": "units"},
+    "masks": {"share_of": "units", "iterations": 2, "batch": 1, "validation_images": 1},
     "magnitude": {"share_of": "units"},
     "modulation": {"rank": 1, "tolerance": 1},
     "ptq": {"weights": 4, "attention": "scores"},
@@ -35,6 +36,7 @@ QUICK: dict[str, dict[str, Any]] = {
 """Options with which a method is done in seconds; the rest as they are left out."""
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "obs": ({"remove": 0.99}, r"remove 0.99: 0\.\d+ of what can be removed is the most"),
+    "masks": ({"kinds": ["channels"]}, r"prune: DiTTransformer2DModel has no channels that can be removed"),
     "magnitude": ({"keep": ["nothing.*"]}, r"'nothing.\*' fits nothing that could be removed"),
     "modulation": (
         {"rank": 300},

@@ -48,7 +48,7 @@ def within_budget(logits: Units, weights: Mapping[str, float], shut: float) -> d
     def shut_by(shift: Tensor | float) -> Tensor:
         return (every * (1 - open_probability(own - shift))).sum()
 
-    low, high = float(own.min()) - 20, float(own.max()) + 20
+    low, high = float(own.detach().min()) - 20, float(own.detach().max()) + 20
     with torch.no_grad():
         for _ in range(HALVINGS):
             middle = (low + high) / 2

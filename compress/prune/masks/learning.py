@@ -105,7 +105,8 @@ class Learning:
         loss = self._loss(iteration, gates)
         self.optimizer.zero_grad()
         loss.backward()
-        if not math.isfinite(float(loss)):
+        found = float(loss.detach())
+        if not math.isfinite(found):
             raise LearningError(
                 f"prune: the loss is not finite after {iteration} iterations. The last checkpoint is kept. Lower prune.rate, "
                 "or remove less."
@@ -113,7 +114,7 @@ class Learning:
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.logits.values()), 1 - DECAY)
-        return float(loss)
+        return found
 
     def _loss(self, iteration: int, gates: Mapping[str, Tensor]) -> Tensor:
         """Mean squared error of the last latents, from the same noise. The graph of each call is made anew on the way back."""
