@@ -8,6 +8,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 SMALLEST_ERROR = 1e-10
 """Mean squared error taken for equal images: 100 dB."""
+WINDOW = 11
+"""Pixels a side that SSIM looks at together."""
 
 
 def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
@@ -25,7 +27,9 @@ def geometric_mean_error(found: Tensor, expected: Tensor, least: float = 0.0) ->
 
 
 def ssim(images: Tensor, reference: Tensor) -> float:
-    """Mean structural similarity of images [N, C, H, W] in 0..1 (Wang et al. 2004)."""
-    value = structural_similarity_index_measure(images, reference, data_range=1.0)
+    """Mean structural similarity of images [N, C, H, W] in 0..1 (Wang et al. 2004); small ones by a flat window that fits."""
+    side = min(images.shape[-2:])
+    window = {} if side >= WINDOW else {"gaussian_kernel": False, "kernel_size": side - 1 + side % 2}
+    value = structural_similarity_index_measure(images, reference, data_range=1.0, **window)
     assert isinstance(value, Tensor)
     return float(value)
