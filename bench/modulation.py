@@ -35,9 +35,9 @@ from diffpress.calibration.trajectory import Trajectories
 from diffpress.compress.changes import Changes, worn
 from diffpress.compress.options import Modulation
 from diffpress.compress.plan import plan_rows
-from diffpress.compress.prune.low_rank import factorize, largest_error, smallest, span_of
-from diffpress.compress.prune.modulation import run
-from diffpress.compress.prune.time_tape import TimeTape, trace, watched_layers
+from diffpress.compress.prune.modulation.low_rank import factorize, largest_error, smallest, span_of
+from diffpress.compress.prune.modulation.method import run
+from diffpress.compress.prune.modulation.time_tape import TimeTape, trace, watched_layers
 from diffpress.compress.stage import Subject
 from diffpress.compress.stage_folder import StageFolder
 from diffpress.export.artifact import load_pipeline

@@ -30,7 +30,7 @@ METHODS = (
     Entry("prune", "obs", Obs, "diffpress.compress.prune.obs"),
     Entry("prune", "masks", Masks, "diffpress.compress.prune.masks.method"),
     Entry("prune", "magnitude", Magnitude, "diffpress.compress.prune.magnitude"),
-    Entry("prune", "modulation", Modulation, "diffpress.compress.prune.modulation"),
+    Entry("prune", "modulation", Modulation, "diffpress.compress.prune.modulation.method"),
     Entry("quantize", "ptq", Ptq, "diffpress.compress.ptq"),
     Entry("quantize", "qalora", Qalora, "diffpress.compress.qalora.method"),
     Entry("steps", "inherit", Inherit, "diffpress.compress.steps.inherit"),

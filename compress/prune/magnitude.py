@@ -9,8 +9,8 @@ from ..options import Magnitude
 from ..stage import Cost, Report, Running, Subject
 from ..stage_folder import StageFolder
 from .budget import step_of
+from .candidates import Candidates, find_candidates
 from .cutting import cut
-from .search import Candidates, find_candidates
 from .structures import Structure, columns
 
 

@@ -27,9 +27,9 @@ from ..sensitivity import Weights, measure_weights
 from ..stage import Cost, Report, Running, Subject
 from ..stage_folder import StageFolder
 from .budget import SHARES, Curve, choose, counts_of, step_of
+from .candidates import Candidates, find_candidates
 from .cutting import cut
 from .moments import BUDGET, Moments, affine, moments_of, spread_calls
-from .search import Candidates, find_candidates
 from .structures import Removed, Structure, columns
 from .surgeon import Reader, refitted, removal_order
 

@@ -21,8 +21,8 @@ from diffpress.calibration.sampling import denoiser_of
 from diffpress.compress.changes import Changes, worn
 from diffpress.compress.options import Modulation
 from diffpress.compress.plan import plan_rows
-from diffpress.compress.prune.modulation import check, run
-from diffpress.compress.prune.times import times_of
+from diffpress.compress.prune.modulation.method import check, run
+from diffpress.compress.prune.modulation.times import times_of
 from diffpress.compress.stage import Subject
 from diffpress.compress.stage_folder import StageFolder
 from diffpress.export.artifact import write_pipeline

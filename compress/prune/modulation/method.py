@@ -19,10 +19,10 @@ from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.runtime import factorize_layer
 from diffpress.export.source import Form
 
-from ..changes import Changes, Note, worn
-from ..options import Modulation
-from ..stage import Cost, Report, Running, Subject
-from ..stage_folder import StageFolder
+from ...changes import Changes, Note, worn
+from ...options import Modulation
+from ...stage import Cost, Report, Running, Subject
+from ...stage_folder import StageFolder
 from .curves import Curves, curves_of, walk
 from .low_rank import Factors, factorize, largest_error, smallest
 from .time_tape import trace

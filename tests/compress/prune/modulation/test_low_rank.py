@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffpress.compress.prune.low_rank import factorize, largest_error, smallest, span_of
+from diffpress.compress.prune.modulation.low_rank import factorize, largest_error, smallest, span_of
 
 
 def curve(points: int, width: int, directions: int) -> Tensor:

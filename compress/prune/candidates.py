@@ -13,8 +13,8 @@ from diffpress.export.errors import RecipeError, UnsupportedModelError
 from ..options import Removal
 from ..stage import Subject
 from .cutting import removable
+from .finding import find_structures
 from .structures import Structure
-from .tracing import find_structures
 from .weighing import Weights, weigh
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffpress.compress.prune.time_tape import TimeTape, distinct_rows
+from diffpress.compress.prune.modulation.time_tape import TimeTape, distinct_rows
 
 FREQUENCIES = torch.tensor([1.0, 0.5, 0.25])
 

@@ -18,7 +18,7 @@ from diffpress.calibration.sampling import Sampling, denoiser_of, sample
 from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.runtime import TIMESTEPS, Forward
 
-from ..overlay import overlaid
+from ...overlay import overlaid
 
 FORMS_ONLY = frozenset(
     getattr(torch.ops.aten, name)

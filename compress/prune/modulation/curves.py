@@ -14,7 +14,7 @@ from diffpress.calibration.sampling import Call, Sampling, denoiser_of, sample, 
 from diffpress.calibration.shortest import shortest
 from diffpress.export.errors import UnsupportedModelError
 
-from ..stage import Subject
+from ...stage import Subject
 from .low_rank import Span, largest_error, span_of
 from .time_tape import Inputs, TimeTape, Traced, distinct_rows, trace, watched_layers
 from .times import Times, times_of

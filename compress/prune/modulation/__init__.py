@@ -1,0 +1,1 @@
+"""Modulation collapse: layers that read the time step alone become two of low rank."""
