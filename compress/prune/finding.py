@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -30,7 +32,18 @@ def find_structures(model: nn.Module, call: Call) -> tuple[list[Structure], dict
                 found += _structures(trace, group)
             except NoUnitsError as why:
                 reasons |= {name: str(why) for name in group.readers}
-    return found, reasons
+    return _named_apart(found), reasons
+
+
+def _named_apart(structures: Sequence[Structure]) -> list[Structure]:
+    """With a number behind the names that several have."""
+    names = Counter(own.name for own in structures)
+    seen = Counter[str]()
+    apart = []
+    for own in structures:
+        apart.append(replace(own, name=f"{own.name}[{seen[own.name]}]") if names[own.name] > 1 else own)
+        seen[own.name] += 1
+    return apart
 
 
 class _Group(NamedTuple):
@@ -42,7 +55,7 @@ class _Group(NamedTuple):
 
 def _groups(trace: Traced) -> list[_Group]:
     """By what they read: two layers that share an output are in one group, and so is everything that shares with them."""
-    read = {name: trace.sources(xs[0]) for name, xs in trace.inputs.items() if name in trace.behind_sample}
+    read = {name: trace.sources(xs) for name, xs in trace.inputs.items() if name in trace.behind_sample}
     groups: list[tuple[list[str], dict[int, Source]]] = []
     for name, sources in read.items():
         readers, together = [name], {id(source.leaf): source for source in sources}
@@ -51,7 +64,7 @@ def _groups(trace: Traced) -> list[_Group]:
             groups.remove(other)
             readers, together = other[0] + readers, other[1] | together
         groups.append((readers, together))
-    given = {id(source.leaf) for source in trace.sources(trace.output)}
+    given = {id(source.leaf) for source in trace.sources([trace.output])}
     return [
         _Group(readers, list(sources.values()))
         for readers, sources in groups
@@ -72,19 +85,31 @@ def _structures(trace: Traced, group: _Group) -> Iterator[Structure]:
             together = [own for own in together if own not in sharing]
             together.append([*(each for own in sharing for each in own), columns])
     by_leaf = {id(source.leaf): source for source in group.sources}
-    for index, own in enumerate(together):
-        yield _structure(trace.model, own, by_leaf, "" if len(together) == 1 else f"[{index}]")
+    for own in together:
+        yield _structure(trace.model, own, by_leaf)
 
 
 def _check_layers(trace: Traced, group: _Group) -> None:
     for name in {*group.readers, *(source.module for source in group.sources if not source.parameter)}:
+        layer = trace.model.get_submodule(name)
         if len(trace.inputs.get(name, ())) != 1:
             raise NoUnitsError("called more than once")
-        if not isinstance(trace.model.get_submodule(name), (nn.Linear, nn.Conv2d)):
-            raise NoUnitsError(f"{type(trace.model.get_submodule(name)).__name__} is not resized")
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            raise NoUnitsError(f"{type(layer).__name__} is not resized")
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            raise NoUnitsError(f"a convolution in {layer.groups} groups is not resized")
+        if others := _sharing(trace.model, name, layer):
+            raise NoUnitsError(f"its weights are those of {others[0]}")
 
 
-def _structure(model: nn.Module, own: Sequence[Columns], by_leaf: Mapping[int, Source], suffix: str) -> Structure:
+def _sharing(model: nn.Module, name: str, layer: nn.Module) -> list[str]:
+    """Parameters under other names that are a layer's own."""
+    own = {id(parameter) for parameter in layer.parameters()}
+    everywhere = model.named_parameters(remove_duplicate=False)
+    return [other for other, parameter in everywhere if id(parameter) in own and other.rpartition(".")[0] != name]
+
+
+def _structure(model: nn.Module, own: Sequence[Columns], by_leaf: Mapping[int, Source]) -> Structure:
     rows = {leaf: spans for columns in own for leaf, spans in columns.rows.items()}
     if any(
         columns.count != own[0].count or rows[leaf] != columns.rows[leaf] for columns in own for leaf in columns.rows
@@ -97,7 +122,7 @@ def _structure(model: nn.Module, own: Sequence[Columns], by_leaf: Mapping[int, S
         writers[name] = Part(name, spans, _own_numbers(model.get_submodule(name)))
     readers = tuple(columns.reader for columns in own)
     parts = (*writers.values(), *readers)
-    name = (_common([part.module for part in parts]) or readers[0].module) + suffix
+    name = _common([part.module for part in parts]) or readers[0].module
     count = own[0].count
     owners = _owners(model, parts, count)
     return Structure(name, _kind(model, readers[0], owners), count, tuple(writers.values()), readers, owners)

@@ -5,7 +5,7 @@ A layer's input is then made of the outputs of a few others, and of parameters o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -45,10 +45,14 @@ class Traced:
     """By the identity of what a gradient may arrive at."""
     behind_sample: set[str] = field(default_factory=lambda: {SAMPLE})
     output: Tensor = field(default_factory=lambda: torch.empty(0))
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def begin(self, value: Tensor, name: str, dimension: int) -> Tensor:
-        """`value` as the beginning of a piece of the graph."""
-        leaf = value.detach().requires_grad_()
+        """The beginning of a piece of the graph, in place of `value`.
+
+        Noise: nothing flows through a neuron that is dead, or past a gate that is zero.
+        """
+        leaf = torch.randn(value.shape, generator=self.generator).to(value).requires_grad_()
         self.leaves[id(leaf)] = Source(name, leaf, dimension, False)
         # A copy: models add in place, which leaves of a graph refuse.
         return leaf.clone()
@@ -57,20 +61,24 @@ class Traced:
         """Around the forward of the layer `name`."""
 
         def around(beneath: Forward) -> Forward:
-            def forward(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+            def forward(*arguments: Any, **options: Any) -> Tensor:
+                if not arguments:
+                    # What nobody can look at is no layer; units do not go through it.
+                    return beneath(**options)
+                x = arguments[0]
                 self.inputs.setdefault(name, []).append(x)
-                if {source.module for source in self.sources(x)} & self.behind_sample:
+                if {source.module for source in self.sources([x])} & self.behind_sample:
                     self.behind_sample.add(name)
-                return self.begin(beneath(x, *arguments, **options), name, channels(self.model, name))
+                return self.begin(beneath(*arguments, **options), name, channels(self.model, name))
 
             return forward
 
         return around
 
-    def sources(self, x: Tensor) -> list[Source]:
-        """Everything that `x` is made of."""
+    def sources(self, tensors: Sequence[Tensor]) -> list[Source]:
+        """Everything that they are made of."""
         found: dict[int, Source] = {}
-        waiting, seen = [x.grad_fn], set()
+        waiting, seen = [x.grad_fn for x in tensors], set()
         while waiting:
             node = waiting.pop()
             if node is None or node in seen:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..runtime import StepClock
+from ..ties import ties
 from .base import EditBase, Replacement, Stored
 
 Run = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
@@ -66,6 +67,8 @@ class Resize(EditBase):
         module = model.get_submodule(self.module)
         if self.outputs is None and self.inputs is None:
             return [Replacement(module, name, value) for name, value in self._checked(module).items()]
+        if f"{self.module}.weight" in {*ties(model), *ties(model).values()}:
+            raise ValueError("its weight stands for another one as well")
         new = {name.rpartition(".")[2]: tensor for name, tensor in own.items()}
         parent, _dot, name = self.module.rpartition(".")
         return [Replacement(model.get_submodule(parent), name, self._resized(module, new))]
