@@ -49,7 +49,7 @@ def find_candidates(subject: Subject, options: Removal) -> Candidates:
             f"prune: {type(model).__name__} has no {' or '.join(options.kinds)} that can be removed{why}."
         )
     candidates = Candidates(structures, weigh(model, structures, call, options))
-    most = candidates.weights.most(structures)
+    most = candidates.weights.most(structures, options.multiple)
     if options.remove > most:
         of = {"parameters": "its parameters", "units": "what can be removed", "macs": "its multiplications"}
         raise RecipeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from diffpress.calibration.sampling import Call
 
 from ..options import Removable
 from .probing import Columns, NoUnitsError, columns_of
-from .structures import Part, Structure
+from .structures import Part, Span, Structure
 from .tracing import SAMPLE, Source, Traced, traced
 
 COUNTS = ("heads", "num_heads", "n_heads", "num_attention_heads", "kv_heads", "sliceable_head_dim")
@@ -86,7 +86,39 @@ def _structures(trace: Traced, group: _Group) -> Iterator[Structure]:
             together.append([*(each for own in sharing for each in own), columns])
     by_leaf = {id(source.leaf): source for source in group.sources}
     for own in together:
-        yield _structure(trace.model, own, by_leaf)
+        yield _structure(trace.model, own, by_leaf, _unseen(own, together, by_leaf))
+
+
+def _unseen(
+    own: Sequence[Columns], together: Sequence[Sequence[Columns]], by_leaf: Mapping[int, Source]
+) -> list[Source]:
+    """Layers no answer of which is seen, that are computed like those of these columns: their units go with them.
+
+    Queries of text are such in a last block that answers nothing to text. They are told by how many rows they have.
+    """
+
+    def sizes(columns: Iterable[Columns]) -> set[int]:
+        leaves = [leaf for each in columns for leaf in each.rows if not by_leaf[leaf].parameter]
+        return {by_leaf[leaf].channels for leaf in leaves}
+
+    seen = {leaf for columns in together for each in columns for leaf in each.rows}
+    others = {size for columns in together if columns is not own for size in sizes(columns)}
+    alike = sizes(own) if len(sizes(own)) == 1 and len({*_rows(own, by_leaf).values()}) == 1 else set()
+    return [
+        source
+        for leaf, source in by_leaf.items()
+        if leaf not in seen and not source.parameter and source.channels in alike - others
+    ]
+
+
+def _rows(own: Sequence[Columns], by_leaf: Mapping[int, Source]) -> dict[str, tuple[Span, ...]]:
+    """Of the layers that write."""
+    return {
+        by_leaf[leaf].module: spans
+        for columns in own
+        for leaf, spans in columns.rows.items()
+        if not by_leaf[leaf].parameter
+    }
 
 
 def _check_layers(trace: Traced, group: _Group) -> None:
@@ -109,7 +141,9 @@ def _sharing(model: nn.Module, name: str, layer: nn.Module) -> list[str]:
     return [other for other, parameter in everywhere if id(parameter) in own and other.rpartition(".")[0] != name]
 
 
-def _structure(model: nn.Module, own: Sequence[Columns], by_leaf: Mapping[int, Source]) -> Structure:
+def _structure(
+    model: nn.Module, own: Sequence[Columns], by_leaf: Mapping[int, Source], unseen: Sequence[Source]
+) -> Structure:
     rows = {leaf: spans for columns in own for leaf, spans in columns.rows.items()}
     if any(
         columns.count != own[0].count or rows[leaf] != columns.rows[leaf] for columns in own for leaf in columns.rows
@@ -120,6 +154,8 @@ def _structure(model: nn.Module, own: Sequence[Columns], by_leaf: Mapping[int, S
         # A norm's weight and bias have the same places.
         name = by_leaf[leaf].module
         writers[name] = Part(name, spans, _own_numbers(model.get_submodule(name)))
+    for source in unseen:
+        writers[source.module] = Part(source.module, next(iter(_rows(own, by_leaf).values())))
     readers = tuple(columns.reader for columns in own)
     parts = (*writers.values(), *readers)
     name = _common([part.module for part in parts]) or readers[0].module

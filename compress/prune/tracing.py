@@ -33,6 +33,10 @@ class Source(NamedTuple):
     """Of `leaf`: its rows, or its channels."""
     parameter: bool
 
+    @property
+    def channels(self) -> int:
+        return self.leaf.shape[self.dimension]
+
 
 @dataclass
 class Traced:

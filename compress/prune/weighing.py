@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from diffpress.calibration.cost import operation_formulas, parameter_count
 from diffpress.calibration.sampling import Call, replay
 
 from ..options import Removal
+from .budget import step_of
 from .structures import Part, Structure
 
 
@@ -24,9 +25,9 @@ class Weights(NamedTuple):
     total: float
     """Of everything that a share is taken of."""
 
-    def most(self, structures: Sequence[Structure]) -> float:
-        """The share that can be removed: one unit of each structure stays."""
-        return sum((own.count - 1) * self.units[own.name] for own in structures) / self.total
+    def most(self, structures: Sequence[Structure], multiple: int) -> float:
+        """The share that can be removed: one unit of each structure stays, or as many as are kept together."""
+        return sum((own.count - step_of(own.count, multiple)) * self.units[own.name] for own in structures) / self.total
 
 
 def weigh(model: nn.Module, structures: Sequence[Structure], call: Call, options: Removal) -> Weights:
@@ -54,7 +55,8 @@ def _macs(model: nn.Module, structures: Sequence[Structure], call: Call) -> Weig
     for own in structures:
         layers = sum(share(part, _size(model, part, 0)) for part in own.writers)
         layers += sum(share(part, _size(model, part, 1)) for part in own.readers)
-        units[own.name] = layers + sum(_between(model, part.module, macs) for part in own.owners) / own.count
+        between = sum(_between(model, part.module, macs) for part in own.owners) if own.kind == "heads" else 0.0
+        units[own.name] = layers + between / own.count
     return Weights(units, counter.get_total_flops() / 2)
 
 
@@ -64,9 +66,8 @@ def _size(model: nn.Module, part: Part, dimension: int) -> int:
     return weight.shape[dimension]
 
 
-def _between(model: nn.Module, module: str, macs: object) -> float:
+def _between(model: nn.Module, module: str, macs: Callable[[str], float]) -> float:
     """What a module multiplies beside its layers: products of queries, keys and values."""
-    assert callable(macs)
     layers = [
         name for name, own in model.get_submodule(module).named_modules() if isinstance(own, (nn.Linear, nn.Conv2d))
     ]

@@ -21,12 +21,17 @@ from diffusers import (
     UNet2DModel,
 )
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from diffpress.calibration.cost import operation_formulas, parameter_count
 from diffpress.calibration.sampling import Call, answer, replay
 from diffpress.compress.changes import worn
+from diffpress.compress.options import Obs
 from diffpress.compress.overlay import overlaid
 from diffpress.compress.prune.cutting import cut, masking, removable
 from diffpress.compress.prune.finding import find_structures
+from diffpress.compress.prune.structures import Structure
+from diffpress.compress.prune.weighing import weigh
 
 Inputs = dict[str, Tensor]
 Expected = dict[str, tuple[str, int]]
@@ -184,7 +189,9 @@ def pixart() -> Family:
 
 
 def stable_diffusion_3() -> Family:
-    """The first block has a second attention, as those of SD3.5-medium; the last one answers nothing to text."""
+    """The first block has a second attention, as those of SD3.5-medium; the last one answers nothing to text, of which it
+    computes queries nevertheless.
+    """
     model = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -192,21 +199,21 @@ def stable_diffusion_3() -> Family:
         out_channels=4,
         num_layers=3,
         attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
+        num_attention_heads=3,
+        caption_projection_dim=24,
         joint_attention_dim=16,
         pooled_projection_dim=12,
         pos_embed_max_size=8,
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    units: Expected = {"transformer_blocks.0.attn2": ("heads", 2)}
+    units: Expected = {"transformer_blocks.0.attn2": ("heads", 3)}
     for block in range(3):
         units |= {
-            f"transformer_blocks.{block}.attn": ("heads", 2),
-            f"transformer_blocks.{block}.ff.net": ("neurons", 64),
+            f"transformer_blocks.{block}.attn": ("heads", 3),
+            f"transformer_blocks.{block}.ff.net": ("neurons", 96),
         }
-    units |= {f"transformer_blocks.{block}.ff_context.net": ("neurons", 64) for block in range(2)}
+    units |= {f"transformer_blocks.{block}.ff_context.net": ("neurons", 96) for block in range(2)}
     inputs = {"hidden_states": LATENTS, "encoder_hidden_states": TEXT, "pooled_projections": noise(2, 12)}
     return model, {**inputs, "timestep": WHOLE.float()}, units
 
@@ -382,17 +389,27 @@ def roundings(model: nn.Module) -> float:
     return torch.finfo(torch.float32).eps * sum(columns**0.5 for columns in layers)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
-@torch.no_grad()
-def test_units_are_found_and_cutting_them_out_is_masking_them(family: Callable[[], Family]) -> None:
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+
+
+def called(family: Callable[[], Family]) -> tuple[Any, Call, list[Structure], Expected]:
+    """Of the small model: a subject, one call, and the units that were found; the ones that there are."""
     torch.manual_seed(0)
     model, inputs, expected = family()
     draw_(model.eval())
-    call = Call(inputs, answer(model, inputs, torch.float32), 0)
+    with torch.no_grad():
+        call = Call(inputs, answer(model, inputs, torch.float32), 0)
+    structures, _ = find_structures(model, call)
+    return SimpleNamespace(model=model, component="denoiser", forms={}), call, structures, expected
+
+
+@every_family
+@torch.no_grad()
+def test_units_are_found_and_cutting_them_out_is_masking_them(family: Callable[[], Family]) -> None:
     with torch.enable_grad():
-        structures, _ = find_structures(model, call)
+        subject, call, structures, expected = called(family)
+    model = subject.model
     assert {own.name: (own.kind, own.count) for own in structures} == expected
-    subject: Any = SimpleNamespace(model=model, component="denoiser", forms={})
     assert removable(subject, structures, call) == (structures, {})
     removed = {own.name: sorted(torch.randperm(own.count)[: max(1, own.count // 3)].tolist()) for own in structures}
     with overlaid(model, masking(model, structures, removed)):
@@ -404,3 +421,30 @@ def test_units_are_found_and_cutting_them_out_is_masking_them(family: Callable[[
     # That units go is seen at all.
     assert (masked - call.output).abs().max() > 100 * allowed
     assert torch.equal(replay(model, call), call.output)
+
+
+@every_family
+def test_what_a_unit_weighs_is_what_is_gone_without_it(family: Callable[[], Family]) -> None:
+    """To the last parameter and multiplication."""
+    subject, call, structures, _ = called(family)
+    parameters, macs = (
+        weigh(subject.model, structures, call, Obs(method="obs", share_of=of)) for of in ("parameters", "macs")
+    )
+    before = _cost(subject.model, call)
+    assert (parameters.total, macs.total) == before
+    for own in structures:
+        gone = own.count // 2
+        with worn(subject.model, cut(subject, structures, {own.name: range(gone)}), []):
+            after = _cost(subject.model, call)
+        assert (gone * parameters.units[own.name], gone * macs.units[own.name]) == (
+            before[0] - after[0],
+            before[1] - after[1],
+        )
+
+
+@torch.no_grad()
+def _cost(model: nn.Module, call: Call) -> tuple[int, int]:
+    """Parameters, and multiplications of one call."""
+    with FlopCounterMode(display=False, custom_mapping=operation_formulas()) as counter:
+        replay(model, call)
+    return parameter_count(model), counter.get_total_flops() // 2
