@@ -95,6 +95,8 @@ class Resize(EditBase):
         names = next((names for kind, names in ATTRIBUTES.items() if isinstance(module, kind)), None)
         if names is None:
             raise ValueError(f"{type(module).__name__} is of no kind that can be resized")
+        if self.inputs is not None and names[INPUTS] is None:
+            raise ValueError(f"{type(module).__name__} has no inputs apart from its outputs")
         small = copy.copy(module)
         small.__dict__["_parameters"] = {
             name: None if own is None else _like(own, new.get(name, self._cut(name, own.detach())))
