@@ -51,14 +51,16 @@ def _row(
     note: Note,
 ) -> PlanRow:
     first = before.get(f"{module}.weight", next(iter(before.values())))
+    words = [edit.words() for edit in edits]
+    reasons = [*(edit.left(first.shape) for edit in edits), note.reason]
     return PlanRow(
         component=component,
         module=module,
         shape=first.shape,
-        format=note.format or ", ".join(edit.words() for edit in edits) or str(first.dtype)[6:],
+        format=note.format or ", ".join(filter(None, words)) or str(first.dtype)[6:],
         source_bytes=_bytes(before),
         bytes=_bytes(after),
-        reason=note.reason,
+        reason="; ".join(filter(None, reasons)),
         error=note.error,
     )
 

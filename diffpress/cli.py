@@ -90,6 +90,7 @@ def compress(
         return
     from .flow import compress as run_flow
     from .pairs import COSTS
+    from .report.plan import summary
 
     with stages() as notify:
         artifact = run_flow(source, resolved, out, device=device, fresh=fresh, force=force, notify=notify)
@@ -98,6 +99,7 @@ def compress(
         print_json({"out": str(out), **metrics, **dict.fromkeys(COSTS), **artifact.cost})
     else:
         print_comparison(metrics, artifact.cost)
+        OUTPUT.print(summary(artifact.manifest.plan))
         OUTPUT.print(f"{out} is ready; the proof is in {out / 'report.html'}")
     for sentence in artifact.missed:
         ERRORS.print(f"gate missed: {sentence}")

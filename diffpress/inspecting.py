@@ -14,6 +14,7 @@ from diffpress.export.portable.manifest import is_export, read_export
 from diffpress.export.runtime import StepPlan
 
 from .report.formatting import ranges
+from .report.pruning import is_structure, removed_words
 from .report.steps import KINDS
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
@@ -59,10 +60,12 @@ def _require_artifact(path: Path) -> None:
 
 
 def _tables(path: Path, manifest: Manifest) -> list[Table]:
-    formats = Counter(row.format for row in manifest.plan)
+    formats = Counter(row.format for row in manifest.plan if not is_structure(row))
+    removed = removed_words(manifest.plan)
     summary = [
         ("source", str(manifest.source["model"])),
         ("fingerprint", manifest.fingerprint[:16]),
+        *([("units", removed)] if removed else []),
         ("formats", ", ".join(f"{count} x {name}" for name, count in formats.most_common())),
         *(
             (f"{component} bytes", _bytes(manifest, component))
@@ -71,11 +74,19 @@ def _tables(path: Path, manifest: Manifest) -> list[Table]:
         *((key, f"{value:.4g}") for key, value in manifest.metrics.items() if isinstance(value, (int, float))),
     ]
     plan: list[tuple[str, ...]] = [
-        (row.module, "x".join(map(str, row.shape)), row.format, f"{row.bytes:,}", row.reason) for row in manifest.plan
+        (row.module, "x".join(map(str, row.shape)), row.format, f"{row.bytes:,}", row.reason)
+        for row in manifest.plan
+        if not is_structure(row)
+    ]
+    units = [
+        (row.module.rpartition(", ")[0], row.format, *map(str, row.shape), row.reason)
+        for row in manifest.plan
+        if is_structure(row)
     ]
     return [
         (f"artifact {path}", ("", "value"), [(key, value) for key, value in summary]),
         ("plan", ("module", "shape", "format", "bytes", "reason"), plan),
+        *([("units", ("structure", "units", "kept", "of", "which"), units)] if units else []),
         *(_step_plan(plan) for plan in step_plans(manifest.edits)),
     ]
 

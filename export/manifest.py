@@ -23,20 +23,26 @@ ANEW = "compress anew"
 
 
 class PlanRow(BaseModel):
-    """What became of one weighted module, of the attention that one computes, or of a part that was added."""
+    """What became of one weighted module, of the attention that one computes, of units that can be removed together, or of a
+    part that was added.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     component: str
     module: str
+    """Of units, the innermost module that they are in, and their kind behind a comma."""
     shape: tuple[int, ...]
-    """Of a weight; of attention, heads and the columns of each."""
+    """Of a weight in the source; of attention, heads and the columns of each; of units, how many are kept, and of how many."""
     format: str
-    """Such as `W4A8`, or the dtype it was left in; of attention `attention Q·K int8`, `attention int8` or `attention float`."""
+    """Such as `W4A8`, or the dtype it was left in; of attention `attention Q·K int8`, `attention int8` or `attention float`;
+    of units `heads`, `neurons` or `channels`."""
     source_bytes: int
     bytes: int
     reason: str = ""
-    """Why it was left alone or given more bits than asked."""
+    """Why it was left alone or given more bits than asked, and what is left of its weight; of units, those that are gone, such
+    as `1, 4-7 removed`.
+    """
     error: float | None = None
     """Relative squared error of the denoiser's output when only this is quantized."""
 

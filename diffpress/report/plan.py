@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from diffpress.export.manifest import PlanRow
 
 from .formatting import TIMES, byte_size, scientific
+from .pruning import is_structure, removed_words
 
 MOST_SENSITIVE = 20
 ATTENTION = "attention "
@@ -74,10 +75,15 @@ def totals(plan: Sequence[PlanRow]) -> list[Total]:
 
 
 def summary(plan: Sequence[PlanRow]) -> str:
-    """What was done, in words: `W8A8, 84 of 97 layers; attention int8, 8 of 8 attentions`, and what a step plan saves."""
-    layers = [row for row in plan if not row.format.startswith((ATTENTION, STEP_PLAN))]
+    """What was done, in words: `3 of 16 heads removed; W8A8, 84 of 97 layers; attention int8, 8 of 8 attentions`, and what a
+    step plan saves.
+    """
+    layers = [row for row in plan if not row.format.startswith((ATTENTION, STEP_PLAN)) and not is_structure(row)]
     attentions = [row for row in plan if row.format.startswith(ATTENTION)]
-    words = [_formats(layers, "layers") or f"nothing packed, {len(layers)} layers left as they were"]
+    removed = removed_words(plan)
+    words = [removed] if removed else []
+    left = f"nothing packed{'' if removed else f', {len(layers)} layers left as they were'}"
+    words += [_formats(layers, "layers") or left]
     words += [_formats(attentions, "attentions") or "attention in float"] if attentions else []
     words += [row.reason or row.format for row in plan if row.format.startswith(STEP_PLAN)]
     return "; ".join(words)

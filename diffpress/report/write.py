@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from diffpress.export.manifest import Manifest
 
 from ..pairs import Pairs
 from .charts import histogram, step_curve
-from .figures import gates_tile, measures, pairs_tile, tiles
+from .figures import Measure, gates_tile, measures, pairs_tile, tiles
 from .formatting import byte_size, decibels, significant
 from .images import gallery
 from .learning import learning
 from .plan import lines, saving, sensitivity, summary, totals, whole
+from .pruning import is_structure, pruning
 from .steps import step_plan
 
 UNMEASURED = {
@@ -48,7 +49,7 @@ def write_report(
     text = page.render(
         **_shared(model, manifest, pairs, metrics, cost),
         **_status(manifest, metrics),
-        artifact=None if manifest is None else _artifact(manifest),
+        artifact=None if manifest is None else _artifact(manifest, measures(metrics, cost)),
     )
     # The name of a folder need not be UTF-8; what is no text in it becomes a question mark.
     path.write_text(text, encoding="utf-8", errors="replace")
@@ -115,14 +116,16 @@ def _status(manifest: Manifest | None, metrics: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _artifact(manifest: Manifest) -> dict[str, Any]:
-    parts = totals(manifest.plan)
+def _artifact(manifest: Manifest, measured: Mapping[str, Measure]) -> dict[str, Any]:
+    weighted = [row for row in manifest.plan if not is_structure(row)]
+    parts = totals(weighted)
     return {
         "summary": summary(manifest.plan),
+        "pruning": pruning(manifest.plan, measured),
         "steps": step_plan(manifest),
-        "sensitivity": sensitivity(manifest.plan),
+        "sensitivity": sensitivity(weighted),
         "learning": learning([row for row in manifest.learning if "iteration" in row]),
-        "plan": lines(manifest.plan),
+        "plan": lines(weighted),
         "totals": [(part, saving(part)) for part in [*parts, whole(parts)]],
         "recipe": yaml.safe_dump(manifest.recipe, sort_keys=False, allow_unicode=True),
         "versions": manifest.versions,

@@ -33,8 +33,12 @@ class EditBase(BaseModel):
     """Dotted path inside the component."""
 
     def words(self) -> str:
-        """What the report calls it."""
+        """What the report calls what it makes of a module; empty where that is as it was, but for its size."""
         raise NotImplementedError
+
+    def left(self, shape: tuple[int, ...]) -> str:
+        """What is left of a weight of that shape, in words; empty where all is."""
+        return ""
 
     def per_step(self) -> bool:
         """Whether it has to know the current sampling step."""

@@ -51,12 +51,11 @@ class Resize(EditBase):
         return self
 
     def words(self) -> str:
-        parts = [
-            f"{count_of(kept)} {name}"
-            for kept, name in ((self.outputs, "outputs"), (self.inputs, "inputs"))
-            if kept is not None
-        ]
-        parts += [f"{name} {value}" for name, value in self.attributes.items()] if not parts else []
+        return ""
+
+    def left(self, shape: tuple[int, ...]) -> str:
+        sides = zip((self.outputs, self.inputs), shape, ("outputs", "inputs"), strict=False)
+        parts = [f"{count_of(kept)} of {size} {name}" for kept, size, name in sides if kept is not None]
         return ", ".join(parts) + (", refitted" if self.refitted else "")
 
     def apply_(self, model: nn.Module, clock: StepClock | None) -> None:

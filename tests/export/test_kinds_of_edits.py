@@ -134,7 +134,9 @@ EXAMPLES: dict[type[EditBase], list[Example]] = {
     Attach: [planned(order=0), planned(order=1, corrected=True), planned(order=2), fed("pass"), fed("forecast")],
 }
 ALL = [example for kind in KINDS for example in EXAMPLES[kind]]
-every_example = pytest.mark.parametrize("example", ALL, ids=lambda example: example[0][0].words())
+every_example = pytest.mark.parametrize(
+    "example", ALL, ids=lambda example: f"{example[0][0].kind} {example[0][0].words()}"
+)
 
 
 @pytest.fixture
