@@ -17,7 +17,7 @@ Level = Literal["branch", "block", "stack", "whole"]
 Storage = Literal["computed", "bfloat16", "int8"]
 """How features are kept."""
 Removable = Literal["heads", "neurons", "channels"]
-"""What can be removed: heads of attentions, neurons of feed-forwards, channels of resnets."""
+"""What can be removed: heads of attentions, neurons of feed-forwards, channels between convolutions."""
 LARGE = 100_000_000
 """Parameters of a denoiser from which learning spends time to save memory."""
 
@@ -185,7 +185,8 @@ class Removal(BaseModel):
     kinds: list[Removable] = Field(
         default=["heads", "neurons", "channels"],
         min_length=1,
-        description="what may be removed: `heads` of attentions, `neurons` of feed-forwards, `channels` of resnets",
+        description="what may be removed: `heads` of attentions, `neurons` of feed-forwards, `channels` between "
+        "convolutions, a norm's groups of them together",
     )
     multiple: int = Field(
         default=8,
