@@ -21,8 +21,8 @@ from ...stage import Cost, Report, Running, Subject
 from ...stage_folder import StageFolder
 from .. import obs
 from ..budget import step_of
+from ..candidates import Candidates, find_candidates
 from ..moments import moments_of
-from ..search import Candidates, find_candidates
 from ..structures import Removed
 from .learning import EVALUATIONS, Learning
 from .masking import Masks, predictor

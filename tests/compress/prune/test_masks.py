@@ -15,11 +15,11 @@ from diffpress.calibration.conditions import conditions
 from diffpress.calibration.sampling import replay
 from diffpress.compress.options import Masks as Options
 from diffpress.compress.overlay import overlaid
+from diffpress.compress.prune.candidates import find_candidates
 from diffpress.compress.prune.masks.gates import BOUND, gate, noise, open_probability, within_budget
 from diffpress.compress.prune.masks.masking import Masks, predictor
 from diffpress.compress.prune.masks.method import lowest, run
 from diffpress.compress.prune.moments import Moments
-from diffpress.compress.prune.search import find_candidates
 from diffpress.compress.prune.structures import Part, Span
 from diffpress.compress.prune.surgeon import DAMPING
 from diffpress.compress.stage import Subject

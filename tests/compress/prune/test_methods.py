@@ -20,6 +20,8 @@ from diffpress.compress.stage_folder import StageFolder
 from diffpress.export.edits import Resize
 
 REMOVING = [entry for entry in METHODS if entry.stage == "prune" and "remove" in entry.options.model_fields]
+LITTLE = {"masks": {"iterations": 2, "batch": 2, "validation_images": 2}}
+"""Of what takes long."""
 every_method = pytest.mark.parametrize("entry", REMOVING, ids=lambda entry: entry.name)
 
 
@@ -44,7 +46,7 @@ def subject(recorded: Callable[[str], Any]) -> Callable[[str], Subject]:
 
 
 def pruned(subject: Subject, entry: Any, folder: Path, **options: Any) -> Changes:
-    chosen = entry.options(method=entry.name, **options)
+    chosen = entry.options(method=entry.name, **LITTLE.get(entry.name, {}), **options)
     return method_of(chosen).run(subject, chosen, StageFolder(folder), lambda *_: None)
 
 
