@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from diffpress.calibration.partway import scheduler_in_use
-from diffpress.calibration.replaying import SHARDS, replayed_steps
 from diffpress.calibration.sampling import Call
 from diffpress.calibration.trajectory import Progress
 
@@ -29,7 +28,7 @@ from ..stage_folder import StageFolder
 from .budget import SHARES, Curve, choose, counts_of, step_of
 from .candidates import Candidates, find_candidates
 from .cutting import cut
-from .moments import BUDGET, Moments, affine, moments_of, spread_calls
+from .moments import BUDGET, CALLS, Moments, affine, moments_of, spread_calls
 from .structures import Removed, Structure, columns
 from .surgeon import Reader, refitted, removal_order
 
@@ -50,7 +49,7 @@ def check(subject: Subject, options: Obs) -> None:
 
 def estimate(subject: Subject, options: Removal, running: Running) -> Cost:
     """Calls of the denoiser are what takes time."""
-    calls = LOOKING * replayed_steps(min(SHARDS, running.recorded_batches), running.steps) + MEASURING
+    calls = LOOKING * min(CALLS, running.recorded_batches * running.steps) + MEASURING
     disk_bytes = sum(form.size_bytes for form in subject.forms.values())
     return Cost({"prune": calls * running.step_seconds}, disk_bytes)
 
