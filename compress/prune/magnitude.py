@@ -34,7 +34,9 @@ def run(subject: Subject, options: Magnitude, folder: StageFolder, report: Repor
 
 
 def even_counts(candidates: Candidates, options: Magnitude) -> dict[str, int]:
-    """The same share of every structure, the smallest that is enough in whole units."""
+    """The same share of every structure, the smallest that is enough in whole units, and of what is rounded up for it no more
+    than is needed.
+    """
     structures, target = candidates.structures, candidates.target(options)
 
     def counts(share: float) -> dict[str, int]:
@@ -42,14 +44,18 @@ def even_counts(candidates: Candidates, options: Magnitude) -> dict[str, int]:
         rounded = {own.name: round(share * own.count / steps[own.name]) * steps[own.name] for own in structures}
         return {own.name: min(own.count - steps[own.name], rounded[own.name]) for own in structures}
 
-    def weight(share: float) -> float:
-        return sum(count * candidates.weights.units[name] for name, count in counts(share).items())
+    def weight(chosen: dict[str, int]) -> float:
+        return sum(count * candidates.weights.units[name] for name, count in chosen.items())
 
     low, high = 0.0, 1.0
     for _ in range(32):
         middle = (low + high) / 2
-        low, high = (middle, high) if weight(middle) < target else (low, middle)
-    return counts(high)
+        low, high = (middle, high) if weight(counts(middle)) < target else (low, middle)
+    chosen = counts(high)
+    for name, fewer in counts(low).items():
+        if weight(chosen | {name: fewer}) >= target:
+            chosen[name] = fewer
+    return chosen
 
 
 def smallest(subject: Subject, structure: Structure, count: int) -> list[int]:
