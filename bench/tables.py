@@ -46,6 +46,18 @@ NOT_REACHED = "-"
 CACHES_AT = ("ddim", 25)
 """Scheduler and steps at which every peer is shown."""
 
+PRUNED = {
+    "taylor": "Diff-Pruning (Taylor), all layers together",
+    "taylor-even": "Diff-Pruning (Taylor)",
+    "wanda": "Wanda",
+    "obs-even": "obs, even shares, not refitted",
+    "obs-even+refit": "obs, even shares",
+    "obs": "**obs**",
+    "fewer-steps": "fewer steps",
+}
+COMBINED = "zoo:emoji"
+"""On which stages are combined."""
+
 
 def recipes(results: dict[str, Any]) -> str:
     """Presets beside the cheap alternatives, of `results/recipes.json`."""
@@ -238,6 +250,52 @@ def step_gradient_sizes(results: dict[str, Any]) -> str:
     return _table(header, lines)
 
 
+def pruning(results: dict[str, Any]) -> str:
+    """Ways of removing units at equal parameters, the worst first, of `results/prune.json`."""
+    header = ("removed", "", "PSNR dB", "SSIM", "latent MSE", "class", "parameters", "MACs", "time", "seconds")
+    models: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["share"]:
+            models.setdefault(row["model"], []).append(row)
+    ranked = {name: sorted(rows, key=lambda row: (row["share"], row["psnr_db"])) for name, rows in models.items()}
+    return _by_model(ranked, header, lambda row: (f"{row['share']:.0%}", *_pruned(row)))
+
+
+def _pruned(row: dict[str, Any]) -> Sequence[str]:
+    fewer = f", {row['steps']}" if row["row"] == curves.PLAIN else ""
+    return (
+        PRUNED.get(row["row"], row["row"]) + fewer,
+        f"{row['psnr_db']:.1f}",
+        f"{row['ssim']:.3f}",
+        f"{row['latent_mse']:.4f}",
+        f"{row['class_accuracy']:.0%}" if "class_accuracy" in row else "",
+        f"{row['parameters'] / row['full_parameters']:.3f}",
+        f"{row['macs'] / row['full_macs']:.2f}",
+        f"{row['latency_ratio']:.2f}",
+        f"{row['seconds']:.0f}" if "seconds" in row else "",
+    )
+
+
+def pruning_together(results: dict[str, Any]) -> str:
+    """Pruning, rounding and fewer computations, alone and one after the other, of `results/prune.json`."""
+    rows = [row for row in results["rows"] if not row["share"]]
+    full = next(row for row in rows if row["row"] == "original")
+    header = ("", "PSNR dB", "latent MSE", "denoiser's bytes", "MACs", "time")
+    lines = [
+        (
+            row["row"],
+            f"{row['psnr_db']:.1f}",
+            f"{row['latent_mse']:.2e}",
+            f"{row['denoiser_bytes'] / full['denoiser_bytes']:.2f}",
+            f"{row['macs'] / row['full_macs']:.2f}",
+            f"{row['latency_ratio']:.2f}",
+        )
+        for row in rows
+        if row["model"] == COMBINED and row is not full
+    ]
+    return _table(header, lines)
+
+
 def _by_model(
     models: dict[str, list[dict[str, Any]]], header: Sequence[str], line: Callable[[dict[str, Any]], Sequence[str]]
 ) -> str:
@@ -271,6 +329,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "caches": ("steps.json", caches),
     "step-gradients": ("step_gradients.json", step_gradients),
     "step-gradient-sizes": ("step_gradients.json", step_gradient_sizes),
+    "pruning": ("prune.json", pruning),
+    "pruning-together": ("prune.json", pruning_together),
 }
 """Name to the results file and what is made of it."""
 
