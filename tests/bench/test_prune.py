@@ -186,6 +186,14 @@ def test_tables_rank_ways_at_equal_shares_and_keep_combinations_apart(bench) -> 
     assert together[2:] == ["| W8A8 | 40.0 | 1.00e-02 | 0.42 | 0.75 | 0.80 |"]
 
 
+def test_curves_are_over_the_parameters_that_are_left(bench, tmp_path: Path) -> None:
+    rows = [row("original", 0, 100), row("obs", 0.2, 30), {**row("obs", 0.3, 25), "parameters": 70}]
+    results = {"rows": [*rows, row("fewer-steps", 0.2, 35)]}
+    assert bench("curves").by_parameters(results) == {"zoo:emoji": {"obs": [(70, 25), (80, 30)]}}
+    bench("curves").draw("prune", results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_finished_rows_are_kept_and_unfinished_ones_left_out(
     bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

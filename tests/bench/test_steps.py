@@ -225,5 +225,5 @@ def test_tables_name_the_best_peer_and_every_refusal(bench) -> None:
 
 def test_curves_are_drawn(bench, tmp_path: Path) -> None:
     out = tmp_path / "curves.png"
-    bench("curves").draw({"rows": [row("deepcache", 2, 30), row("deepcache", 3, 20)]}, out)
+    bench("curves").draw("steps", {"rows": [row("deepcache", 2, 30), row("deepcache", 3, 20)]}, out)
     assert out.read_bytes().startswith(b"\x89PNG")
