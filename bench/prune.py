@@ -46,7 +46,7 @@ FULL = "original"
 FEWER = "fewer-steps"
 LIKE = "obs"
 """The row whose multiplications fewer steps may spend."""
-OWN = ("magnitude", "obs")
+OWN = ("magnitude", "obs", "masks")
 """Methods of ours, by what a recipe calls them."""
 ROWS = (*BASELINES, *OWN, FEWER)
 SHARES = (0.1, 0.2, 0.3, 0.5)

@@ -53,6 +53,7 @@ PRUNED = {
     "obs-even": "obs, even shares, not refitted",
     "obs-even+refit": "obs, even shares",
     "obs": "**obs**",
+    "masks": "**masks**",
     "fewer-steps": "fewer steps",
 }
 COMBINED = "zoo:emoji"

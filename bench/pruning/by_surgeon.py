@@ -22,7 +22,7 @@ def prune(row: str, subject: Subject, options: Magnitude) -> Changes:
     orders = once(subject.model, "orders", lambda: _orders(subject, candidates))
     removed = {name: orders[name][:count] for name, count in even_counts(candidates, options).items()}
     if row.endswith("+refit"):
-        return compensated(subject, candidates, removed, lambda *_: None)
+        return compensated(subject, candidates.structures, removed, lambda *_: None)
     return cut(subject, candidates.structures, removed)
 
 
