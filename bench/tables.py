@@ -268,7 +268,7 @@ def _pruned(row: dict[str, Any]) -> Sequence[str]:
         PRUNED.get(row["row"], row["row"]) + fewer,
         f"{row['psnr_db']:.1f}",
         f"{row['ssim']:.3f}",
-        f"{row['latent_mse']:.4f}",
+        f"{row['latent_mse']:.1e}",
         f"{row['class_accuracy']:.0%}" if "class_accuracy" in row else "",
         f"{row['parameters'] / row['full_parameters']:.3f}",
         f"{row['macs'] / row['full_macs']:.2f}",
@@ -279,7 +279,7 @@ def _pruned(row: dict[str, Any]) -> Sequence[str]:
 
 def pruning_together(results: dict[str, Any]) -> str:
     """Pruning, rounding and fewer computations, alone and one after the other, of `results/prune.json`."""
-    rows = [row for row in results["rows"] if not row["share"]]
+    rows = [row for row in results["rows"] if not row["share"] and row["model"] == COMBINED]
     full = next(row for row in rows if row["row"] == "original")
     header = ("", "PSNR dB", "latent MSE", "denoiser's bytes", "MACs", "time")
     lines = [
@@ -292,7 +292,7 @@ def pruning_together(results: dict[str, Any]) -> str:
             f"{row['latency_ratio']:.2f}",
         )
         for row in rows
-        if row["model"] == COMBINED and row is not full
+        if row is not full
     ]
     return _table(header, lines)
 
