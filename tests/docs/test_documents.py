@@ -81,6 +81,8 @@ def test_advice_quotes_what_was_recorded(tables: ModuleType) -> None:
         ("feedback", "docs/ilf.md"),
         ("steps", "docs/steps.md"),
         ("caches", "docs/steps.md"),
+        ("pruning", "docs/pruning.md"),
+        ("pruning-together", "docs/pruning.md"),
         ("step-gradients", "docs/step-gradients.md"),
         ("step-gradient-sizes", "docs/step-gradients.md"),
     ],
