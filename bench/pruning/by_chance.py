@@ -7,8 +7,8 @@ from shares import lowest_of_each
 
 from diffpress.compress.changes import Changes
 from diffpress.compress.options import Magnitude
+from diffpress.compress.prune.candidates import find_candidates
 from diffpress.compress.prune.cutting import cut
-from diffpress.compress.prune.search import find_candidates
 from diffpress.compress.stage import Subject
 
 

@@ -6,11 +6,11 @@ from once import moments_once, once
 
 from diffpress.compress.changes import Changes
 from diffpress.compress.options import Magnitude
+from diffpress.compress.prune.candidates import Candidates, find_candidates
 from diffpress.compress.prune.cutting import cut
 from diffpress.compress.prune.magnitude import even_counts
 from diffpress.compress.prune.moments import affine
 from diffpress.compress.prune.obs import compensated
-from diffpress.compress.prune.search import Candidates, find_candidates
 from diffpress.compress.prune.structures import columns
 from diffpress.compress.prune.surgeon import Reader, removal_order
 from diffpress.compress.stage import Subject

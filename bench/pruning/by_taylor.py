@@ -19,8 +19,8 @@ from diffpress.calibration.sampling import Call, answer, timestep_of
 from diffpress.compress.changes import Changes
 from diffpress.compress.data_flow import first_argument
 from diffpress.compress.options import Magnitude
+from diffpress.compress.prune.candidates import find_candidates
 from diffpress.compress.prune.cutting import cut
-from diffpress.compress.prune.search import find_candidates
 from diffpress.compress.prune.structures import Part, Structure, columns
 from diffpress.compress.stage import Subject
 

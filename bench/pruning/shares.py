@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffpress.compress.options import Magnitude
+from diffpress.compress.prune.candidates import Candidates
 from diffpress.compress.prune.magnitude import even_counts
-from diffpress.compress.prune.search import Candidates
 
 Scores = Mapping[str, Tensor]
 """[units] of each structure; the lowest go first."""

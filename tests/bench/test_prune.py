@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from diffpress.calibration.cost import parameter_count
 from diffpress.calibration.sampling import denoiser_of, sample
 from diffpress.compress.options import Magnitude
-from diffpress.compress.prune.search import Candidates, find_candidates
+from diffpress.compress.prune.candidates import Candidates, find_candidates
 from diffpress.compress.prune.structures import Structure
 from diffpress.compress.prune.weighing import Weights
 from diffpress.export.artifact import load_pipeline

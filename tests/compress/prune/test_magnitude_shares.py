@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from diffpress.compress.options import Magnitude
+from diffpress.compress.prune.candidates import Candidates
 from diffpress.compress.prune.magnitude import even_counts
-from diffpress.compress.prune.search import Candidates
 from diffpress.compress.prune.structures import Structure
 from diffpress.compress.prune.weighing import Weights
 
