@@ -195,7 +195,9 @@ def test_a_baseline_is_measured_once_and_compared_with_each(gpu):
         assert found["gone"] == {"error": "ZeroDivisionError: division by zero"}
 
 
-@pytest.mark.parametrize("word", ["bf16", "W8A8", "W4A8", "w4"])
+@pytest.mark.parametrize(
+    "word", ["W8A8", *(pytest.param(word, marks=pytest.mark.long) for word in ("bf16", "W4A8", "w4"))]
+)
 def test_a_packed_denoiser_answers(gpu, word: str):
     torch._dynamo.reset()
     denoisers, inputs = gpu("denoisers"), gpu("inputs")

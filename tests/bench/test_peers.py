@@ -78,6 +78,7 @@ def test_peak_counts_from_its_reset(peers):
     assert memory.peak_rss_bytes() < high
 
 
+@pytest.mark.long
 def test_environment_sees_our_packages_behind_its_own(peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     environment = peers("environment")
     monkeypatch.setitem(environment.PEERS, "none", environment.Peer(pins=("pip",), bits=()))

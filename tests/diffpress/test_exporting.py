@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ from diffpress.flow import compress
 from diffpress.recipe import load_recipe
 
 
-@pytest.fixture(scope="module")
-def exported(tiny_pixels: Path, quick_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def exported(tiny_pixels: Path, quick_recipe: Path, made_once: Callable[..., Path]) -> Path:
     """The folder that a recipe with `export: [onnx]` leaves beside its artifact."""
-    out = tmp_path_factory.mktemp("exported") / "tiny"
-    compress(PipelineFolder(tiny_pixels, "tiny"), load_recipe(quick_recipe, ["export=[onnx]"]), out)
-    return out.with_name("tiny-onnx")
+    recipe = load_recipe(quick_recipe, ["export=[onnx]"])
+    folder = made_once(
+        "exported", lambda folder: compress(PipelineFolder(tiny_pixels, "tiny"), recipe, folder / "tiny")
+    )
+    return folder / "tiny-onnx"
 
 
 def test_verify_and_inspect_know_exports(diffpress, exported):

@@ -52,6 +52,7 @@ def test_estimate_shows_what_both_take_and_which_is_taken(
         assert f"order {expected}, taken" in " ".join(diffpress(*arguments).output.split())
 
 
+@pytest.mark.long
 def test_the_order_is_written_down_and_stays_when_a_killed_run_continues(
     tiny_class: Path, digests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

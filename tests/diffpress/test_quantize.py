@@ -67,6 +67,7 @@ def test_learning_is_written_down_and_shown(learned: Path):
     assert "<h2>Learning</h2>" in (learned / REPORT).read_text()
 
 
+@pytest.mark.long
 def test_learning_continues_to_the_same_bytes(learned, tiny_pixels, digests, tmp_path):
     class Killed(BaseException):
         pass

@@ -73,6 +73,7 @@ def test_more_pictures_take_a_graph_that_serves_any_number(pack_tiny) -> None:
     ]
 
 
+@pytest.mark.long
 def test_blocks_one_by_one(packed) -> None:
     denoiser, call = packed(UNET)
     backend = CountingBackend()

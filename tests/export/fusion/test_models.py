@@ -132,6 +132,7 @@ def test_codes_are_those_of_the_norm(kind: str, form: dict[str, Any], packed, wa
     assert check_codes(graphs[0]) == sum(fusion.norm is not None for fusion in graphs[0].fusions) > 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["UNet2DConditionModel", "FluxTransformer2DModel"])
 def test_codes_in_half_precision_are_those_of_the_norm_in_float32(kind: str, packed, watched, check_codes) -> None:
     denoiser, call = packed(kind, torch.bfloat16, asymmetric=True, smoothed=True)

@@ -151,6 +151,7 @@ def test_what_is_stored_is_as_narrow_as_the_tolerance_allows(
     assert {tensor.dtype for tensor in exact.tensors.values()} == {torch.float32}
 
 
+@pytest.mark.long
 def test_a_rank_that_was_asked_for_is_taken_where_it_keeps_the_tolerance(
     family: Callable[[str], Path], subject_of: Callable[[Path], Subject], tmp_path: Path
 ) -> None:
