@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .observe import input_rows
+from .parts import in_parts
 from .replaying import OncePerInput, replay_with
 from .trajectory import Progress, Trajectories
 
@@ -34,7 +35,7 @@ class SecondMoments:
         self.denoiser, self.layers, self.trajectories = denoiser, layers, trajectories
         self.generator = torch.Generator().manual_seed(seed)
         own = sum(parameter.nbytes for parameter in denoiser.parameters())
-        self.parts = _parts(layers, max(SMALLEST_BUDGET, own // 2))
+        self.parts = list(in_parts(layers, lambda name: _moment_bytes(layers[name]), max(SMALLEST_BUDGET, own // 2)))
         self.sums: dict[str, Tensor] = {name: torch.empty(0) for name in self.parts[0]}
         self.rows: dict[str, int] = {}
         self.product = OncePerInput(self._product)
@@ -67,19 +68,9 @@ class SecondMoments:
         replay_with(self.denoiser, chosen, self.trajectories, self.look, progress)
 
 
-def _parts(layers: Mapping[str, nn.Module], budget: int) -> list[list[str]]:
-    """Names in groups whose moments take at most `budget` bytes, one name at least."""
-    parts: list[list[str]] = [[]]
-    taken = 0
-    for name, layer in layers.items():
-        blocks, width = block_sizes(layer.weight[0].numel())  # type: ignore[union-attr, operator, index]
-        size = blocks * width**2 * 4
-        if parts[-1] and taken + size > budget:
-            parts.append([])
-            taken = 0
-        parts[-1].append(name)
-        taken += size
-    return parts
+def _moment_bytes(layer: nn.Module) -> int:
+    blocks, width = block_sizes(layer.weight[0].numel())  # type: ignore[union-attr, operator, index]
+    return blocks * width**2 * 4
 
 
 def block_sizes(columns: int) -> tuple[int, int]:

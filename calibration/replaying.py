@@ -50,9 +50,9 @@ def replay_with(
                 progress(index + 1, len(places))
 
 
-def looked_at(trajectories: Trajectories, shards: Sequence[Path]) -> dict[Path, list[int]]:
-    """The places of the recorded calls that are replayed of each shard."""
-    turns = _turns(len(shards), len(trajectories.timesteps))
+def looked_at(trajectories: Trajectories, shards: Sequence[Path], turns: int | None = None) -> dict[Path, list[int]]:
+    """The places of the recorded calls that are replayed of each shard: those of every so many steps, by `turns`."""
+    turns = turns or _turns(len(shards), len(trajectories.timesteps))
     return {
         shard: [place for place, step in enumerate(trajectories.steps(shard)) if step % turns == index % turns]
         for index, shard in enumerate(shards)

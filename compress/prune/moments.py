@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpress.calibration.observe import input_rows_at, output_places, rows_at
+from diffpress.calibration.parts import in_parts
+from diffpress.calibration.replaying import looked_at
 from diffpress.calibration.sampling import replay
 from diffpress.calibration.trajectory import Progress, Trajectories
 
@@ -54,7 +56,7 @@ def moments_of(
     Where `wearing` is given, x is what they are fed while that is worn.
     """
     calls = spread_calls(trajectories, shards, CALLS)
-    for part in _parts(model, names):
+    for part in in_parts(names, lambda name: _moment_bytes(model.get_submodule(name)), BUDGET):
         collected = _Collected(model, part, seed)
         for index, (shard, place) in enumerate(calls):
             call = trajectories.call(shard, place)
@@ -73,30 +75,16 @@ def moments_of(
 def spread_calls(trajectories: Trajectories, shards: Sequence[Path], count: int) -> list[tuple[Path, int]]:
     """About `count` recorded calls: some steps of every shard, others of the next."""
     turns = max(1, sum(len(trajectories.steps(shard)) for shard in shards) // count)
-    return [
-        (shard, place)
-        for index, shard in enumerate(shards)
-        for place in range(index % turns, len(trajectories.steps(shard)), turns)
-    ]
+    return [(shard, place) for shard, own in looked_at(trajectories, shards, turns).items() for place in own]
 
 
-def _parts(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
-    """Names in groups whose moments take at most BUDGET bytes, one name at least."""
-    part: list[str] = []
-    taken = 0
-    for name in names:
-        out, width = _matrix_shape(model.get_submodule(name))
-        size = 8 * width * (width + out)
-        if part and taken + size > BUDGET:
-            yield part
-            part, taken = [], 0
-        part.append(name)
-        taken += size
-    if part:
-        yield part
+def _moment_bytes(layer: nn.Module) -> int:
+    out, width = matrix_shape(layer)
+    return 8 * width * (width + out)
 
 
-def _matrix_shape(layer: nn.Module) -> tuple[int, int]:
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """Of what `affine` gives."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return len(weight), weight[0].numel() + (layer.bias is not None)

@@ -7,7 +7,7 @@ fitted to what the original answers, on what the pruned model feeds it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffpress.calibration.parts import in_parts
 from diffpress.calibration.partway import scheduler_in_use
 from diffpress.calibration.sampling import Call
 from diffpress.calibration.trajectory import Progress
@@ -28,7 +29,7 @@ from ..stage_folder import StageFolder
 from .budget import SHARES, Curve, choose, counts_of, step_of
 from .candidates import Candidates, find_candidates
 from .cutting import cut
-from .moments import BUDGET, CALLS, Moments, affine, moments_of, spread_calls
+from .moments import BUDGET, CALLS, Moments, affine, matrix_shape, moments_of, spread_calls
 from .structures import Removed, Structure, columns
 from .surgeon import Reader, refitted, removal_order
 
@@ -121,7 +122,7 @@ def measure(subject: Subject, candidates: Candidates, options: Removal, progress
     trajectories = subject.trajectories
     fitted, measured = _halves(trajectories.shards)
     calls = _weighted_calls(subject, measured)
-    for part in _parts(subject, candidates.structures):
+    for part in in_parts(candidates.structures, partial(_ways_bytes, subject), BUDGET):
         readers = list(dict.fromkeys(reader.module for own in part for reader in own.readers))
         moments = dict(moments_of(subject.model, readers, trajectories, fitted, subject.seed, progress=progress))
         orders |= {own.name: removal_order(_readers(subject, own, moments)) for own in part}
@@ -138,19 +139,10 @@ def measure(subject: Subject, candidates: Candidates, options: Removal, progress
     return Measured(orders, curves)
 
 
-def _parts(subject: Subject, structures: Sequence[Structure]) -> Iterator[list[Structure]]:
-    """Structures whose layers take, in as many ways as are measured, at most BUDGET bytes; one at least."""
-    part: list[Structure] = []
-    taken = 0
-    for own in structures:
-        size = len(SHARES) * sum(affine(subject.model.get_submodule(reader.module)).nbytes for reader in own.readers)
-        if part and taken + size > BUDGET:
-            yield part
-            part, taken = [], 0
-        part.append(own)
-        taken += size
-    if part:
-        yield part
+def _ways_bytes(subject: Subject, structure: Structure) -> int:
+    """Of the layers that read it, in as many ways as are measured."""
+    shapes = [matrix_shape(subject.model.get_submodule(reader.module)) for reader in structure.readers]
+    return len(SHARES) * sum(8 * out * width for out, width in shapes)
 
 
 def _readers(subject: Subject, structure: Structure, moments: Mapping[str, Moments]) -> list[Reader]:
