@@ -12,6 +12,7 @@ would be the Fisher information). Images of a batch do not see each other, so ea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -46,18 +47,11 @@ def measure_layers(
     """
     probes = _Probes(trajectories, {name: len(ways) for name, ways in layers.items()}, seed)
 
-    def wrap(name: str) -> Wrap:
+    def answers(name: str, beneath: Forward, x: Tensor) -> list[Tensor]:
         layer = denoiser.get_submodule(name)
+        return [fake_quantization(layer, own, probes.clock)(beneath)(x) for own in layers[name]]
 
-        def around(beneath: Forward) -> Forward:
-            def answers(x: Tensor) -> list[Tensor]:
-                return [fake_quantization(layer, own, probes.clock)(beneath)(x) for own in layers[name]]
-
-            return lambda x: probes.watch(name, answers, beneath(x), x)
-
-        return around
-
-    return probes.measure(denoiser, {name: wrap(name) for name in layers})
+    return probes.measure(denoiser, probes.wraps(layers, answers))
 
 
 @torch.no_grad()
@@ -93,18 +87,10 @@ def measure_weights(
     """
     probes = _Probes(trajectories, {name: len(ways) for name, ways in weights.items()}, seed, calls)
 
-    def wrap(name: str) -> Wrap:
-        layer = denoiser.get_submodule(name)
+    def answers(name: str, beneath: Forward, x: Tensor) -> Iterator[Tensor]:
+        return (call_with(denoiser.get_submodule(name), beneath, x, *own) for own in weights[name])
 
-        def around(beneath: Forward) -> Forward:
-            def answers(x: Tensor) -> Iterator[Tensor]:
-                return (call_with(layer, beneath, x, *own) for own in weights[name])
-
-            return lambda x: probes.watch(name, answers, beneath(x), x)
-
-        return around
-
-    return probes.measure(denoiser, {name: wrap(name) for name in weights})
+    return probes.measure(denoiser, probes.wraps(weights, answers))
 
 
 def evaluation_calls(trajectories: Trajectories) -> list[Call]:
@@ -137,6 +123,16 @@ class _Probes:
         # What makes outputs need a gradient although no weight does.
         self.anchor = torch.zeros((), requires_grad=True)
         self.products: dict[str, Tensor] = {}
+
+    def wraps(
+        self, names: Iterable[str], answers: Callable[[str, Forward, Tensor], Iterable[Tensor]]
+    ) -> dict[str, Wrap]:
+        """Around the forwards of layers, so that each is watched; `answers` are what one would say, told what it is beneath."""
+
+        def wrap(name: str) -> Wrap:
+            return lambda beneath: lambda x: self.watch(name, partial(answers, name, beneath), beneath(x), x)
+
+        return {name: wrap(name) for name in names}
 
     def watch(self, name: str, answers: Answers, output: Tensor, *inputs: Tensor) -> Tensor:
         """The `output` of the module `name` as it is; on the way back it is compared with the changed `answers`."""
