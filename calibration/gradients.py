@@ -65,27 +65,32 @@ def _sampled(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> 
 
     pixels = _Pixels()
     converting = pixels if getattr(pipeline, "vae", None) is None else nullcontext()
-    with _others_frozen(pipeline), watch_decoder(pipeline, receive), converting, suppress(_Sampled):
+    others_frozen = requiring_gradients(_other_weights(pipeline), False)
+    with others_frozen, watch_decoder(pipeline, receive), converting, suppress(_Sampled):
         images = call(pipeline, **call_arguments(pipeline, wanted, sampling)).images
         return torch.cat(seen) if seen else pixels_as_latents(pixels.tensor_of(pipeline, images))
     return torch.cat(seen)
 
 
 @contextmanager
-def _others_frozen(pipeline: Any) -> Iterator[None]:
-    """No part but the denoiser has a graph while the context lasts: text encoders would keep theirs, and T5 whose weights
-    require a gradient attends by another kernel, with other last bits.
-    """
-    modules = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, nn.Module)]
-    own = set(denoiser_of(pipeline).parameters())
-    others = {weight for part in modules for weight in part.parameters() if weight.requires_grad} - own
+def requiring_gradients(weights: Iterable[Tensor], wanted: bool) -> Iterator[None]:
+    """These weights require gradients while the context lasts, or do not."""
+    others = {weight for weight in weights if weight.requires_grad != wanted}
     for weight in others:
-        weight.requires_grad_(False)
+        weight.requires_grad_(wanted)
     try:
         yield
     finally:
         for weight in others:
-            weight.requires_grad_(True)
+            weight.requires_grad_(not wanted)
+
+
+def _other_weights(pipeline: Any) -> set[nn.Parameter]:
+    """Of all parts but the denoiser: text encoders would keep a graph, and T5 whose weights require a gradient attends by
+    another kernel, with other last bits.
+    """
+    modules = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, nn.Module)]
+    return {weight for part in modules for weight in part.parameters()} - set(denoiser_of(pipeline).parameters())
 
 
 class _Pixels(TorchFunctionMode):

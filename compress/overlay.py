@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from diffpress.calibration.gradients import requiring_gradients
 from diffpress.export.edits import Replacement
 from diffpress.export.runtime import (
     Attention,
@@ -128,14 +129,6 @@ def is_large(model: nn.Module) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) >= LARGE
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> AbstractContextManager[None]:
     """No weight of `model` needs a gradient while the context lasts."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
+    return requiring_gradients(model.parameters(), False)

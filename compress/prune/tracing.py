@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from diffpress.calibration.gradients import requiring_gradients
 from diffpress.calibration.sampling import Call, answer
 from diffpress.export.runtime import Forward, Wrap
 
@@ -103,7 +104,8 @@ def traced(model: nn.Module, call: Call) -> Iterator[Traced]:
     between = [(name, module) for name, module in model.named_modules() if name not in layers]
     argument = first_argument(model)
     inputs = {name: trace.begin(value, SAMPLE, 0) if name == argument else value for name, value in call.inputs.items()}
-    with _all_learning(model), overlaid(model, {name: trace.cut(name) for name in layers}), torch.enable_grad():
+    learning = requiring_gradients(model.parameters(), True)
+    with learning, overlaid(model, {name: trace.cut(name) for name in layers}), torch.enable_grad():
         for name, module in between:
             for parameter in module.parameters(recurse=False):
                 trace.leaves[id(parameter)] = Source(name, parameter, 0, True)
@@ -123,16 +125,3 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
-
-
-@contextmanager
-def _all_learning(model: nn.Module) -> Iterator[None]:
-    """Every parameter has a gradient while the context lasts."""
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
