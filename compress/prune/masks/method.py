@@ -46,7 +46,8 @@ def estimate(subject: Subject, options: Options, running: Running) -> Cost:
     trials = (1 + EVALUATIONS) * options.validation_images / subject.batch * running.steps
     learned = options.iterations * ceil(options.batch / subject.batch) * BACKWARD * running.steps
     seconds = (2 + EVALUATIONS) * closed.seconds["prune"] + (trials + learned) * running.step_seconds
-    units = sum(own.count for own in find_candidates(subject, options).structures)
+    # No more units than rows, each of which one writes.
+    units = sum(form.shape[0] for form in subject.forms.values() if form.shape)
     return Cost({"prune": seconds}, closed.disk_bytes + 2 * 4 * (4 * 4 * units + 4))
 
 
