@@ -15,6 +15,7 @@ from diffpress.compress.options import Ptq
 from diffpress.compress.ptq import quantize_denoiser
 from diffpress.compress.result import QuantizationResult
 from diffpress.compress.sensitivity import evaluation_calls
+from diffpress.compress.stage import Subject
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.source import Form, forms_of, source_tensors
@@ -49,6 +50,24 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def recorded_subject(recorded: Callable[[str], Recorded]) -> Callable[[str], Subject]:
+    """A function: the denoiser of the tiny pipeline of that name."""
+
+    def get(name: str) -> Subject:
+        own = recorded(name)
+        draw = lambda count: conditions(own.pipeline, "builtin", count, 100)  # noqa: E731
+        return Subject(own.pipeline, own.source.denoiser, own.forms, own.trajectories, own.sampling, draw, 2, 0)
+
+    return get
+
+
+@pytest.fixture
+def subject(recorded_subject: Callable[[str], Subject]) -> Subject:
+    """The transformer of the tiny pipeline that draws classes, in three steps."""
+    return recorded_subject("tiny_class")
 
 
 @pytest.fixture(scope="session")

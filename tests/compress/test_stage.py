@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from diffpress.calibration.conditions import conditions
 from diffpress.calibration.sampling import denoiser_of, replay
 from diffpress.compress.changes import Changes, Note, worn
 from diffpress.compress.methods import METHODS, STAGES, method_of
@@ -48,14 +47,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "feedback": ({"region": (0, 9)}, r"steps.region: 0 to 9 are no blocks of this denoiser"),
 }
 """What fits no subject, and what is said of it."""
-
-
-@pytest.fixture
-def subject(recorded: Callable[[str], Any]) -> Subject:
-    """The transformer of the tiny pipeline that draws classes."""
-    own = recorded("tiny_class")
-    draw = lambda count: conditions(own.pipeline, "builtin", count, 100)  # noqa: E731
-    return Subject(own.pipeline, "transformer", own.forms, own.trajectories, own.sampling, draw, 2, 0)
 
 
 def silent(stage: str, done: int, total: int) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffpress.calibration.conditions import conditions
 from diffpress.calibration.sampling import replay
 from diffpress.compress.options import Masks as Options
 from diffpress.compress.overlay import overlaid
@@ -27,14 +24,6 @@ from diffpress.compress.stage_folder import StageFolder
 from diffpress.export.errors import LearningError
 
 OPTIONS = Options(method="masks", share_of="units", remove=0.3, iterations=4, batch=2, validation_images=2)
-
-
-@pytest.fixture
-def subject(recorded: Callable[[str], Any]) -> Subject:
-    """The transformer of the tiny pipeline that draws classes."""
-    own = recorded("tiny_class")
-    draw = lambda count: conditions(own.pipeline, "builtin", count, 100)  # noqa: E731
-    return Subject(own.pipeline, "transformer", own.forms, own.trajectories, own.sampling, draw, 2, 0)
 
 
 def silent(stage: str, done: int, total: int) -> None:

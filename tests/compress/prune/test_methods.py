@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from diffpress.calibration.conditions import conditions
 from diffpress.calibration.sampling import replay
 from diffpress.compress.changes import Changes, worn
 from diffpress.compress.methods import METHODS, method_of
@@ -23,26 +21,6 @@ REMOVING = [entry for entry in METHODS if entry.stage == "prune" and "remove" in
 LITTLE = {"masks": {"iterations": 2, "batch": 2, "validation_images": 2}}
 """Of what takes long."""
 every_method = pytest.mark.parametrize("entry", REMOVING, ids=lambda entry: entry.name)
-
-
-@pytest.fixture
-def subject(recorded: Callable[[str], Any]) -> Callable[[str], Subject]:
-    """A function: the tiny pipeline of that name, four runs of which are recorded."""
-
-    def get(name: str) -> Subject:
-        own = recorded(name)
-        return Subject(
-            own.pipeline,
-            own.source.denoiser,
-            own.forms,
-            own.trajectories,
-            own.sampling,
-            lambda count: conditions(own.pipeline, "builtin", count, 100),
-            2,
-            0,
-        )
-
-    return get
 
 
 def pruned(subject: Subject, entry: Any, folder: Path, **options: Any) -> Changes:
@@ -63,8 +41,8 @@ def looked_at(model: nn.Module) -> dict[str, Any]:
 
 @every_method
 @pytest.mark.parametrize("name", ["tiny_class", "tiny_text"])
-def test_the_original_is_as_it_was_and_what_was_asked_for_is_gone(subject, entry, name, tmp_path) -> None:
-    own = subject(name)
+def test_the_original_is_as_it_was_and_what_was_asked_for_is_gone(recorded_subject, entry, name, tmp_path) -> None:
+    own = recorded_subject(name)
     weights = {key: tensor.clone() for key, tensor in own.model.state_dict().items()}
     learning = {key: parameter.requires_grad for key, parameter in own.model.named_parameters()}
     before = looked_at(own.model)
@@ -87,22 +65,22 @@ def test_the_original_is_as_it_was_and_what_was_asked_for_is_gone(subject, entry
 
 
 @every_method
-def test_what_is_kept_of_many_is_a_multiple(subject, entry, tmp_path) -> None:
-    changes = pruned(subject("tiny_class"), entry, tmp_path, remove=0.3, share_of="units", kinds=["neurons"])
+def test_what_is_kept_of_many_is_a_multiple(recorded_subject, entry, tmp_path) -> None:
+    changes = pruned(recorded_subject("tiny_class"), entry, tmp_path, remove=0.3, share_of="units", kinds=["neurons"])
     shapes = [note.shape for note in changes.notes.values()]
     assert all(count == 64 and kept % 8 == 0 for kept, count in shapes)
     assert sum(kept for kept, _ in shapes) < 128
 
 
 @every_method
-def test_what_is_to_stay_stays(subject, entry, tmp_path) -> None:
-    changes = pruned(subject("tiny_class"), entry, tmp_path, remove=0.1, keep=["*.ff.*"], share_of="units")
+def test_what_is_to_stay_stays(recorded_subject, entry, tmp_path) -> None:
+    changes = pruned(recorded_subject("tiny_class"), entry, tmp_path, remove=0.1, keep=["*.ff.*"], share_of="units")
     assert all(note.format == "heads" for note in changes.notes.values())
     assert not any(".ff." in edit.module for edit in changes.edits)
 
 
-def test_closed_form_errs_less_than_the_smallest_weights(subject, tmp_path) -> None:
-    own = subject("tiny_class")
+def test_closed_form_errs_less_than_the_smallest_weights(recorded_subject, tmp_path) -> None:
+    own = recorded_subject("tiny_class")
     errors = {}
     for entry in REMOVING:
         changes = pruned(own, entry, tmp_path / entry.name, remove=0.3, share_of="units")

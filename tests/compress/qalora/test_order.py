@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import Tensor, nn
 
 from diffpress.calibration import cost
-from diffpress.calibration.conditions import conditions
 from diffpress.compress.options import Qalora
 from diffpress.compress.qalora import order as orders
 from diffpress.compress.qalora.order import check_order, choose_order, learning_bytes, settle_order
@@ -26,23 +24,11 @@ def free(amount: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orders, "free_bytes", lambda _pipeline: amount)
 
 
-@pytest.fixture
-def subject_of(recorded: Callable[[str], Any]) -> Callable[[str], Subject]:
-    """A function: the denoiser of the tiny pipeline of that name."""
-
-    def subject(name: str) -> Subject:
-        own = recorded(name)
-        draw = lambda count: conditions(own.pipeline, "builtin", count, 0)  # noqa: E731
-        return Subject(own.pipeline, own.source.denoiser, own.forms, own.trajectories, own.sampling, draw, 2, 0)
-
-    return subject
-
-
 @pytest.mark.parametrize("source", ["tiny_text", "tiny_class", "tiny_pixels"])
 def test_left_out_it_is_whole_where_that_fits(
-    source: str, subject_of: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
+    source: str, recorded_subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = subject_of(source)
+    subject = recorded_subject(source)
     needed = learning_bytes(subject, options_of())
     assert 0 < needed["blocks"] < needed["whole"]
     # A tenth is left to others.
@@ -54,9 +40,9 @@ def test_left_out_it_is_whole_where_that_fits(
 
 
 def test_it_stays_as_it_was_settled_in_a_folder(
-    subject_of: Callable[[str], Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recorded_subject: Callable[[str], Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = subject_of("tiny_class")
+    subject = recorded_subject("tiny_class")
     free(0, monkeypatch)
     assert settle_order(subject, options_of(), tmp_path / "a") == "blocks"
     free(10**12, monkeypatch)
@@ -82,13 +68,13 @@ def test_a_denoiser_without_blocks_is_refused() -> None:
 
 
 def test_free_memory_counts_what_the_pipeline_takes_itself(
-    subject_of: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
+    recorded_subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Memory:
         available = 1000
 
     monkeypatch.setattr(cost.psutil, "virtual_memory", Memory)
-    pipeline = subject_of("tiny_class").pipeline
+    pipeline = recorded_subject("tiny_class").pipeline
     weights = sum(
         tensor.numel() * tensor.element_size()
         for part in (pipeline.transformer, pipeline.vae)

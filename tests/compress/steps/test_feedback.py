@@ -12,7 +12,6 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from diffpress.calibration.conditions import conditions
 from diffpress.calibration.sampling import denoiser_of, replay, sample
 from diffpress.compress.changes import Changes, worn
 from diffpress.compress.options import Feedback
@@ -47,14 +46,6 @@ QUICK: dict[str, Any] = {
 
 class KilledError(Exception):
     """Stands for a process that ends."""
-
-
-@pytest.fixture
-def subject(recorded: Callable[[str], Any]) -> Subject:
-    """The transformer of the tiny pipeline that draws classes, in three steps."""
-    own = recorded("tiny_class")
-    draw = lambda count: conditions(own.pipeline, "builtin", count, 100)  # noqa: E731
-    return Subject(own.pipeline, "transformer", own.forms, own.trajectories, own.sampling, draw, 2, 0)
 
 
 def silent(stage: str, done: int, total: int) -> None:
