@@ -32,7 +32,7 @@ from diffpress.kernels import (
     weight_only_conv2d,
     weight_only_linear,
 )
-from diffpress.kernels.cpu import why_no_library
+from diffpress.kernels.cpu import tier, why_no_library
 from diffpress.kernels.library import CHOICE, only_reference
 from diffpress.kernels.processor import why_no_byte_products
 
@@ -66,7 +66,7 @@ def answering_kernels(device: str) -> str:
     if only_reference():
         return f"reference ({CHOICE})"
     reason = why_no_library() if device == "cpu" else None
-    return f"reference ({reason})" if reason else "C++" if device == "cpu" else "Triton"
+    return f"reference ({reason})" if reason else f"C++ for {tier()}" if device == "cpu" else "Triton"
 
 
 def _products() -> str:

@@ -44,6 +44,10 @@ def _message(error: Exception) -> str | None:
     from safetensors import SafetensorError
     from yaml import YAMLError
 
+    from diffpress.kernels.cpu import TierError
+
+    if isinstance(error, TierError):
+        return str(error)
     if isinstance(error, (JSONDecodeError, ValidationError, YAMLError)):
         return f"a file of settings cannot be read: {_one_line(error)}. Restore the file."
     if isinstance(error, SafetensorError):

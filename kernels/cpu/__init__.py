@@ -1,7 +1,19 @@
-"""What computes layers and attention on the CPU: C++ for processors that multiply bytes with AVX512-VNNI."""
+"""What computes layers and attention on the CPU: C++, one library for each tier of processors."""
 
 from .attention import compute_attention
 from .layer import compute_conv2d, compute_linear, computes
-from .library import shared_library, why_no_library
+from .library import TierError, processor_tiers, shared_library, tier, why_no_library
+from .panels import panel_bytes
 
-__all__ = ["compute_attention", "compute_conv2d", "compute_linear", "computes", "shared_library", "why_no_library"]
+__all__ = [
+    "TierError",
+    "compute_attention",
+    "compute_conv2d",
+    "compute_linear",
+    "computes",
+    "panel_bytes",
+    "processor_tiers",
+    "shared_library",
+    "tier",
+    "why_no_library",
+]

@@ -1,35 +1,31 @@
 // From floats to codes, rounded half to even as torch does.
-#include <immintrin.h>
-
 #include <cstring>
 
 #include "layer.h"
-#include "numbers.h"
 
-namespace diffpress {
+namespace diffpress::DIFFPRESS_TIER {
 namespace {
 
 struct Quantizer {
-  __m512 scale, low, high;
-  __m512i shift;
+  float scale, low, high;
+  int32_t shift;
 
   explicit Quantizer(const Layer& layer)
-      : scale(_mm512_set1_ps(layer.x_type == kInt8 ? 1.0f : *layer.activation_scale)),
-        low(_mm512_set1_ps(static_cast<float>(layer.low - layer.zero()))),
-        high(_mm512_set1_ps(static_cast<float>(layer.high - layer.zero()))),
-        shift(_mm512_set1_epi32(static_cast<int>(layer.zero() + kOffset))) {}
+      : scale(layer.x_type == kInt8 ? 1.0f : *layer.activation_scale),
+        low(static_cast<float>(layer.low - layer.zero())),
+        high(static_cast<float>(layer.high - layer.zero())),
+        shift(static_cast<int32_t>(layer.zero() + kOffset)) {}
 
   // The ends are whole numbers, so clipping may come before rounding.
-  __m512i operator()(__m512 value) const {
-    const __m512 clipped = _mm512_max_ps(low, _mm512_min_ps(high, _mm512_div_ps(value, scale)));
-    return _mm512_add_epi32(_mm512_cvtps_epi32(clipped), shift);
+  Integers operator()(Floats value) const {
+    return to_integers(rounded(larger(all(low), smaller(all(high), value / scale)))) + shift;
   }
 };
 
 void codes_along_channels(const Layer& layer, const Quantizer& quantize, int64_t start, uint8_t* pixel) {
-  for (int64_t c = 0; c < layer.channels; c += 16) {
-    const __mmask16 mask = first_lanes(layer.channels - c);
-    store_bytes(pixel + c, mask, quantize(load(layer.x, layer.x_type, start + c, mask)));
+  for (int64_t c = 0; c < layer.channels; c += kLanes) {
+    const int64_t count = layer.channels - c;
+    store_bytes(pixel + c, count, quantize(load_floats(layer.x, layer.x_type, start + c, count)));
   }
 }
 
@@ -40,23 +36,18 @@ void shift_codes(const Layer& layer, int64_t start, uint8_t* pixel) {
   }
 }
 
-// 16 columns and four channels at a time: a register then holds the four bytes of every pixel.
+// A register of columns and four channels at a time: a register then holds the four bytes of every pixel.
 void codes_along_columns(const Layer& layer, const Quantizer& quantize, int64_t start, uint8_t* pixels) {
   const int64_t step = layer.stored_channels();
-  alignas(64) int32_t quads[16];
-  for (int64_t column = 0; column < layer.width; column += 16) {
-    const __mmask16 mask = first_lanes(layer.width - column);
+  for (int64_t column = 0; column < layer.width; column += kLanes) {
+    const int64_t count = layer.width - column;
     for (int64_t c = 0; c < layer.channels; c += 4) {
-      __m512i quad = _mm512_setzero_si512();
+      Integers quad{};
       for (int64_t i = 0; i < 4 && c + i < layer.channels; ++i) {
         const int64_t at = start + (c + i) * layer.x_channel + column;
-        const __m512i code = quantize(load(layer.x, layer.x_type, at, mask));
-        quad = _mm512_or_si512(quad, _mm512_slli_epi32(code, static_cast<unsigned>(8 * i)));
+        quad |= quantize(load_floats(layer.x, layer.x_type, at, count)) << static_cast<int32_t>(8 * i);
       }
-      _mm512_store_si512(quads, quad);
-      for (int64_t i = 0; i < 16 && column + i < layer.width; ++i) {
-        std::memcpy(pixels + (column + i) * step + c, quads + i, 4);
-      }
+      for (int64_t i = 0; i < std::min(kLanes, count); ++i) store(pixels + (column + i) * step + c, quad[i]);
     }
   }
 }
@@ -91,4 +82,4 @@ void store_codes(const Layer& layer, uint8_t* codes) {
   }
 }
 
-}  // namespace diffpress
+}  // namespace diffpress::DIFFPRESS_TIER

@@ -4,7 +4,6 @@
 // Indirect Convolution Algorithm, arXiv 1907.02129).
 #include "layer.h"
 
-#include <immintrin.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -13,21 +12,21 @@
 #include <cstring>
 #include <vector>
 
-#include "numbers.h"
-
-namespace diffpress {
+namespace diffpress::DIFFPRESS_TIER {
 namespace {
 
+constexpr int64_t kBlock = 16 * kTile;  // rows whose codes and outputs stay near the processor for all panels
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes
 
-// Taps beside each other are one stretch where their pixels are neighbours.
-Stretches window_stretches(const Layer& layer) {
+// Where in a window, from its start on, the quads of each tap lie.
+std::vector<int32_t> window_offsets(const Layer& layer) {
   const int64_t pixel = layer.stored_channels(), row = layer.stored_width() * pixel;
-  const int64_t joined = layer.dilation[1] == 1 ? layer.kernel[1] : 1;
-  Stretches found{{}, joined * pixel / 4};
+  std::vector<int32_t> found;
+  found.reserve(static_cast<size_t>(layer.taps() * quads(layer.channels)));
   for (int64_t y = 0; y < layer.kernel[0]; ++y) {
-    for (int64_t x = 0; x < layer.kernel[1]; x += joined) {
-      found.start.push_back(y * layer.dilation[0] * row + x * layer.dilation[1] * pixel);
+    for (int64_t x = 0; x < layer.kernel[1]; ++x) {
+      const int64_t start = y * layer.dilation[0] * row + x * layer.dilation[1] * pixel;
+      for (int64_t c = 0; c < pixel; c += 4) found.push_back(static_cast<int32_t>(start + c));
     }
   }
   return found;
@@ -47,22 +46,21 @@ std::vector<const uint8_t*> window_starts(const Layer& layer, const uint8_t* cod
 }
 
 // What a panel's sums become: floats in their place in the output. Nothing is fused, so that the bits are torch's.
+template <Type TYPE>
 void finish(const Layer& layer, const int32_t* sums, const int32_t* weight_sums, int64_t row, int64_t count, int64_t first) {
-  const __m512i offset = _mm512_set1_epi32(static_cast<int>(layer.zero() + kOffset));
-  for (int64_t half = 0; half < kPanel && first + half < layer.outputs; half += 16) {
-    const int64_t column = first + half;
-    const __mmask16 mask = first_lanes(layer.outputs - column);
-    const __m512i surplus = _mm512_mullo_epi32(offset, _mm512_loadu_si512(weight_sums + half));
-    const __m512 weight_scale = _mm512_maskz_loadu_ps(mask, layer.weight_scale + column);
-    const __m512 bias = layer.bias ? _mm512_maskz_loadu_ps(mask, layer.bias + column) : _mm512_setzero_ps();
+  const int32_t offset = static_cast<int32_t>(layer.zero() + kOffset);
+  for (int64_t part = 0; part < kPanel && first + part < layer.outputs; part += kLanes) {
+    const int64_t column = first + part, columns = layer.outputs - column;
+    const Integers surplus = load<Integers>(weight_sums + part) * offset;
+    const Floats weight_scale = load_first<Floats>(layer.weight_scale + column, columns);
+    const Floats bias = layer.bias ? load_first<Floats>(layer.bias + column, columns) : Floats{};
     for (int64_t r = 0; r < count; ++r) {
       const int64_t at = (row + r) * layer.outputs + column;
-      const __m512 scale = _mm512_set1_ps(layer.activation_scale[layer.scale_a_row ? row + r : 0]);
-      const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + r * kPanel + half), surplus);
-      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, weight_scale));
-      if (layer.bias) value = _mm512_add_ps(value, bias);
-      if (layer.residual) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, layer.residual + at));
-      store(layer.output, layer.output_type, at, mask, value);
+      const float scale = layer.activation_scale[layer.scale_a_row ? row + r : 0];
+      Floats value = to_floats(load<Integers>(sums + r * kPanel + part) - surplus) * (scale * weight_scale);
+      if (layer.bias) value += bias;
+      if (layer.residual) value += load_first<Floats>(layer.residual + at, columns);
+      store_floats(layer.output, TYPE, at, columns, value);
     }
   }
 }
@@ -86,39 +84,59 @@ void ask_for_large_pages([[maybe_unused]] void* from, [[maybe_unused]] int64_t b
 }
 
 void compute(const Layer& layer, const uint8_t* codes) {
-  const Weights weights{layer.weight, layer.outputs, layer.channels, layer.taps()};
-  const Stretches stretches = window_stretches(layer);
+  const auto finish_tile = layer.output_type == kFloat32 ? finish<kFloat32>
+                                : layer.output_type == kFloat16 ? finish<kFloat16> : finish<kBfloat16>;
+  const std::vector<int32_t> offsets = window_offsets(layer);
   const std::vector<const uint8_t*> windows = window_starts(layer, codes);
-  const int64_t count = panels(layer.outputs), tiles = (layer.rows() + kTile - 1) / kTile;
-  // Where there are fewer panels than threads, several threads take parts of the rows of each.
-  const int64_t parts = std::min(tiles, (layer.threads + count - 1) / count);
+  const int64_t count = panels(layer.outputs), blocks = (layer.rows() + kBlock - 1) / kBlock;
+  // Where there are fewer blocks than threads, several threads take parts of the panels of each.
+  const int64_t parts = std::min(count, (layer.threads + blocks - 1) / std::max<int64_t>(blocks, 1));
 #pragma omp parallel for collapse(2) num_threads(layer.threads) if (layer.threads > 1)
-  for (int64_t p = 0; p < count; ++p) {
+  for (int64_t block = 0; block < blocks; ++block) {
     for (int64_t part = 0; part < parts; ++part) {
-      thread_local std::vector<int8_t> panel;
-      panel.resize(static_cast<size_t>(weights.panel_bytes()));
-      int32_t weight_sums[kPanel], sums[kTile * kPanel];
-      pack_panel(weights, p * kPanel, panel.data(), weight_sums);
-      for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
-        const int64_t row = tile * kTile;
-        const int64_t rows = std::min(kTile, layer.rows() - row);
-        multiply(windows.data() + row, rows, stretches, panel.data(), sums);
-        finish(layer, sums, weight_sums, row, rows, p * kPanel);
+      const int64_t end = std::min(layer.rows(), (block + 1) * kBlock);
+      int32_t sums[kTile * kPanel];
+      for (int64_t p = count * part / parts; p < count * (part + 1) / parts; ++p) {
+        const Panel& panel = (*layer.panels)[static_cast<size_t>(p)];
+        for (int64_t row = block * kBlock; row < end; row += kTile) {
+          const int64_t rows = std::min(kTile, end - row);
+          multiply(windows.data() + row, rows, offsets.data(), panel, sums);
+          finish_tile(layer, sums, panel.sums.data(), row, rows, p * kPanel);
+        }
       }
     }
   }
 }
 
 }  // namespace
-}  // namespace diffpress
+}  // namespace diffpress::DIFFPRESS_TIER
 
-extern "C" __attribute__((visibility("default"))) void diffpress_layer(
-    const diffpress::Form* form, const void* x, const int8_t* weight, const float* weight_scale,
-    const float* activation_scale, const int32_t* zero_point, const float* bias, const float* residual, void* output) {
-  using namespace diffpress;
-  const Layer layer{*form, x, weight, weight_scale, activation_scale, zero_point, bias, residual, output};
-  uint8_t* codes = scratch(layer.batch * layer.stored_height() * layer.stored_width() * layer.stored_channels());
-  ask_for_large_pages(output, layer.rows() * layer.outputs * (layer.output_type == kFloat32 ? 4 : 2));
-  store_codes(layer, codes);
-  compute(layer, codes);
+namespace tier = diffpress::DIFFPRESS_TIER;
+
+extern "C" {
+
+// Panels of weights [outputs, channels, taps], which live until they are released.
+SHOWN void* diffpress_pack(const int8_t* codes, int64_t outputs, int64_t channels, int64_t taps) {
+  constexpr int64_t kLargestCode = 255;
+  return new std::vector<tier::Panel>(tier::pack({codes, outputs, channels, taps}, kLargestCode));
 }
+
+SHOWN void diffpress_release(const std::vector<tier::Panel>* panels) { delete panels; }
+
+SHOWN int64_t diffpress_bytes(const std::vector<tier::Panel>* panels) {
+  int64_t bytes = 0;
+  for (const tier::Panel& panel : *panels) bytes += panel.bytes();
+  return bytes;
+}
+
+SHOWN void diffpress_layer(const tier::Form* form, const void* x, const std::vector<tier::Panel>* panels,
+                           const float* weight_scale, const float* activation_scale, const int32_t* zero_point,
+                           const float* bias, const float* residual, void* output) {
+  const tier::Layer layer{*form, x, panels, weight_scale, activation_scale, zero_point, bias, residual, output};
+  uint8_t* codes = tier::scratch(layer.batch * layer.stored_height() * layer.stored_width() * layer.stored_channels());
+  tier::ask_for_large_pages(output, layer.rows() * layer.outputs * (layer.output_type == tier::kFloat32 ? 4 : 2));
+  tier::store_codes(layer, codes);
+  tier::compute(layer, codes);
+}
+
+}  // extern "C"

@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-#include "products.h"
+#include "panels.h"
 
-namespace diffpress {
-
-enum Type : int64_t { kInt8, kFloat32, kBfloat16, kFloat16 };
+namespace diffpress::DIFFPRESS_TIER {
 
 // A linear layer is the convolution of one picture of one row with a kernel of one pixel.
 struct Form {
@@ -23,7 +21,7 @@ struct Form {
 
 struct Layer : Form {
   const void* x;  // [B, C, H, W], either its channels or its columns beside each other; codes where it is int8
-  const int8_t* weight;  // [O, C * kernel height * kernel width]
+  const std::vector<Panel>* panels;
   const float* weight_scale;  // [O]
   const float* activation_scale;  // [1], or one an output row
   const int32_t* zero_point;  // [1] or null
@@ -42,4 +40,4 @@ struct Layer : Form {
 // The codes of x, higher by kOffset, in pictures with their padding: [B, stored height, stored width, stored channels].
 void store_codes(const Layer& layer, uint8_t* codes);
 
-}  // namespace diffpress
+}  // namespace diffpress::DIFFPRESS_TIER

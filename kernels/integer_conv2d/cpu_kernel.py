@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor
 
 from ..activations import activate
 from ..cpu import compute_conv2d, computes
-from ..packing import unpack_codes
 from .reference import integer_conv2d_reference
 
 
@@ -34,10 +32,13 @@ def launch(
     tensors, geometry = (weight_scale, activation_scale, zero_point, bias), (kernel_size, stride, padding, dilation)
     if not computes(dtype):
         return integer_conv2d_reference(codes, weight, *tensors, residual, *geometry, weight_bits, activation, dtype)
-    weights = unpack_codes(weight, codes.shape[3] * prod(kernel_size), weight_bits)
     images = codes.permute(0, 3, 1, 2)
     if activation == "none":
-        return compute_conv2d(images, weights, *tensors, residual, geometry=geometry, dtype=dtype)
-    output = compute_conv2d(images, weights, *tensors, None, geometry=geometry, dtype=torch.float32)
+        return compute_conv2d(
+            images, weight, *tensors, residual, geometry=geometry, dtype=dtype, weight_bits=weight_bits
+        )
+    output = compute_conv2d(
+        images, weight, *tensors, None, geometry=geometry, dtype=torch.float32, weight_bits=weight_bits
+    )
     output = activate(output, activation)
     return (output if residual is None else output + residual.float()).to(dtype)

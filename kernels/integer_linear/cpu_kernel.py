@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..activations import activate
 from ..cpu import compute_linear, computes
-from ..packing import unpack_codes
 from .reference import integer_linear_reference
 
 
@@ -28,8 +27,9 @@ def launch(
     tensors = (weight_scale, activation_scale, zero_point, bias)
     if group_size or not computes(dtype):
         return integer_linear_reference(codes, weight, *tensors, residual, weight_bits, group_size, activation, dtype)
-    weights = unpack_codes(weight, codes.shape[-1], weight_bits)
     if activation == "none":
-        return compute_linear(codes, weights, *tensors, residual, dtype=dtype)
-    output = activate(compute_linear(codes, weights, *tensors, None, dtype=torch.float32), activation)
+        return compute_linear(codes, weight, *tensors, residual, dtype=dtype, weight_bits=weight_bits)
+    output = activate(
+        compute_linear(codes, weight, *tensors, None, dtype=torch.float32, weight_bits=weight_bits), activation
+    )
     return (output if residual is None else output + residual.float()).to(dtype)

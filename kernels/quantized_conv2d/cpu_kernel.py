@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 from torch import Tensor
 
 from ..cpu import compute_conv2d, computes
-from ..packing import unpack_codes
 from .reference import quantized_conv2d_reference
 
 
@@ -30,6 +28,7 @@ def launch(
     tensors, geometry = (weight_scale, activation_scale, zero_point, bias), (kernel_size, stride, padding, dilation)
     if not computes(x.dtype):
         return quantized_conv2d_reference(x, weight, *tensors, *geometry, weight_bits, activation_bits)
-    codes = unpack_codes(weight, x.shape[1] * prod(kernel_size), weight_bits)
-    output = compute_conv2d(x, codes, *tensors, None, geometry=geometry, dtype=x.dtype, bits=activation_bits)
+    output = compute_conv2d(
+        x, weight, *tensors, None, geometry=geometry, dtype=x.dtype, weight_bits=weight_bits, bits=activation_bits
+    )
     return output.permute(0, 3, 1, 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..cpu import compute_linear, computes
-from ..packing import unpack_codes
 from .reference import quantized_linear_reference
 
 
@@ -23,5 +22,4 @@ def launch(
     tensors = (weight_scale, activation_scale, zero_point, bias)
     if not computes(x.dtype):
         return quantized_linear_reference(x, weight, *tensors, weight_bits, activation_bits)
-    codes = unpack_codes(weight, x.shape[-1], weight_bits)
-    return compute_linear(x, codes, *tensors, None, dtype=x.dtype, bits=activation_bits)
+    return compute_linear(x, weight, *tensors, None, dtype=x.dtype, weight_bits=weight_bits, bits=activation_bits)

@@ -36,7 +36,8 @@ def test_a_wrong_result_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_says_which_implementation_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIFFPRESS_KERNELS", raising=False)
     monkeypatch.setattr(doctor, "why_no_library", lambda: None)
-    assert doctor.examine()["kernels"] == "C++ on cpu, Triton on cuda"
+    monkeypatch.setattr(doctor, "tier", lambda: "avx2")
+    assert doctor.examine()["kernels"] == "C++ for avx2 on cpu, Triton on cuda"
     monkeypatch.setattr(doctor, "why_no_library", lambda: "no C++ library was built")
     assert doctor.examine()["kernels"] == "reference (no C++ library was built) on cpu, Triton on cuda"
     monkeypatch.setenv("DIFFPRESS_KERNELS", "reference")

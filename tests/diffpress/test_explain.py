@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from diffpress.explain import explained
 from diffpress.export.errors import UserError
+from diffpress.kernels.cpu import TierError
 
 
 def of_number(number: int, path: str | None = "some/file") -> OSError:
@@ -63,6 +64,7 @@ def raised(function: Callable[[], object]) -> Exception:
         (raised(lambda: bytearray(2**60)), "there is not enough memory. Close other programs"),
         (raised(lambda: torch.empty(2**60, dtype=torch.uint8)), "there is not enough memory"),
         (torch.OutOfMemoryError("CUDA out of memory."), "there is not enough memory"),
+        (TierError("DIFFPRESS_CPU=sse: name one of avx2."), "DIFFPRESS_CPU=sse: name one of avx2."),
         (ImportError("\nX requires the torchsde library.\n You can\n"), "X requires the torchsde library. You can"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,

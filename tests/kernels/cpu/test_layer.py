@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +18,7 @@ from diffpress.kernels import (
     quantized_conv2d,
     quantized_linear,
 )
+from diffpress.kernels.cpu import panel_bytes, panels
 from diffpress.kernels.integer_conv2d.reference import integer_conv2d_reference
 from diffpress.kernels.integer_linear.reference import integer_linear_reference
 from diffpress.kernels.quantized_conv2d.reference import quantized_conv2d_reference
@@ -129,12 +132,77 @@ def test_parts_of_threads_make_the_whole(threads: int) -> None:
         assert torch.equal(quantized_conv2d(x, *rest), quantized_conv2d_reference(x, *rest))
 
 
-def test_the_largest_sums_are_exact() -> None:
-    depth, zero = 20000, torch.tensor([-128], dtype=torch.int32)
-    for code in (-128, 127):
-        x, weight = torch.full((1, depth), 255.0), torch.full((3, depth), code, dtype=torch.int8)
-        output = quantized_linear(x, weight, torch.ones(3), torch.ones(1), zero, None, 8, 8)
-        assert torch.equal(output, torch.full((1, 3), 255.0 * code * depth))
+WORST = {
+    "all as low as they go": lambda shape: torch.full(shape, -128),
+    "all as high": lambda shape: torch.full(shape, 127),
+    "one high and one low": lambda shape: torch.tensor([127, -128]).repeat(shape[0], shape[1] // 2),
+    "both high, then both low": lambda shape: torch.tensor([127, 127, -128, -128]).repeat(shape[0], shape[1] // 4),
+    "few far from 0": lambda shape: torch.where(torch.rand(shape) < 0.1, 127, torch.randint(-30, 31, shape)),
+    "anything": lambda shape: torch.randint(-128, 128, shape),
+    "seven bits": lambda shape: torch.randint(-64, 64, shape),
+    "six bits": lambda shape: torch.randint(-32, 32, shape),
+    "five bits, the largest": lambda shape: torch.full(shape, -16),
+    "four bits": lambda shape: torch.randint(-8, 8, shape),
+    "four bits, the largest": lambda shape: torch.full(shape, -8),
+    "two bits": lambda shape: torch.randint(-2, 2, shape),
+    "nothing": lambda shape: torch.zeros(shape, dtype=torch.int64),
+}
+"""Weights [O, K] by what they ask of sums in 16 bits; K is a multiple of four."""
+
+
+@pytest.mark.parametrize("depth", [4, 64, 1292, 20480])
+@pytest.mark.parametrize("zero", [-128, 0, 127])
+@pytest.mark.parametrize("weights", WORST)
+def test_products_are_exact_in_the_worst_case(weights: str, zero: int, depth: int) -> None:
+    """Beside int64, of codes at their ends and of any; float32 rounds the largest sums once, as it does those of int64."""
+    weight = WORST[weights]((35, depth)).to(torch.int8)
+    codes = torch.randint(-128, 128, (15, depth), dtype=torch.int8)
+    codes[0], codes[1], codes[2, ::2], codes[2, 1::2] = -128, 127, -128, 127
+    sums = (codes.long() - zero) @ weight.long().t()
+    point = torch.tensor([zero], dtype=torch.int32)
+    output = integer_linear(codes, weight, torch.ones(35), torch.ones(1), point, dtype=torch.float32)
+    assert torch.equal(output, sums.float())
+
+
+def test_weights_are_packed_once_and_anew_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, *rest = tensors(100, 40, 8, 5, torch.float32)
+    assert weight is not None
+    x = values((7, 100), torch.float32)
+    assert panel_bytes(weight) == 0
+    quantized_linear(x, weight, *rest, 8, 8)
+    assert panel_bytes(weight) >= weight.numel()
+    with monkeypatch.context() as context:
+        context.setattr(panels, "unpack_codes", None)
+        quantized_linear(x, weight, *rest, 8, 8)
+    weight[3] = -weight[3]
+    assert torch.equal(quantized_linear(x, weight, *rest, 8, 8), quantized_linear_reference(x, weight, *rest, 8, 8))
+    # The same bytes as a convolution and in another format.
+    image = values((1, 25, 4, 4), torch.float32)
+    rest_of_convolution = (*rest, (2, 2), (1, 1), (0, 0), (1, 1), 8, 8)
+    expected = quantized_conv2d_reference(image, weight, *rest_of_convolution)
+    assert torch.equal(quantized_conv2d(image, weight, *rest_of_convolution), expected)
+
+
+def test_panels_are_given_back_with_their_tensor() -> None:
+    weight, *rest = tensors(100, 40, 8, 5, torch.float32)
+    assert weight is not None
+    quantized_linear(values((7, 100), torch.float32), weight, *rest, 8, 8)
+    kept = weakref.ref(panels._kept[weight])
+    assert kept() is not None
+    del weight
+    gc.collect()
+    assert kept() is None
+
+
+def test_weights_of_inference_mode_may_change_unseen() -> None:
+    x = values((7, 100), torch.float32)
+    with torch.inference_mode():
+        weight, *rest = tensors(100, 40, 8, 5, torch.float32)
+        assert weight is not None
+        for _ in range(2):
+            expected = quantized_linear_reference(x, weight, *rest, 8, 8)
+            assert torch.equal(quantized_linear(x, weight, *rest, 8, 8), expected)
+            weight.neg_()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
