@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import Library, infer_schema, register_fake
+from torch.nn import Parameter
 
 CHOICE = "DIFFPRESS_KERNELS"
 """Environment variable; `reference` makes every operation run its reference, which is the truth the others are held to."""
@@ -24,25 +25,80 @@ def only_reference() -> bool:
     return os.environ.get(CHOICE) == "reference"
 
 
+class Operation:
+    """One operation. On plain tensors of the CPU it goes past torch's dispatcher, which takes as long as a small layer."""
+
+    def __init__(self, name: str, check: Callable[..., None] | None, on_cpu: Callable[..., Any]) -> None:
+        self._op, self._check, self._on_cpu = getattr(torch.ops.diffpress, name), check, on_cpu
+        self._known: set[tuple[Any, ...]] = set()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Compute it; the arguments are those of its reference. Raises what `check` raises where they do not fit."""
+        if not _is_plain(arguments[0]):
+            return self._checked(self._op, *arguments)
+        forms = tuple(map(_form, arguments))
+        if forms in self._known:
+            return self._on_cpu(*arguments)
+        result = self._checked(self._op, *arguments)
+        if all(form is not ELSEWHERE for form in forms) and len(self._known) < MOST_KNOWN:
+            self._known.add(forms)
+        return result
+
+    def _checked(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        if self._check is not None:
+            self._check(*arguments)
+        return compute(*arguments)
+
+
+ELSEWHERE = object()
+"""Form of a tensor that is not a plain one of the CPU."""
+MOST_KNOWN = 4096
+"""Forms of arguments that an operation remembers to have been right."""
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether nothing follows what is done with `x`: no compiler, export, mode, transform or gradient."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _form(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        plain = type(argument) in (Tensor, Parameter) and argument.is_cpu
+        return (argument.dtype, argument.shape) if plain else ELSEWHERE
+    return tuple(argument) if isinstance(argument, (list, tuple)) else argument
+
+
 def define_op(
     package: str,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     on_gpu: str | None = "triton_kernel",
     on_cpu: str | None = None,
-) -> None:
+    check: Callable[..., None] | None = None,
+) -> Operation:
     """Register `diffpress::NAME` for the folder `package` (its `__name__`), one node for torch.compile and export.
 
     `launch` of the folder's module `on_gpu` answers on CUDA and ROCm, that of `on_cpu` on the CPU, and `reference` where
-    there is none; `fake` gives an output of the right form without computing it.
+    there is none; `fake` gives an output of the right form without computing it; `check` raises where arguments do not
+    fit.
     """
     name = package.rpartition(".")[2]
     _LIBRARY.define(name + infer_schema(reference, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     register_fake(f"diffpress::{name}", fake, lib=_LIBRARY)
-    for device, module in (("CUDA", on_gpu), ("CPU", on_cpu)):
-        if module is not None:
-            _LIBRARY.impl(name, _first_choice(package, module, reference), device)
+    kernels = {device: module for device, module in (("CUDA", on_gpu), ("CPU", on_cpu)) if module is not None}
+    answering = {device: _first_choice(package, module, reference) for device, module in kernels.items()}
+    for device, launch in answering.items():
+        _LIBRARY.impl(name, launch, device)
+    return Operation(name, check, answering.get("CPU", reference))
 
 
 def _first_choice(package: str, module: str, reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -80,7 +80,7 @@ class StepClock:
         Each layer asks for its own while it runs: before that its tensors may be on another device, or on disk.
         """
         step = getattr(self._thread, "step", None)
-        if step is not None and table.device.type == "cpu" and not torch.compiler.is_compiling():
+        if step is not None and table.is_cpu and not torch.compiler.is_compiling():
             return table[step : step + 1]
         return (table * self.weights.to(table.device)).sum(-1, keepdim=True)
 
@@ -100,7 +100,7 @@ def step_weights(timesteps: Sequence[float], now: Tensor) -> Tensor:
 
 def _only_step(weights: Tensor) -> int | None:
     """The step that has all the weight, of weights whose values cost nothing to look at; None where there is none."""
-    if type(weights) is not Tensor or weights.device.type != "cpu" or torch.compiler.is_compiling():
+    if type(weights) is not Tensor or not weights.is_cpu or torch.compiler.is_compiling():
         return None
     step = int(weights.argmax())
     return step if weights[step] == 1 else None

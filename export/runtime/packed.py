@@ -73,16 +73,20 @@ class PackedLayer(nn.Module):
 
     def compute(self, x: Tensor, operations: Operations, *geometry: Sequence[int]) -> Tensor:
         """The layer's output [..., out] or [B, out, H', W'] from an input [..., in] or [B, in, H, W], smoothed already."""
-        edit, weight = self.edit, (self.weight, self.weight_scale)
-        if self.clock is None or self.activation_scale is None:
-            return operations.weight_only(x, *weight, self.bias, *geometry, edit.weight_bits, edit.group_size)
-        scale = self.clock.select(self.activation_scale)
-        if edit.float8:
-            return operations.float8(x, *weight, scale, self.bias, *geometry)
-        zero = None if self.zero_point is None else self.clock.select_code(self.zero_point)
-        return operations.integers(
-            x, *weight, scale, zero, self.bias, *geometry, edit.weight_bits, edit.activation_bits
+        # Read here, as a module looks for its attributes for as long as a small layer takes.
+        edit, clock, tensors, bias = self.edit, self.clock, self._buffers, self._parameters["bias"]
+        weight, scales, zero_points = (
+            (tensors["weight"], tensors["weight_scale"]),
+            tensors["activation_scale"],
+            tensors["zero_point"],
         )
+        if clock is None or scales is None:
+            return operations.weight_only(x, *weight, bias, *geometry, edit.weight_bits, edit.group_size)
+        scale = clock.select(scales)
+        if edit.float8:
+            return operations.float8(x, *weight, scale, bias, *geometry)
+        zero = None if zero_points is None else clock.select_code(zero_points)
+        return operations.integers(x, *weight, scale, zero, bias, *geometry, edit.weight_bits, edit.activation_bits)
 
 
 class PackedLinear(PackedLayer):

@@ -45,23 +45,29 @@ std::vector<const uint8_t*> window_starts(const Layer& layer, const uint8_t* cod
   return found;
 }
 
-// What a panel's sums become: floats in their place in the output. Nothing is fused, so that the bits are torch's.
+// What a register of sums becomes: floats in their place in the output. Nothing is fused, so that the bits are torch's.
 template <Type TYPE>
-void finish(const Layer& layer, const int32_t* sums, const int32_t* weight_sums, int64_t row, int64_t count, int64_t first) {
-  const int32_t offset = static_cast<int32_t>(layer.zero() + kOffset);
+void finish_column(const Layer& layer, const int32_t* sums, const int32_t* weight_sums, int64_t row, int64_t count, int64_t column) {
+  const int64_t outputs = layer.outputs, columns = outputs - column;
+  const Integers surplus = load<Integers>(weight_sums) * static_cast<int32_t>(layer.zero() + kOffset);
+  const Floats weight_scale = load_first<Floats>(layer.weight_scale + column, columns);
+  const Floats bias = layer.bias ? load_first<Floats>(layer.bias + column, columns) : Floats{};
+  const float* scale = layer.activation_scale + (layer.scale_a_row ? row : 0);
+  const float* residual = layer.residual;
+  const bool has_bias = layer.bias, scale_a_row = layer.scale_a_row;
+  void* output = layer.output;
+  for (int64_t r = 0, at = row * outputs + column; r < count; ++r, at += outputs, scale += scale_a_row) {
+    Floats value = to_floats(load<Integers>(sums + r * kPanel) - surplus) * (*scale * weight_scale);
+    if (has_bias) value += bias;
+    if (residual) value += load_first<Floats>(residual + at, columns);
+    store_floats(output, TYPE, at, columns, value);
+  }
+}
+
+template <Type TYPE>
+void finish(const Layer& layer, const int32_t* sums, const Panel& panel, int64_t row, int64_t count, int64_t first) {
   for (int64_t part = 0; part < kPanel && first + part < layer.outputs; part += kLanes) {
-    const int64_t column = first + part, columns = layer.outputs - column;
-    const Integers surplus = load<Integers>(weight_sums + part) * offset;
-    const Floats weight_scale = load_first<Floats>(layer.weight_scale + column, columns);
-    const Floats bias = layer.bias ? load_first<Floats>(layer.bias + column, columns) : Floats{};
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t at = (row + r) * layer.outputs + column;
-      const float scale = layer.activation_scale[layer.scale_a_row ? row + r : 0];
-      Floats value = to_floats(load<Integers>(sums + r * kPanel + part) - surplus) * (scale * weight_scale);
-      if (layer.bias) value += bias;
-      if (layer.residual) value += load_first<Floats>(layer.residual + at, columns);
-      store_floats(layer.output, TYPE, at, columns, value);
-    }
+    finish_column<TYPE>(layer, sums + part, panel.sums.data() + part, row, count, first + part);
   }
 }
 
@@ -101,7 +107,7 @@ void compute(const Layer& layer, const uint8_t* codes) {
         for (int64_t row = block * kBlock; row < end; row += kTile) {
           const int64_t rows = std::min(kTile, end - row);
           multiply(windows.data() + row, rows, offsets.data(), panel, sums);
-          finish_tile(layer, sums, panel.sums.data(), row, rows, p * kPanel);
+          finish_tile(layer, sums, panel, row, rows, p * kPanel);
         }
       }
     }

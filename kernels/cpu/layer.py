@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,23 +29,32 @@ def computes(dtype: torch.dtype) -> bool:
 
 
 def compute_linear(
-    x: Tensor, weight: Tensor, *tensors: Tensor | None, dtype: torch.dtype, weight_bits: int, bits: int = 8
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    activation_scale: Tensor,
+    *tensors: Tensor | None,
+    dtype: torch.dtype,
+    weight_bits: int,
+    bits: int = 8,
 ) -> Tensor:
     """s_x s_w ((X - z) W) + b + r of `x` [..., K], floats or codes: [..., O] in `dtype`.
 
-    `weight` [O, ...] is packed from [O, K]; `tensors` are the scales s_w [O] and s_x, [1] or one a row, then z, b and r or
+    `weight` [O, ...] is packed from [O, K]; the scales are s_w [O] and s_x, [1] or one a row; `tensors` are z, b and r, or
     None. All is known to fit, and `computes` to hold.
     """
-    x, rows, columns = x.contiguous(), x.shape[:-1].numel(), x.shape[-1]
-    output = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
-    images = (1, columns, 1, rows, 0, 1, 0, columns, weight.shape[0], 1, rows)
-    _call(images, POINTWISE, (weight_bits, bits), x, weight, tensors, output)
-    return output
+    x = x.contiguous()
+    call = _linear(
+        x.shape, x.dtype, weight.shape[0], dtype, bits, activation_scale.shape[0] > 1, torch.get_num_threads()
+    )
+    return _compute(call, x, weight, (weight_scale, activation_scale, *tensors), dtype, weight_bits)
 
 
 def compute_conv2d(
     x: Tensor,
     weight: Tensor,
+    weight_scale: Tensor,
+    activation_scale: Tensor,
     *tensors: Tensor | None,
     geometry: Sequence[Sequence[int]],
     dtype: torch.dtype,
@@ -53,44 +65,87 @@ def compute_conv2d(
 
     `geometry` is kernel size, stride, padding and dilation.
     """
-    if x.stride(1) != 1 and x.stride(3) != 1:
+    strides = x.stride()
+    if strides[1] != 1 and strides[3] != 1:
         x = x.contiguous()
-    size = output_size(x.shape[2:], *geometry)
-    output = torch.empty((len(x), *size, weight.shape[0]), dtype=dtype)
-    _call((*x.shape, *x.stride(), weight.shape[0], *size), geometry, (weight_bits, bits), x, weight, tensors, output)
-    return output
+        strides = x.stride()
+    rows = activation_scale.shape[0] > 1
+    places = tuple(map(tuple, geometry))
+    call = _conv2d(x.shape, strides, places, x.dtype, weight.shape[0], dtype, bits, rows, torch.get_num_threads())
+    return _compute(call, x, weight, (weight_scale, activation_scale, *tensors), dtype, weight_bits)
 
 
-def _call(
-    images: Sequence[int],
-    geometry: Sequence[Sequence[int]],
-    bits: tuple[int, int],
-    x: Tensor,
-    weight: Tensor,
-    tensors: Sequence[Tensor | None],
-    output: Tensor,
-) -> None:
-    library, (weight_scale, activation_scale, zero_point, bias, residual) = shared_library(), tensors
-    assert library is not None
-    assert activation_scale is not None
-    read = (weight_scale, activation_scale, zero_point, _floats(bias), _floats(residual), output)
-    # Named, so that copies live until the call is over.
-    whole = [None if tensor is None else tensor.contiguous() for tensor in read]
-    kernel_size, stride, padding, dilation = geometry
-    panels = panels_of(weight, library, images[1], kernel_size[0] * kernel_size[1], bits[0])
-    form = _form(
-        *(TYPES[x.dtype], TYPES[output.dtype], *images, *kernel_size, *stride, *padding, *dilation),
-        *(*code_range(bits[1]), activation_scale.shape[0] > 1, torch.get_num_threads()),
-    )
-    addresses = (None if tensor is None else tensor.data_ptr() for tensor in whole)
-    library.diffpress_layer(form, x.data_ptr(), panels.address, *addresses)
+class Call(NamedTuple):
+    """What calls of one form share; made once, since making it takes as long as a small layer."""
+
+    form: ctypes.Array[ctypes.c_int64]
+    """`Form` of layer.h."""
+    channels: int
+    taps: int
+    output: tuple[int, ...]
+    """The output's shape."""
 
 
 @lru_cache(4096)
-def _form(*numbers: int) -> ctypes.Array[ctypes.c_int64]:
-    """`Form` of layer.h; made once for each form of layer, since making it takes as long as a small layer."""
+def _linear(
+    shape: tuple[int, ...], given: torch.dtype, outputs: int, dtype: torch.dtype, bits: int, by_row: bool, threads: int
+) -> Call:
+    *lead, columns = shape
+    rows = prod(lead)
+    images = (1, columns, 1, rows, 0, 1, 0, columns, outputs, 1, rows)
+    return Call(_form(images, POINTWISE, given, dtype, bits, by_row, threads), columns, 1, (*lead, outputs))
+
+
+@lru_cache(4096)
+def _conv2d(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    geometry: tuple[tuple[int, ...], ...],
+    given: torch.dtype,
+    outputs: int,
+    dtype: torch.dtype,
+    bits: int,
+    by_row: bool,
+    threads: int,
+) -> Call:
+    size = output_size(shape[2:], *geometry)
+    form = _form((*shape, *strides, outputs, *size), geometry, given, dtype, bits, by_row, threads)
+    return Call(form, shape[1], prod(geometry[0]), (shape[0], *size, outputs))
+
+
+def _form(
+    images: Sequence[int],
+    geometry: Sequence[Sequence[int]],
+    given: torch.dtype,
+    dtype: torch.dtype,
+    bits: int,
+    by_row: bool,
+    threads: int,
+) -> ctypes.Array[ctypes.c_int64]:
+    numbers = (TYPES[given], TYPES[dtype], *images, *chain(*geometry), *code_range(bits), by_row, threads)
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
+def _compute(
+    call: Call, x: Tensor, weight: Tensor, tensors: Sequence[Tensor | None], dtype: torch.dtype, weight_bits: int
+) -> Tensor:
+    library = shared_library()
+    assert library is not None
+    weight_scale, activation_scale, zero_point, bias, residual = tensors
+    panels = panels_of(weight, library, call.channels, call.taps, weight_bits)
+    # Named, so that copies live until the call is over.
+    read = (weight_scale, activation_scale, zero_point, _floats(bias), _floats(residual))
+    whole = [None if tensor is None else tensor.contiguous() for tensor in read]
+    output = torch.empty(call.output, dtype=dtype)
+    library.diffpress_layer(
+        call.form,
+        x.data_ptr(),
+        panels.address,
+        *[None if tensor is None else tensor.data_ptr() for tensor in whole],
+        output.data_ptr(),
+    )
+    return output
+
+
 def _floats(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
+    return tensor if tensor is None or tensor.dtype == torch.float32 else tensor.float()

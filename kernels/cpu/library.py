@@ -31,8 +31,7 @@ class TierError(ValueError):
 
 def shared_library() -> ctypes.CDLL | None:
     """The library of this processor's tier, or None where there is a reason not to use one."""
-    name = tier()
-    return _loaded(name) if name in built_tiers() else None
+    return _library(os.environ.get(CHOICE))
 
 
 def tier() -> str | None:
@@ -41,6 +40,12 @@ def tier() -> str | None:
     Raises TierError where the user chose one that is not here.
     """
     return _tier(os.environ.get(CHOICE))
+
+
+@cache
+def _library(chosen: str | None) -> ctypes.CDLL | None:
+    name = _tier(chosen)
+    return _loaded(name) if name in built_tiers() else None
 
 
 @cache

@@ -20,6 +20,8 @@ class Panels:
     def __init__(self, weight: Tensor, source: Source) -> None:
         *_, library, channels, taps, bits = source
         codes = unpack_codes(weight, channels * taps, bits).contiguous()
+        if codes.shape[1] != channels * taps:
+            raise ValueError(f"weight holds {codes.shape[1]} codes a row, its layer reads {channels * taps}")
         self.source = source
         self.address: int = library.diffpress_pack(codes.data_ptr(), len(codes), channels, taps)
         self.bytes: int = library.diffpress_bytes(self.address)

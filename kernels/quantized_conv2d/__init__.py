@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checks import check_quantized, conv2d_depth
@@ -36,22 +35,14 @@ def quantized_conv2d(
     `quantized_linear`, with N = O. On a CPU the channels of the output lie beside each other, on a GPU its pixels. Raises
     ValueError naming what does not fit.
     """
-    depth = conv2d_depth(x, kernel_size, stride, padding, dilation)
-    check_quantized(depth, weight, weight_scale, activation_scale, zero_point, bias, weight_bits, activation_bits)
-    return torch.ops.diffpress.quantized_conv2d(
-        x,
-        weight,
-        weight_scale,
-        activation_scale,
-        zero_point,
-        bias,
-        list(kernel_size),
-        list(stride),
-        list(padding),
-        list(dilation),
-        weight_bits,
-        activation_bits,
-    )
+    tensors = (x, weight, weight_scale, activation_scale, zero_point, bias)
+    geometry = (list(kernel_size), list(stride), list(padding), list(dilation))
+    return _operation(*tensors, *geometry, weight_bits, activation_bits)
+
+
+def _check(x: Tensor, *rest: Any) -> None:
+    geometry, bits = rest[5:9], rest[9:]
+    check_quantized(conv2d_depth(x, *geometry), *rest[:5], *bits)
 
 
 def _fake(
@@ -60,4 +51,4 @@ def _fake(
     return empty_output(x, weight, *rest[:4]).to(memory_format=memory_format(x))
 
 
-define_op(__name__, quantized_conv2d_reference, _fake, on_cpu="cpu_kernel")
+_operation = define_op(__name__, quantized_conv2d_reference, _fake, on_cpu="cpu_kernel", check=_check)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from ..checks import check_quantized, linear_depth
@@ -27,12 +28,11 @@ def quantized_linear(
     `weight` [N, ...] is packed from [N, K] (see `pack_codes`); `weight_scale` [N] and `activation_scale` [1] are float32,
     `zero_point` [1], the code of 0, is an int32 in -128..127, `bias` is [N]. Raises ValueError naming what does not fit.
     """
-    check_quantized(
-        linear_depth(x), weight, weight_scale, activation_scale, zero_point, bias, weight_bits, activation_bits
-    )
-    return torch.ops.diffpress.quantized_linear(
-        x, weight, weight_scale, activation_scale, zero_point, bias, weight_bits, activation_bits
-    )
+    return _operation(x, weight, weight_scale, activation_scale, zero_point, bias, weight_bits, activation_bits)
 
 
-define_op(__name__, quantized_linear_reference, like_rows, on_cpu="cpu_kernel")
+def _check(x: Tensor, *rest: Any) -> None:
+    check_quantized(linear_depth(x), *rest)
+
+
+_operation = define_op(__name__, quantized_linear_reference, like_rows, on_cpu="cpu_kernel", check=_check)

@@ -21,7 +21,7 @@ FLAGS = {"avx2": {"avx2", "fma", "f16c"}, "avxvnni": {"avx_vnni"}, "avx512vnni":
 @pytest.fixture(autouse=True)
 def nothing_chosen(monkeypatch: pytest.MonkeyPatch, tier: str | None) -> Iterator[None]:
     monkeypatch.delenv(CHOICE, raising=False)
-    caches = (library._tier, library.built_tiers, library.processor_tiers, library._loaded)
+    caches = (library._library, library._tier, library.built_tiers, library.processor_tiers, library._loaded)
     for function in caches:
         function.cache_clear()
     yield
@@ -69,7 +69,8 @@ def test_reasons_for_the_reference(
     monkeypatch.setattr(library, "processor_tiers", lambda: processor)
     monkeypatch.setattr(library, "built_tiers", lambda: built)
     monkeypatch.setattr(cpu_kernel, "compute_linear", None)
-    library._tier.cache_clear()
+    for function in (library._library, library._tier):
+        function.cache_clear()
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(why_no_library())
     assert torch.equal(quantized_linear(*arguments()), expected)
