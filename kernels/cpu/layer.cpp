@@ -10,12 +10,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <vector>
 
 namespace diffpress::DIFFPRESS_TIER {
 namespace {
 
-constexpr int64_t kBlock = 16 * kTile;  // rows whose codes and outputs stay near the processor for all panels
+constexpr int64_t kBlock = 16;  // tiles of rows whose codes and outputs stay near the processor for all panels
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes
 
 // Where in a window, from its start on, the quads of each tap lie.
@@ -94,18 +95,19 @@ void compute(const Layer& layer, const uint8_t* codes) {
                                 : layer.output_type == kFloat16 ? finish<kFloat16> : finish<kBfloat16>;
   const std::vector<int32_t> offsets = window_offsets(layer);
   const std::vector<const uint8_t*> windows = window_starts(layer, codes);
-  const int64_t count = panels(layer.outputs), blocks = (layer.rows() + kBlock - 1) / kBlock;
-  // Where there are fewer blocks than threads, several threads take parts of the panels of each.
-  const int64_t parts = std::min(count, (layer.threads + blocks - 1) / std::max<int64_t>(blocks, 1));
+  const int64_t count = panels(layer.outputs), tiles = (layer.rows() + kTile - 1) / kTile;
+  // As many blocks for each thread; where there are fewer than threads, several take parts of the panels of each.
+  const int64_t rounds = (tiles + kBlock * layer.threads - 1) / (kBlock * layer.threads);
+  const int64_t blocks = std::max<int64_t>(1, std::min(tiles, rounds * layer.threads));
+  const int64_t parts = std::min(count, (layer.threads + blocks - 1) / blocks);
 #pragma omp parallel for collapse(2) num_threads(layer.threads) if (layer.threads > 1)
   for (int64_t block = 0; block < blocks; ++block) {
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t end = std::min(layer.rows(), (block + 1) * kBlock);
       int32_t sums[kTile * kPanel];
       for (int64_t p = count * part / parts; p < count * (part + 1) / parts; ++p) {
         const Panel& panel = (*layer.panels)[static_cast<size_t>(p)];
-        for (int64_t row = block * kBlock; row < end; row += kTile) {
-          const int64_t rows = std::min(kTile, end - row);
+        for (int64_t tile = tiles * block / blocks; tile < tiles * (block + 1) / blocks; ++tile) {
+          const int64_t row = tile * kTile, rows = std::min(kTile, layer.rows() - row);
           multiply(windows.data() + row, rows, offsets.data(), panel, sums);
           finish_tile(layer, sums, panel, row, rows, p * kPanel);
         }
@@ -121,10 +123,12 @@ namespace tier = diffpress::DIFFPRESS_TIER;
 
 extern "C" {
 
-// Panels of weights [outputs, channels, taps], which live until they are released.
-SHOWN void* diffpress_pack(const int8_t* codes, int64_t outputs, int64_t channels, int64_t taps) {
+// Panels of weights [outputs, channels, taps], which live until they are released; null where memory is short.
+SHOWN void* diffpress_pack(const int8_t* codes, int64_t outputs, int64_t channels, int64_t taps) try {
   constexpr int64_t kLargestCode = 255;
   return new std::vector<tier::Panel>(tier::pack({codes, outputs, channels, taps}, kLargestCode));
+} catch (const std::bad_alloc&) {
+  return nullptr;
 }
 
 SHOWN void diffpress_release(const std::vector<tier::Panel>* panels) { delete panels; }
@@ -135,14 +139,18 @@ SHOWN int64_t diffpress_bytes(const std::vector<tier::Panel>* panels) {
   return bytes;
 }
 
-SHOWN void diffpress_layer(const tier::Form* form, const void* x, const std::vector<tier::Panel>* panels,
+// Whether there was enough memory.
+SHOWN bool diffpress_layer(const tier::Form* form, const void* x, const std::vector<tier::Panel>* panels,
                            const float* weight_scale, const float* activation_scale, const int32_t* zero_point,
-                           const float* bias, const float* residual, void* output) {
+                           const float* bias, const float* residual, void* output) try {
   const tier::Layer layer{*form, x, panels, weight_scale, activation_scale, zero_point, bias, residual, output};
   uint8_t* codes = tier::scratch(layer.batch * layer.stored_height() * layer.stored_width() * layer.stored_channels());
   tier::ask_for_large_pages(output, layer.rows() * layer.outputs * (layer.output_type == tier::kFloat32 ? 4 : 2));
   tier::store_codes(layer, codes);
   tier::compute(layer, codes);
+  return true;
+} catch (const std::bad_alloc&) {
+  return false;
 }
 
 }  // extern "C"

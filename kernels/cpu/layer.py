@@ -137,13 +137,9 @@ def _compute(
     read = (weight_scale, activation_scale, zero_point, _floats(bias), _floats(residual))
     whole = [None if tensor is None else tensor.contiguous() for tensor in read]
     output = torch.empty(call.output, dtype=dtype)
-    library.diffpress_layer(
-        call.form,
-        x.data_ptr(),
-        panels.address,
-        *[None if tensor is None else tensor.data_ptr() for tensor in whole],
-        output.data_ptr(),
-    )
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in whole]
+    if not library.diffpress_layer(call.form, x.data_ptr(), panels.address, *addresses, output.data_ptr()):
+        raise MemoryError(f"codes of an input {list(x.shape)}")
     return output
 
 

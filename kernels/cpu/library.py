@@ -19,7 +19,7 @@ FUNCTIONS = {
     "diffpress_pack": ([ADDRESS, *3 * [NUMBER]], ADDRESS),
     "diffpress_release": ([ADDRESS], None),
     "diffpress_bytes": ([ADDRESS], NUMBER),
-    "diffpress_layer": (9 * [ADDRESS], None),
+    "diffpress_layer": (9 * [ADDRESS], ctypes.c_bool),
     "diffpress_attention": ([ADDRESS], None),
 }
 """What each function takes and gives."""

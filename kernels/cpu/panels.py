@@ -23,7 +23,9 @@ class Panels:
         if codes.shape[1] != channels * taps:
             raise ValueError(f"weight holds {codes.shape[1]} codes a row, its layer reads {channels * taps}")
         self.source = source
-        self.address: int = library.diffpress_pack(codes.data_ptr(), len(codes), channels, taps)
+        self.address: int | None = library.diffpress_pack(codes.data_ptr(), len(codes), channels, taps)
+        if self.address is None:
+            raise MemoryError(f"weights {list(codes.shape)}")
         self.bytes: int = library.diffpress_bytes(self.address)
         weakref.finalize(self, library.diffpress_release, self.address)
 

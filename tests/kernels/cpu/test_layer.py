@@ -18,7 +18,7 @@ from diffpress.kernels import (
     quantized_conv2d,
     quantized_linear,
 )
-from diffpress.kernels.cpu import panel_bytes, panels
+from diffpress.kernels.cpu import panel_bytes, panels, shared_library
 from diffpress.kernels.integer_conv2d.reference import integer_conv2d_reference
 from diffpress.kernels.integer_linear.reference import integer_linear_reference
 from diffpress.kernels.quantized_conv2d.reference import quantized_conv2d_reference
@@ -192,6 +192,14 @@ def test_panels_are_given_back_with_their_tensor() -> None:
     del weight
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize(("function", "said"), [("pack", "weights"), ("layer", "codes of an input")])
+def test_too_little_memory_is_an_error_of_memory(monkeypatch: pytest.MonkeyPatch, function: str, said: str) -> None:
+    library, weight = shared_library(), tensors(8, 4, 8, None, torch.float32)
+    monkeypatch.setattr(library, f"diffpress_{function}", lambda *_: None)
+    with pytest.raises(MemoryError, match=said):
+        quantized_linear(torch.ones(3, 8), *weight, 8, 8)
 
 
 def test_weights_of_inference_mode_may_change_unseen() -> None:
