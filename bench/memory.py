@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from torch.nn.functional import pad
 
 from diffpress.calibration.examples import Batch
 from diffpress.calibration.observe import layer_matrix
 from diffpress.calibration.sampling import answer
 from diffpress.compress.importance import StepImportance
-from diffpress.compress.layers import find_layers
+from diffpress.compress.layers import find_layers, weights_only
 from diffpress.compress.options import Qalora
 from diffpress.compress.qalora.blocks import learn_blocks
 from diffpress.compress.qalora.layer import QaloraLayer
@@ -91,18 +92,30 @@ class RandomLessons:
 
 
 def simple_start(denoiser: nn.Module, options: Qalora) -> dict[str, QuantizedLayer]:
-    """Every layer rounded between its largest weights, its input by one scale for all."""
+    """Every layer rounded between its largest weights, its input by one scale for all; or groups of weights alone."""
     layers, _ = find_layers(denoiser, options)
     return {name: _simple(layer, options) for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
 
 
 @torch.no_grad()
 def _simple(layer: nn.Module, options: Qalora) -> QuantizedLayer:
+    if options.activation_bits is None:
+        return _simple_weights(layer, options)
     weight = layer_matrix(layer)
     scale = weight.abs().amax((1, 2)).clamp(min=1e-8) / code_range(options.weights)[1]
     codes = quantize(weight, scale[:, None, None], options.weights).view(layer.weight.shape)
-    activation_scale = torch.full((len(TIMESTEPS),), ACTIVATION_REACH / code_range(options.activation_bits or 8)[1])
+    activation_scale = torch.full((len(TIMESTEPS),), ACTIVATION_REACH / code_range(options.activation_bits)[1])
     return QuantizedLayer(Format(options.weights, options.activation_bits), codes, scale, activation_scale)
+
+
+def _simple_weights(layer: nn.Module, options: Qalora) -> QuantizedLayer:
+    format = weights_only(layer, options.weights, options.group_size)
+    assert format.group_size is not None
+    weight = layer.weight.flatten(1)
+    groups = pad(weight, (0, -weight.shape[1] % format.group_size)).unflatten(1, (-1, format.group_size))
+    scale = groups.abs().amax(2, keepdim=True).clamp(min=1e-8) / code_range(options.weights)[1]
+    codes = quantize(groups, scale, options.weights).flatten(1)[:, : weight.shape[1]]
+    return QuantizedLayer(format, codes.reshape(layer.weight.shape), scale[..., 0])
 
 
 def measure(

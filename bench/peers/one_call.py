@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffpress.calibration.cost import latencies_ms, median_ratio
@@ -26,8 +26,29 @@ Inputs = dict[str, Tensor]
 
 def random_denoiser(text_width: int) -> nn.Module:
     """A UNet of Stable Diffusion 1.5's size."""
+    return _random(UNet2DConditionModel(cross_attention_dim=text_width))
+
+
+def random_transformer(text_width: int) -> nn.Module:
+    """A transformer of PixArt's size."""
+    return _random(
+        PixArtTransformer2DModel(
+            num_layers=28,
+            sample_size=64,
+            caption_channels=text_width,
+            cross_attention_dim=1152,
+            use_additional_conditions=False,
+        )
+    )
+
+
+def _random(model: nn.Module) -> nn.Module:
+    """With normal weights of the width that diffusers gives to even ones: trained ones are nearer to them."""
     torch.manual_seed(0)
-    return UNet2DConditionModel(cross_attention_dim=text_width).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter.data, std=float(parameter.data.std()))
+    return model.eval().requires_grad_(False)
 
 
 def random_inputs(latent: Sequence[int], text: Sequence[int], timestep: float) -> Inputs:

@@ -85,7 +85,7 @@ class StepClock:
         return (table * self.weights.to(table.device)).sum(-1, keepdim=True)
 
     def select_code(self, table: Tensor) -> Tensor:
-        """The same of zero points: an int32 that is a code of eight bits."""
+        """The same of zero points, whole numbers: an int32 that is a code of eight bits."""
         return self.select(table).round().clamp(*code_range(8)).to(torch.int32)
 
 

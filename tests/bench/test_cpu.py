@@ -54,15 +54,28 @@ def test_every_layer_is_packed_and_answers_nearly_the_same(cpu) -> None:
 def test_attention_in_integers_answers_nearly_the_same(cpu, products: str) -> None:
     plain, inputs = small(), cpu.random_inputs((1, 4, 8, 8), (1, 5, 12), 961.0)
     layers = cpu.call(cpu.packed_(copy.deepcopy(plain)), inputs)
-    packed = cpu.packed_(copy.deepcopy(plain), products)
+    packed = cpu.packed_(copy.deepcopy(plain), cpu.Row("", 8, 8, products))
     assert [forward.attend.integer_values for forward in attention_overrides(packed)] == 8 * [products == "all"]
     error = (cpu.call(packed, inputs) - layers).square().mean() / layers.square().mean()
     assert 0 < error < 0.01
 
 
-def test_a_small_model_is_fed_as_its_pipeline_feeds_it(cpu) -> None:
-    rows = cpu.small("zoo:emoji", 1)
-    assert [row["row"] for row in rows] == ["float32", "bfloat16", "W8A8"]
+def test_weights_alone_answer_nearly_the_same(cpu) -> None:
+    plain, inputs = small(), cpu.random_inputs((1, 4, 8, 8), (1, 5, 12), 961.0)
+    packed = cpu.packed_(copy.deepcopy(plain), cpu.ROWS[-1])
+    assert {layer.edit.words() for layer in packed.modules() if isinstance(layer, PackedLayer)} > {"W4 g32"}
+    truth = cpu.call(plain, inputs)
+    error = (cpu.call(packed, inputs) - truth).square().mean() / truth.square().mean()
+    assert 0 < error < 0.1
+
+
+def test_every_format_is_a_row_of_every_tier(cpu) -> None:
+    rows = list(cpu.measure("zoo:emoji", cpu.ROWS[:1], 1, 1))
+    assert [(row["row"], row["tier"]) for row in rows] == [
+        (name, tier) for tier in cpu.tiers() for name in ("float32", "bfloat16", "W8A8")
+    ]
+    assert rows[0]["over_float32"] == 1
+    assert rows[2]["bytes"] < rows[0]["bytes"]
     inputs = cpu.first_inputs(cpu.load_pipeline(cpu.resolve("zoo:emoji")))
     # Guidance asks for two answers to each image.
     assert {name: len(value.shape) and len(value) for name, value in inputs.items()} == {
@@ -77,7 +90,8 @@ def test_a_peer_that_fails_is_a_row_with_its_error(cpu, tmp_path: Path, monkeypa
         raise RuntimeError("no such wheel")
 
     monkeypatch.setattr(cpu, "python_for", refuse)
-    assert cpu.peer_row("torchao", 1, tmp_path) == {"model": cpu.LARGE, "row": "torchao", "error": "no such wheel"}
+    expected = {"model": cpu.STABLE_DIFFUSION, "row": "torchao", "threads": 1, "error": "no such wheel"}
+    assert cpu.peer_row("torchao", 1, tmp_path) == expected
     monkeypatch.setattr(cpu, "python_for", lambda *_: Path(sys.executable))
     row = cpu.peer_row("nobody", 1, tmp_path)
     assert "ModuleNotFoundError" in row["error"]
