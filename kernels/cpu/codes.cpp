@@ -45,7 +45,7 @@ void codes_along_columns(const Layer& layer, const Quantizer& quantize, int64_t 
       Integers quad{};
       for (int64_t i = 0; i < 4 && c + i < layer.channels; ++i) {
         const int64_t at = start + (c + i) * layer.x_channel + column;
-        quad |= quantize(load_floats(layer.x, layer.x_type, at, count)) << static_cast<int32_t>(8 * i);
+        quad |= (quantize(load_floats(layer.x, layer.x_type, at, count)) & 0xFF) << static_cast<int32_t>(8 * i);
       }
       for (int64_t i = 0; i < std::min(kLanes, count); ++i) store(pixels + (column + i) * step + c, quad[i]);
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +12,23 @@ import torch
 from diffpress.kernels import quantized_linear
 from diffpress.kernels.cpu import TierError, library, shared_library, tier, why_no_library
 from diffpress.kernels.cpu.library import CHOICE
+from diffpress.kernels.library import CHOICE as KERNELS
 from diffpress.kernels.quantized_linear import cpu_kernel
 
-FLAGS = {"avx2": {"avx2", "fma", "f16c"}, "avxvnni": {"avx_vnni"}, "avx512vnni": {"avx512_vnni", "avx512bw"}}
+FLAGS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avxvnni": {"avx_vnni"},
+    "avx512vnni": {"avx512_vnni", "avx512bw"},
+    "neon": {"asimd"},
+    "neondot": {"asimddp"},
+}
 """What the system says of a processor that has a tier."""
 
 
-@pytest.fixture(autouse=True)
-def nothing_chosen(monkeypatch: pytest.MonkeyPatch, tier: str | None) -> Iterator[None]:
+@pytest.fixture(autouse=True, name="tier")
+def nothing_chosen(monkeypatch: pytest.MonkeyPatch, references_answer: None) -> Iterator[None]:
+    """In the place of the other tests' tiers."""
+    monkeypatch.delenv(KERNELS)
     monkeypatch.delenv(CHOICE, raising=False)
     caches = (library._library, library._tier, library.built_tiers, library.processor_tiers, library._loaded)
     for function in caches:
@@ -32,12 +41,19 @@ def nothing_chosen(monkeypatch: pytest.MonkeyPatch, tier: str | None) -> Iterato
 
 def test_tiers_are_those_that_the_system_names() -> None:
     information = Path("/proc/cpuinfo")
-    if not information.exists() or platform.machine() != "x86_64":
+    if not information.exists() or platform.machine() not in ("x86_64", "aarch64"):
         pytest.skip("the system does not say it")
     said = set(information.read_text().split())
     assert {name for name in library.processor_tiers() if name in FLAGS} == {
         n for n, need in FLAGS.items() if need <= said
     }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("processor", "tiers"), [("cortex-a53", ["neon"]), ("cortex-a76", ["neondot", "neon"])])
+def test_tiers_of_other_processors(aarch64: Callable, processor: str, tiers: list[str]) -> None:
+    found, _ = aarch64(processor, "diffpress_cpu.so").call("diffpress_tiers")
+    assert [name for place, name in enumerate(library.TIERS) if found >> place & 1] == tiers
 
 
 def test_the_fastest_tier_answers() -> None:
