@@ -84,7 +84,12 @@ def built_tiers() -> tuple[str, ...]:
 
 @cache
 def _loaded(name: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_find(f"diffpress_cpu_{name}.so")))
+    return open_library(_find(f"diffpress_cpu_{name}.so"))
+
+
+def open_library(file: Path | None) -> ctypes.CDLL:
+    """A tier's library, with the types of its functions."""
+    library = ctypes.CDLL(str(file))
     for function, (arguments, result) in FUNCTIONS.items():
         getattr(library, function).argtypes, getattr(library, function).restype = arguments, result
     return library

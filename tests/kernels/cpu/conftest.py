@@ -27,7 +27,9 @@ SOURCES = Path(__file__).parent / "emulated"
 TIERS = [tier for tier in processor_tiers() if tier != ONEDNN and tier in built_tiers()]
 ARM = {"emulated-neondot": "cortex-a76", "emulated-neon": "cortex-a53"}
 """Tiers of aarch64, and the processor that the emulator is to be: the second has no dot products."""
-EMULATED = [pytest.param(tier, marks=pytest.mark.long) for tier in ARM]
+X86 = ("emulated-avx512vnni", "emulated-avxvnni")
+"""Tiers of x86, whose instructions are functions for AVX2."""
+EMULATED = [pytest.param(tier, marks=pytest.mark.long) for tier in (*ARM, *X86)]
 BYTES = {number: dtype.itemsize for dtype, number in TYPES.items()}
 Made = Callable[[str, Callable[[Path], None]], Path]
 Emulator = Callable[[str, str], "Emulated"]
@@ -39,7 +41,7 @@ def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, refere
     monkeypatch.delenv(CHOICE)
     if request.param:
         monkeypatch.setenv(TIER, request.param)
-    if request.param in ARM:
+    if request.param in (*ARM, *X86):
         loaded = request.getfixturevalue("emulated_tier")(request.param)
         for function in ("processor_tiers", "built_tiers"):
             monkeypatch.setattr(library, function, lambda: (request.param,))
@@ -56,9 +58,17 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def emulated_tier(aarch64: Emulator) -> Callable[[str], Emulated]:
+def emulated_tier(made_once: Made, aarch64: Emulator) -> Callable[[str], ctypes.CDLL | Emulated]:
     """A function: the library of an emulated tier, opened once."""
-    return cache(lambda tier: aarch64(ARM[tier], f"diffpress_cpu_{tier.removeprefix('emulated-')}.so"))
+
+    @cache
+    def opened(tier: str) -> ctypes.CDLL | Emulated:
+        name = tier.removeprefix("emulated-")
+        if tier in ARM:
+            return aarch64(ARM[tier], f"diffpress_cpu_{name}.so")
+        return library.open_library(made_once(name, lambda folder: build_for_avx2(name, folder)) / "tier.so")
+
+    return opened
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +92,7 @@ def need(*tools: str) -> None:
     """Skip a test for which one of them is missing."""
     absent = [tool for tool in tools if not shutil.which(tool)]
     if absent:
-        pytest.skip(f"needs {', '.join(absent)}: apt-get install cmake g++-aarch64-linux-gnu qemu-user")
+        pytest.skip(f"needs {', '.join(absent)}: apt-get install cmake g++ g++-aarch64-linux-gnu qemu-user")
 
 
 def run(*command: str | Path) -> None:
@@ -95,6 +105,18 @@ def build_for_aarch64(folder: Path) -> None:
     run("cmake", "-S", ROOT, "-B", folder, toolchain, "-DCMAKE_BUILD_TYPE=Release")
     run("cmake", "--build", folder)
     run("aarch64-linux-gnu-g++", "-O2", SOURCES / "driver.cpp", "-o", folder / "driver")
+
+
+def build_for_avx2(tier: str, folder: Path) -> None:
+    """A tier's sources, with functions in the place of instructions that AVX2 lacks."""
+    need("g++")
+    if "avx2" not in processor_tiers():
+        pytest.skip("the processor has no AVX2")
+    shared = sorted(file for file in KERNELS.glob("*.cpp") if not file.name.startswith("tiers_"))
+    define = (f"-DDIFFPRESS_TIER={tier}", f'-DDIFFPRESS_TIER_HEADER="tiers/{tier}.h"')
+    flags = ("-std=c++17", "-O3", "-ffp-contract=off", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", "-fopenmp")
+    files = (*shared, KERNELS / "tiers" / "dot.cpp", "-o", folder / "tier.so")
+    run("g++", "-shared", "-fPIC", *flags, *define, "-I", SOURCES, *files)
 
 
 class Emulated:
