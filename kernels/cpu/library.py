@@ -8,7 +8,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-TIERS = ("amx", "avx512vnni", "avxvnni", "avx2", "neondot", "neon")
+TIERS = ("amx", "avx512vnni", "avxvnni", "avx2", "i8mm", "neondot", "neon")
 """What a processor multiplies bytes with, the fastest first, of x86 and of aarch64. `tiers_*.cpp` say which there are."""
 ONEDNN = "amx"
 """A tier without a library: with its tiles oneDNN, which references call, multiplies several times faster than C++ would."""

@@ -43,13 +43,13 @@ struct Panel {
   int64_t quads() const { return static_cast<int64_t>(weights.size()) / (4 * kPanel); }
 };
 
-// Panels for products with unsigned bytes of at most `largest`.
+// Panels for products with bytes of at most `largest`: unsigned ones, but signed ones where kOffset is 0.
 std::vector<Panel> pack(const Weights& weights, int64_t largest);
 
 // What the tier's products need to know of a panel, whose weights it may part.
 void prepare(Panel& panel, int64_t largest);
 
-// Sums [count][kPanel] of the products of up to kTile rows of unsigned bytes with a panel; quad q lies offsets[q] behind a
+// Sums [count][kPanel] of the products of up to kTile rows of such bytes with a panel; quad q lies offsets[q] behind a
 // row's start.
 void multiply(const uint8_t* const* rows, int64_t count, const int32_t* offsets, const Panel& panel, int32_t* sums);
 

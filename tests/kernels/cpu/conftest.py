@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[3]
 KERNELS = ROOT / "kernels" / "cpu"
 SOURCES = Path(__file__).parent / "emulated"
 TIERS = [tier for tier in processor_tiers() if tier != ONEDNN and tier in built_tiers()]
-ARM = {"emulated-neondot": "cortex-a76", "emulated-neon": "cortex-a53"}
-"""Tiers of aarch64, and the processor that the emulator is to be: the second has no dot products."""
+ARM = {"emulated-i8mm": "max", "emulated-neondot": "cortex-a76", "emulated-neon": "cortex-a53"}
+"""Tiers of aarch64, and the processor that the emulator is to be: the fastest tier of that is this one."""
 X86 = ("emulated-avx512vnni", "emulated-avxvnni")
 """Tiers of x86, whose instructions are functions for AVX2."""
 EMULATED = [pytest.param(tier, marks=pytest.mark.long) for tier in (*ARM, *X86)]

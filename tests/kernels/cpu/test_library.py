@@ -21,6 +21,7 @@ FLAGS = {
     "avx512vnni": {"avx512_vnni", "avx512bw"},
     "neon": {"asimd"},
     "neondot": {"asimddp"},
+    "i8mm": {"asimddp", "i8mm"},
 }
 """What the system says of a processor that has a tier."""
 
@@ -50,7 +51,10 @@ def test_tiers_are_those_that_the_system_names() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("processor", "tiers"), [("cortex-a53", ["neon"]), ("cortex-a76", ["neondot", "neon"])])
+@pytest.mark.parametrize(
+    ("processor", "tiers"),
+    [("cortex-a53", ["neon"]), ("cortex-a76", ["neondot", "neon"]), ("max", ["i8mm", "neondot", "neon"])],
+)
 def test_tiers_of_other_processors(aarch64: Callable, processor: str, tiers: list[str]) -> None:
     found, _ = aarch64(processor, "diffpress_cpu.so").call("diffpress_tiers")
     assert [name for place, name in enumerate(library.TIERS) if found >> place & 1] == tiers

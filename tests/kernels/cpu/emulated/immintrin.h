@@ -1,5 +1,5 @@
-// The instructions beyond AVX2 that our tiers name, in C++ as Intel's guide describes them: processors with AVX2 run these tiers'
-// own sources, slowly. GCC alone hands registers of 64 bytes around where it may not use them.
+// The instructions beyond AVX2 that our tiers name, in C++ as Intel's guide describes them: a processor with AVX2 runs these
+// tiers' own sources, slowly. GCC alone hands registers of 64 bytes around where it may not use them.
 #pragma once
 
 #include_next <immintrin.h>
