@@ -99,8 +99,11 @@ def step_weights(timesteps: Sequence[float], now: Tensor) -> Tensor:
 
 
 def _only_step(weights: Tensor) -> int | None:
-    """The step that has all the weight, of weights whose values cost nothing to look at; None where there is none."""
-    if type(weights) is not Tensor or not weights.is_cpu or torch.compiler.is_compiling():
+    """The step that has all the weight, of weights whose values cost nothing to look at; None where there is none.
+
+    Students have weights for each row of a batch.
+    """
+    if type(weights) is not Tensor or weights.ndim != 1 or not weights.is_cpu or torch.compiler.is_compiling():
         return None
     step = int(weights.argmax())
     return step if weights[step] == 1 else None
