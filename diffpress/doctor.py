@@ -32,8 +32,7 @@ from diffpress.kernels import (
     weight_only_conv2d,
     weight_only_linear,
 )
-from diffpress.kernels.cpu import tier, why_no_library
-from diffpress.kernels.library import CHOICE, only_reference
+from diffpress.kernels.answering import answering_kernels
 from diffpress.kernels.processor import why_no_byte_products
 
 PACKAGES = ("diffpress", "torch", "triton", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -59,14 +58,6 @@ def examine() -> dict[str, str]:
         findings[f"int8 attention on {device}"] = _try(partial(_attention, device))
     findings |= _onnxruntime()
     return findings
-
-
-def answering_kernels(device: str) -> str:
-    """Which implementation the operations choose on a type of device."""
-    if only_reference():
-        return f"reference ({CHOICE})"
-    reason = why_no_library() if device == "cpu" else None
-    return f"reference ({reason})" if reason else f"C++ for {tier()}" if device == "cpu" else "Triton"
 
 
 def _products() -> str:

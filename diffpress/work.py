@@ -16,8 +16,7 @@ import torch
 
 from diffpress.compress.stage_folder import StageFolder
 from diffpress.export.publishing import locked
-
-from .doctor import answering_kernels
+from diffpress.kernels.answering import answering_kernels
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffpress import doctor
+from diffpress.kernels import answering
 
 
 def test_every_kernel_works_on_the_cpu() -> None:
@@ -35,10 +36,10 @@ def test_a_wrong_result_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_says_which_implementation_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIFFPRESS_KERNELS", raising=False)
-    monkeypatch.setattr(doctor, "why_no_library", lambda: None)
-    monkeypatch.setattr(doctor, "tier", lambda: "avx2")
+    monkeypatch.setattr(answering, "why_no_library", lambda: None)
+    monkeypatch.setattr(answering, "tier", lambda: "avx2")
     assert doctor.examine()["kernels"] == "C++ for avx2 on cpu, Triton on cuda"
-    monkeypatch.setattr(doctor, "why_no_library", lambda: "no C++ library was built")
+    monkeypatch.setattr(answering, "why_no_library", lambda: "no C++ library was built")
     assert doctor.examine()["kernels"] == "reference (no C++ library was built) on cpu, Triton on cuda"
     monkeypatch.setenv("DIFFPRESS_KERNELS", "reference")
     assert doctor.examine()["kernels"] == "reference (DIFFPRESS_KERNELS) on cpu, reference (DIFFPRESS_KERNELS) on cuda"

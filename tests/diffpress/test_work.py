@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffpress import doctor
+from diffpress.kernels import answering
 from diffpress.work import computed_by
 
 
@@ -14,7 +14,7 @@ def test_the_device_and_whose_kernels_compute_are_part_of_a_request(monkeypatch:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index or 0}")
     ways = []
     for reason in (None, "no C++ library was built"):
-        monkeypatch.setattr(doctor, "why_no_library", lambda reason=reason: reason)
+        monkeypatch.setattr(answering, "why_no_library", lambda reason=reason: reason)
         ways += [computed_by("cpu"), computed_by("cuda:1")]
     monkeypatch.setenv("DIFFPRESS_KERNELS", "reference")
     ways += [computed_by("cpu"), computed_by("cuda:1")]
