@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpress.kernels import (
+    dequantize,
     dequantize_groups,
     fp8_conv2d,
     fp8_linear,
@@ -20,6 +22,7 @@ from diffpress.kernels import (
     weight_only_conv2d,
     weight_only_linear,
 )
+from diffpress.kernels.processor import fast_dtype
 
 from .clock import StepClock
 
@@ -48,6 +51,8 @@ class PackedLayer(nn.Module):
     zero_point: Tensor | None
     smoothing: Tensor | None
     bias: Tensor | None
+    floats: Tensor | None
+    """The weight that an expanded layer computes with; it is not stored."""
 
     def __init__(
         self, edit: Pack, clock: StepClock | None, rows: int, columns: int, channels: int = 0, has_bias: bool = False
@@ -55,6 +60,7 @@ class PackedLayer(nn.Module):
         """The weight is [rows, columns] before it is packed; the input has `channels`."""
         super().__init__()
         self.edit, self.clock, self.columns = edit, clock, columns
+        self.float_shape: Sequence[int] = (rows, columns)
         dtype, length = (torch.float8_e4m3fn, columns) if edit.float8 else packed_form(columns, edit.weight_bits)
         groups = () if edit.group_size is None else (-(-columns // edit.group_size),)
         steps = 0 if clock is None else len(clock.timesteps)
@@ -67,9 +73,39 @@ class PackedLayer(nn.Module):
         self.register_buffer("smoothing", ones(channels) if edit.smoothed else None)
         # A parameter, for a pipeline asks those of its models which precision to compute in.
         self.register_parameter("bias", nn.Parameter(torch.zeros(rows), requires_grad=False) if has_bias else None)
+        self.register_buffer("floats", None, persistent=False)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, {self.columns}, {self.edit.words()}"
+
+    def expand_(self, dtype: torch.dtype) -> None:
+        """From now on compute in floats, as fast as a layer that was never packed; inputs are of `dtype`, and not rounded.
+
+        What is stored stays beside. Whoever moves or casts the layer later has it packed again. See `expansion.py`.
+        """
+        weight = self._float_weight().to(dtype).to(fast_dtype(torch.empty(0, dtype=dtype)))
+        self.floats = weight.view(self.float_shape)
+
+    def _float_weight(self) -> Tensor:
+        """The weight [rows, columns] in float32, with the factors that the input is smoothed by."""
+        if self.edit.float8:
+            values = dequantize(self.weight, self.weight_scale[:, None])
+        else:
+            codes = unpack_codes(self.weight, self.columns, self.edit.weight_bits)
+            values = dequantize_groups(
+                codes, self.weight_scale.view(len(codes), -1), self.edit.group_size or self.columns
+            )
+        if self.smoothing is not None:
+            values *= self.smoothing.repeat_interleave(self.columns // len(self.smoothing))
+        return values
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.floats
+        super()._apply(fn, recurse)
+        after = self.floats
+        if before is not None and after is not None and (before.device, before.dtype) != (after.device, after.dtype):
+            self.floats = None
+        return self
 
     def compute(self, x: Tensor, operations: Operations, *geometry: Sequence[int]) -> Tensor:
         """The layer's output [..., out] or [B, out, H', W'] from an input [..., in] or [B, in, H, W], smoothed already."""
@@ -98,6 +134,9 @@ class PackedLinear(PackedLayer):
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self._buffers["floats"]
+        if weight is not None:
+            return _in_floats(F.linear, x, weight, self.bias)
         return self.compute(_smoothed(x, self.smoothing), LINEAR)
 
 
@@ -107,11 +146,15 @@ class PackedConv2d(PackedLayer):
     def __init__(self, layer: nn.Conv2d, edit: Pack, clock: StepClock | None) -> None:
         columns = layer.weight[0].numel()
         super().__init__(edit, clock, layer.out_channels, columns, layer.in_channels, layer.bias is not None)
+        self.float_shape = layer.weight.shape
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self.kernel_size, self.stride = layer.kernel_size, layer.stride
         self.padding, self.dilation = layer.padding, layer.dilation
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self._buffers["floats"]
+        if weight is not None:
+            return _in_floats(F.conv2d, x, weight, self.bias, self.stride, self.padding, self.dilation)
         smoothing = None if self.smoothing is None else self.smoothing[:, None, None]
         # why_not_packable refuses paddings that are words.
         geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
@@ -132,6 +175,16 @@ class PackedEmbedding(PackedLayer):
         assert self.edit.group_size is not None
         values = dequantize_groups(codes, self.weight_scale.index_select(0, chosen), self.edit.group_size)
         return values.to(self.dtype).view(*indices.shape, self.columns)
+
+
+def _in_floats(
+    operation: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: object
+) -> Tensor:
+    """What `compute` answers but for the rounding of inputs, by an expanded `weight`; `x` is not smoothed."""
+    if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):
+        return operation(x, weight, bias, *geometry)
+    wide = None if bias is None else bias.to(x.dtype).to(weight.dtype)
+    return operation(x.to(weight.dtype), weight, wide, *geometry).to(x.dtype)
 
 
 def _smoothed(x: Tensor, smoothing: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from ..packed import PackedEmbedding, PackedLayer
 
 NOT_YET = "not compiled yet: graphs are made by the first call"
 OUTSIDE = "outside the blocks that are compiled"
+EXPANDED = "it is expanded, and computes in floats here"
 EMBEDDING = "an embedding has no input to quantise"
 
 
@@ -51,6 +52,8 @@ class Fusions:
         """Why nothing is known of a layer."""
         if isinstance(layer, PackedEmbedding):
             return EMBEDDING
+        if layer.floats is not None:
+            return EXPANDED
         return NOT_YET if self._home(name) is not None else OUTSIDE
 
     def _home(self, name: str) -> str | None:
