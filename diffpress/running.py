@@ -62,7 +62,7 @@ def run_torch(folder: PipelineFolder, wanted: Wanted) -> Image:
 
     text = wanted.text(folder.name, kind(pipeline_class(folder)))
     check_sampling(folder, Sampling(wanted.steps, wanted.guidance))
-    pipeline = open_pipeline(folder, working_dtype(folder))
+    pipeline = open_pipeline(folder, working_dtype(folder), prefer="speed")
     check_text(pipeline, text)
     made_for = default_sampling(folder)
     guidance = made_for.guidance_scale if wanted.guidance is None else wanted.guidance

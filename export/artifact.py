@@ -6,11 +6,11 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import diffusers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .edits import Edit, edits_of, store_edits
 from .errors import ArtifactError, ModelFileError, UserError
@@ -19,10 +19,13 @@ from .load.config import EditsConfig
 from .load.empty import apply_to_empty_
 from .load.libraries import empty_model, library_of
 from .manifest import MANIFEST, Manifest, check_files, read_manifest
+from .runtime import Expansion, PackedLayer, decide, expand_, packed_layers
 from .source import source_tensors
 from .tensor_files import save_tensors
 
 Tensors = Mapping[str, Tensor]
+Preference = Literal["speed", "memory"]
+"""What decides about packed layers that are slower than floats where they are loaded."""
 VARIANT = ".fp16"
 """What the file names of half precision weights have in them when full precision may lie beside them."""
 
@@ -101,8 +104,7 @@ def _check_edits_apply(folder: PipelineFolder, component: str, edits: list[Edit]
         ) from error
     if own != EditsConfig.of(edits, timesteps):
         raise ArtifactError(f"{folder.name}: {component}/config.json and {MANIFEST} disagree about the edits.")
-    model = empty_model(folder, component)
-    apply_to_empty_(model, own)
+    model = _edited_empty(folder, component, own)
     expected = {name: _form(tensor) for name, tensor in library_of(folder, component).held(model).items()}
     stored = {name: _form(tensor) for name, tensor in folder.tensors(component)}
     for name in sorted(expected.keys() | stored.keys()):
@@ -112,23 +114,56 @@ def _check_edits_apply(folder: PipelineFolder, component: str, edits: list[Edit]
             )
 
 
+def _edited_empty(folder: PipelineFolder, component: str, config: EditsConfig) -> nn.Module:
+    """The model that the weights of an edited component are loaded into."""
+    model = empty_model(folder, component)
+    apply_to_empty_(model, config)
+    return model
+
+
+def expansion_here(path: Path, manifest: Manifest, dtype: torch.dtype = torch.float32) -> Expansion:
+    """What `load` will do with the packed layers of an artifact on this machine; no weight is read."""
+    folder = PipelineFolder(path, str(path))
+    layers: dict[str, PackedLayer] = {}
+    for component in sorted({edit.component for edit in manifest.edits}):
+        config = EditsConfig.of(edits_of(component, manifest.edits), manifest.timesteps)
+        model = _edited_empty(folder, component, config)
+        layers |= dict(packed_layers(model, f"{component}."))
+    return decide(layers, manifest.layers, dtype, folder.size_bytes())
+
+
 def _form(tensor: Tensor) -> str:
     # Loaders may change the precision of ordinary floats, and of nothing else.
     free = tensor.is_floating_point() and tensor.element_size() > 1
     return f"{'float' if free else tensor.dtype} {list(tensor.shape)}"
 
 
-def load(path: str | Path, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
-    """The pipeline of an artifact, after every digest has matched. Raises ArtifactError where one does not."""
+def load(
+    path: str | Path, dtype: torch.dtype = torch.float32, prefer: Preference = "speed"
+) -> diffusers.DiffusionPipeline:
+    """The pipeline of an artifact, after every digest has matched.
+
+    On a CPU some packed layers are slower than layers of floats. With `prefer="speed"` their weights are expanded, as far as
+    half of the free memory goes; inputs are not rounded there. With `prefer="memory"` all stay as they are stored, and compute
+    the same numbers on every machine. Raises ArtifactError where a digest does not match, UserError for another preference.
+    """
+    if prefer not in get_args(Preference):
+        raise UserError(f'prefer must be "speed" or "memory", not {prefer!r}.')
     path = Path(path)
-    check_files(path, read_manifest(path).files)
-    return load_pipeline(PipelineFolder(path, str(path)), dtype)
+    manifest = read_manifest(path)
+    check_files(path, manifest.files)
+    pipeline = load_pipeline(PipelineFolder(path, str(path)), dtype)
+    if prefer == "speed":
+        expand_(pipeline, manifest.layers)
+    return pipeline
 
 
-def open_pipeline(folder: PipelineFolder, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
+def open_pipeline(
+    folder: PipelineFolder, dtype: torch.dtype = torch.float32, prefer: Preference = "memory"
+) -> diffusers.DiffusionPipeline:
     """The running pipeline; of an artifact only after every digest has matched, of others after every weight was read."""
     if is_artifact(folder.path):
-        return load(folder.path, dtype)
+        return load(folder.path, dtype, prefer)
     folder.check()
     return load_pipeline(folder, dtype)
 

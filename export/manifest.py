@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict
 from .digests import File, compare_files, digest, inside, read_manifest_file
 from .edits import Edit
 from .errors import ArtifactError
+from .runtime import LayerUse
 
 MANIFEST = "diffpress.json"
 REPORT = "report.html"
 """Holds timings, so it differs from run to run and is not under the digests."""
-SCHEMA = 5
+SCHEMA = 6
 """2 has edits of attention, and what became of it in the plan; 3 calls them `quantize_attention`; 4 may store scales of
-weights in float16; 5 has layers of two factors. All else is as it was."""
+weights in float16; 5 has layers of two factors; 6 says what packed layers were given. All else is as it was."""
 ANEW = "compress anew"
 
 
@@ -64,6 +65,8 @@ class Manifest(BaseModel):
     learning: list[dict[str, float]] = []
     """How learning went: `iteration`, `loss` and `evaluation` at every evaluation; and what was tried, the best first: the
     `speedup` and `psnr_db` of each plan of steps. Empty where nothing was learned or tried."""
+    layers: dict[str, LayerUse] = {}
+    """What each packed layer, named `COMPONENT.MODULE`, was given while one image was made; empty before schema 6."""
     metrics: dict[str, Any]
     files: dict[str, File]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Triton reads this while it is imported, which other libraries do as well.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffpress.export.edits import Pack
-from diffpress.export.runtime import why_not_packable
+from diffpress.export.runtime import Times, times, why_not_packable
 from diffpress.kernels import code_range, pack_codes, quantize
 from diffpress.zoo.emoji import train_tokenizer
 
@@ -42,6 +42,24 @@ NO_CLASS = 1000
 def compiled_anew(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What torch compiled earlier is not used: its key does not know how an operation of ours was written then."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packed_layers_win(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No layer is expanded, whatever the machine: times are made up, and none are kept where the user's are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(times, "time_form", lambda _form: Times(packed_ms=1, floats_ms=2))
+        yield
+
+
+@pytest.fixture
+def floats_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On the machine of this test every packed layer is slower than floats."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(times, "time_form", lambda _form: Times(packed_ms=2, floats_ms=1))
+    monkeypatch.delenv("DIFFPRESS_KERNELS", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")

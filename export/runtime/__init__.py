@@ -10,14 +10,17 @@ from .attention import (
     why_not_int8,
 )
 from .clock import TIMESTEPS, StepClock, attach_clock_, attached_clocks, find_timestep, step_weights, timestep_name
+from .expansion import Expansion, decide, expand_, layers_of, loses, packed_layers
 from .factorized import BufferedLinear, FactorizedLinear, factorize_layer
 from .feedback import Feedback
 from .feedback_plan import FeedbackPlan
+from .forms import LayerForm, LayerUse
 from .forwards import NOTHING, Forward, Wrap, own_forward, set_forward
 from .inheritance import Inheritance, tensors_of
 from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, why_not_packable
 from .part import RuntimePart
 from .step_plan import StepPlan, Unit
+from .times import Times, layer_times
 
 __all__ = [
     "NOTHING",
@@ -25,12 +28,15 @@ __all__ = [
     "Attention",
     "AttentionOverride",
     "BufferedLinear",
+    "Expansion",
     "FactorizedLinear",
     "Feedback",
     "FeedbackPlan",
     "Forward",
     "Inheritance",
     "Int8Attention",
+    "LayerForm",
+    "LayerUse",
     "PackedConv2d",
     "PackedEmbedding",
     "PackedLayer",
@@ -38,16 +44,23 @@ __all__ = [
     "RuntimePart",
     "StepClock",
     "StepPlan",
+    "Times",
     "Unit",
     "Wrap",
     "attach_clock_",
     "attached_clocks",
     "attention_overrides",
     "computes_attention",
+    "decide",
+    "expand_",
     "factorize_layer",
     "find_timestep",
+    "layer_times",
+    "layers_of",
+    "loses",
     "own_forward",
     "pack_layer",
+    "packed_layers",
     "quantize_attention_",
     "set_forward",
     "step_weights",
