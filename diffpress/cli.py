@@ -15,7 +15,7 @@ import typer
 
 from diffpress.export.errors import UserError
 
-from .console import ERRORS, OUTPUT, print_comparison, print_estimate, print_json, print_table, stages
+from .console import ERRORS, OUTPUT, print_comparison, print_estimate, print_json, print_speed, print_table, stages
 from .explain import as_typed, explained
 
 app = typer.Typer(
@@ -96,10 +96,12 @@ def compress(
         artifact = run_flow(source, resolved, out, device=device, fresh=fresh, force=force, notify=notify)
     metrics = artifact.manifest.metrics
     if as_json:
-        print_json({"out": str(out), **metrics, **dict.fromkeys(COSTS), **artifact.cost})
+        speed = {"speed": artifact.speed.data()} if artifact.speed else {}
+        print_json({"out": str(out), **metrics, **dict.fromkeys(COSTS), **artifact.cost, **speed})
     else:
         print_comparison(metrics, artifact.cost)
         OUTPUT.print(summary(artifact.manifest.plan))
+        print_speed(artifact.speed)
         OUTPUT.print(f"{out} is ready; the proof is in {out / 'report.html'}")
     for sentence in artifact.missed:
         ERRORS.print(f"gate missed: {sentence}")
@@ -181,11 +183,12 @@ def compare(
     from .compare import compare_by_name
 
     with stages() as notify:
-        metrics, cost = compare_by_name(reference, candidate, count, steps, seed, report, notify)
+        found = compare_by_name(reference, candidate, count, steps, seed, report, notify)
     if as_json:
-        print_json({**metrics, **cost})
+        print_json({**found.metrics, **found.cost, "speed": found.speed.data()})
     else:
-        print_comparison(metrics, cost)
+        print_comparison(found.metrics, found.cost)
+        print_speed(found.speed)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .models import resolve
 from .pairs import Pairs, paired_conditions, sizes
 from .precision import working_dtype
 from .report import write_report
+from .speed import Speed, speed_of
 
 
 def check_comparable(reference: PipelineFolder, candidate: PipelineFolder) -> None:
@@ -33,6 +35,18 @@ def check_comparable(reference: PipelineFolder, candidate: PipelineFolder) -> No
         )
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two pipelines side by side."""
+
+    metrics: dict[str, Any]
+    """Of pairs, which depend on seeds alone, and sizes."""
+    cost: dict[str, Any]
+    """What an image costs."""
+    pairs: Pairs
+    speed: Speed
+
+
 def compare(
     reference: PipelineFolder,
     candidate: PipelineFolder,
@@ -40,13 +54,14 @@ def compare(
     sampling: Sampling,
     seed: int,
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], dict[str, Any], Pairs]:
-    """Metrics that depend on seeds alone, what an image costs, and the pairs behind them."""
+) -> Comparison:
+    """Sample and time both."""
     check_comparable(reference, candidate)
     dtype = working_dtype(reference)
     first, second = (partial(open_pipeline, folder, dtype) for folder in (reference, candidate))
-    pairs, cost = measure(first, second, lambda pipeline: paired_conditions(pipeline, count, seed), sampling, progress)
-    return {**pairs.metrics(), **sizes(reference, candidate)}, cost, pairs
+    measured = measure(first, second, lambda pipeline: paired_conditions(pipeline, count, seed), sampling, progress)
+    metrics = {**measured.pairs.metrics(), **sizes(reference, candidate)}
+    return Comparison(metrics, measured.cost, measured.pairs, speed_of(measured, metrics, "reference"))
 
 
 def compare_by_name(
@@ -57,7 +72,7 @@ def compare_by_name(
     seed: int,
     report: Path | None,
     notify: Callable[[str, int, int], None],
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> Comparison:
     """`diffpress compare`: sampled as the candidate was made for, unless `steps` says otherwise."""
     first, second = resolve(reference), resolve(candidate)
     if report is not None:
@@ -67,9 +82,10 @@ def compare_by_name(
         check_sampling(folder, Sampling(steps))
     made_for = default_sampling(second)
     sampling = Sampling(steps or made_for.steps, made_for.guidance_scale)
-    metrics, cost, pairs = compare(first, second, count, sampling, seed, lambda d, t: notify("compare", d, t))
+    found = compare(first, second, count, sampling, seed, lambda d, t: notify("compare", d, t))
     if report is not None:
         manifest = read_manifest(second.path) if is_artifact(second.path) else None
         with replacing(report) as file:
-            write_report(file, f"{reference} and {candidate}", manifest, pairs, metrics, cost)
-    return metrics, cost
+            title = f"{reference} and {candidate}"
+            write_report(file, title, manifest, found.pairs, found.metrics, found.cost, found.speed)
+    return found

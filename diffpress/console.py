@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +19,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from .speed import Speed
 
 ERRORS = Console(stderr=True, highlight=False)
 OUTPUT = Console(highlight=False)
@@ -77,6 +80,13 @@ def print_comparison(metrics: Mapping[str, Any], cost: Mapping[str, Any]) -> Non
         rows.append((name, _figure(value["reference"]), _figure(value["candidate"]), f"{ratio:.3f}"))
     title = f"{metrics['count']} pairs, {metrics['steps']} steps, same prompts and noise"
     print_table(title, ("", "reference", "candidate", "ratio"), rows, numbers=True)
+
+
+def print_speed(speed: Speed | None) -> None:
+    """Whether it is faster, and what is expanded; nothing where nothing was timed."""
+    for sentence in (speed.headline(), speed.detail()) if speed else ():
+        if sentence:
+            OUTPUT.print(f"{sentence}.", markup=False, soft_wrap=True)
 
 
 def print_estimate(values: Mapping[str, Any]) -> None:

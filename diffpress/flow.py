@@ -16,7 +16,7 @@ from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.compress.changes import Changes
 from diffpress.compress.plan import plan_rows
 from diffpress.compress.stage import Report
-from diffpress.export.artifact import is_artifact, load, load_pipeline, verify, write_pipeline
+from diffpress.export.artifact import Preference, is_artifact, load, load_pipeline, verify, write_pipeline
 from diffpress.export.digests import digest
 from diffpress.export.errors import ArtifactError, ModelFileError, UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
@@ -29,12 +29,13 @@ from .defaults import check_recipe_fits
 from .estimate import costs_of, disk_bytes, needed_bytes, running_of
 from .exporting import export_to_onnx
 from .gates import check_gates
-from .measuring import measure
+from .measuring import Measured, measure
 from .models import resolve
-from .pairs import Pairs, paired_conditions, sizes
+from .pairs import paired_conditions, sizes
 from .precision import recipe_dtype, settle_dtype
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import write_report
+from .speed import Speed, speed_of
 from .stages import component_forms, recorded_conditions, run_stages, sampling_of, stages_of
 from .work import Work, computed_by, fingerprint, work_folder
 
@@ -54,10 +55,12 @@ class Artifact:
     """Time, memory and multiplications beside the original's; empty where the artifact was there already."""
     missed: list[str]
     """The gates that it does not meet."""
+    speed: Speed | None = None
+    """How it compares with the original on this machine; None where the artifact was there already."""
 
-    def load(self) -> Any:
-        """Its pipeline, after every digest has matched."""
-        return load(self.path)
+    def load(self, prefer: Preference = "speed") -> Any:
+        """Its pipeline, after every digest has matched. Raises UserError for another preference than "speed" or "memory"."""
+        return load(self.path, prefer=prefer)
 
 
 def compress_by_name(
@@ -151,18 +154,23 @@ def _make(
         manifest = _stage(source, recipe, request, forms, changes, trajectories.timesteps, work)
         # Measuring loads as many pipelines as fit.
         del original, stages
-        pairs, cost = _measure(source, work, recipe, dtype, device, notify)
+        measured = _measure(source, work, recipe, dtype, device, notify)
+        pairs, cost = measured.pairs, measured.cost
+        manifest.layers = dict(sorted(measured.uses.items()))
         manifest.metrics = {**pairs.metrics(), **sizes(source, PipelineFolder(work.staged, str(out)))}
         missed = check_gates(recipe.gates, manifest.metrics, cost)
         manifest.metrics["gates_missed"] = missed
         manifest.files = list_files(work.staged)
         write_manifest(work.staged, manifest)
-        write_report(work.staged / REPORT, source.name, manifest, pairs, manifest.metrics, cost)
+        speed = speed_of(measured, manifest.metrics)
+        write_report(work.staged / REPORT, source.name, manifest, pairs, manifest.metrics, cost, speed)
         verify(work.staged)
+        if speed.told_before_saving():
+            logger.warning("%s", speed.headline())
         notify("save", 0, 1)
         publish(work.staged, out)
         notify("save", 1, 1)
-    return Artifact(out, manifest, cost, missed)
+    return Artifact(out, manifest, cost, missed, speed)
 
 
 def _refuse_artifact(source: PipelineFolder) -> None:
@@ -241,7 +249,7 @@ def _settled(recipe: Recipe, changes: Mapping[str, Changes]) -> dict[str, Any]:
 
 def _measure(
     source: PipelineFolder, work: Work, recipe: Recipe, dtype: torch.dtype, device: str, notify: Report
-) -> tuple[Pairs, dict[str, Any]]:
+) -> Measured:
     """Compare the staged artifact, loaded from disk as a user will, with the original."""
     folders = (source, PipelineFolder(work.staged, source.name))
     original, candidate = (lambda folder=folder: load_pipeline(folder, dtype).to(device) for folder in folders)

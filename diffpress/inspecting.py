@@ -6,16 +6,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from diffpress.export.artifact import is_artifact, verify
+from diffpress.export.artifact import expansion_here, is_artifact, verify
 from diffpress.export.edits import step_plans
 from diffpress.export.errors import ArtifactError, UserError
 from diffpress.export.manifest import Manifest, read_manifest
 from diffpress.export.portable.manifest import is_export, read_export
-from diffpress.export.runtime import StepPlan
+from diffpress.export.runtime import Expansion, StepPlan
+from diffpress.kernels.answering import machine_words
 
 from .report.formatting import ranges
+from .report.plan import explained
 from .report.pruning import is_structure, removed_words
 from .report.steps import KINDS
+from .speed import expansion_data, expansion_words
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 """Its title, its header and its rows."""
@@ -44,7 +47,18 @@ def inspect_folder(path: Path) -> dict[str, Any]:
         return {**export.model_dump(mode="json"), "tables": [(f"export {path}", ("file", "bytes", "sha256"), rows)]}
     _require_artifact(path)
     manifest = read_manifest(path)
-    return {**manifest.model_dump(mode="json"), "tables": _tables(path, manifest)}
+    # Nothing is known of what an older artifact's layers are given.
+    here = expansion_here(path, manifest) if manifest.layers else None
+    data = manifest.model_dump(mode="json") | {"here": _here(here) if here else None}
+    return {**data, "tables": _tables(path, manifest, here)}
+
+
+def _here(expansion: Expansion) -> dict[str, Any]:
+    """What becomes of the layers when the artifact is loaded on this machine."""
+    times = {
+        form.key(): {"packed_ms": own.packed_ms, "floats_ms": own.floats_ms} for form, own in expansion.times.items()
+    }
+    return {"machine": machine_words(), **expansion_data(expansion), "forms": dict(sorted(times.items()))}
 
 
 def _bytes(manifest: Manifest, component: str) -> str:
@@ -59,7 +73,8 @@ def _require_artifact(path: Path) -> None:
         raise ArtifactError(f"{path} is neither an artifact nor an export of diffpress: compress or export first.")
 
 
-def _tables(path: Path, manifest: Manifest) -> list[Table]:
+def _tables(path: Path, manifest: Manifest, here: Expansion | None) -> list[Table]:
+    rows = explained(manifest.plan, here) if here else manifest.plan
     formats = Counter(row.format for row in manifest.plan if not is_structure(row))
     removed = removed_words(manifest.plan)
     summary = [
@@ -72,10 +87,11 @@ def _tables(path: Path, manifest: Manifest) -> list[Table]:
             for component in {row.component: None for row in manifest.plan}
         ),
         *((key, f"{value:.4g}") for key, value in manifest.metrics.items() if isinstance(value, (int, float))),
+        *([("loaded here", f"{expansion_words(here)} ({machine_words()})")] if here else []),
     ]
     plan: list[tuple[str, ...]] = [
         (row.module, "x".join(map(str, row.shape)), row.format, f"{row.bytes:,}", row.reason)
-        for row in manifest.plan
+        for row in rows
         if not is_structure(row)
     ]
     units = [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,8 +19,11 @@ from diffpress.calibration.cost import (
     peak_memory_bytes,
     weight_bytes,
 )
-from diffpress.calibration.sampling import Sampling, denoiser_of, sample
+from diffpress.calibration.layer_uses import layer_uses
+from diffpress.calibration.sampling import Sampling, denoiser_of, device_of, sample
 from diffpress.calibration.trajectory import Progress
+from diffpress.export.runtime import Expansion, LayerUse, expand_
+from diffpress.kernels.answering import machine_words
 
 from .pairs import Pairs, Side, pairs_of, sample_side
 
@@ -29,13 +33,31 @@ Open = Callable[[], Any]
 """Loads a pipeline."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Two pipelines beside each other."""
+
+    pairs: Pairs
+    """Of layers that are all packed, so that they depend on seeds alone."""
+    cost: dict[str, Any]
+    """What an image costs, of pipelines as `diffpress.load` leaves them: packed layers that are slower than floats expanded."""
+    packed: dict[str, Any]
+    """`latency_ms` and `peak_memory_bytes` where every layer stays packed; empty where none was expanded."""
+    uses: dict[str, LayerUse]
+    """What the candidate's packed layers were given."""
+    expansion: Expansion
+    """What became of them."""
+    machine: str
+    """What the times hold for."""
+
+
 def measure(
     reference: Open,
     candidate: Open,
     wanted_of: Callable[[Any], Sequence[Condition]],
     sampling: Sampling,
     progress: Progress | None = None,
-) -> tuple[Pairs, dict[str, Any]]:
+) -> Measured:
     """The pairs of both under `wanted_of(pipeline)`, and what an image of each costs.
 
     Both are timed in alternation where both fit into memory; where they do not, the reference is dropped before the
@@ -45,20 +67,67 @@ def measure(
     gc.collect()
     first = reference()
     wanted = list(wanted_of(first))
+    machine = machine_words(str(device_of(denoiser_of(first))))
     ours = _alone(first, wanted, sampling, _half(progress, 0))
     if both_fit(first, ours.cost["peak_memory_bytes"]):
         second = candidate()
         theirs = _alone(second, wanted, sampling, _half(progress, 1))
-        times = _times((first, second), wanted, sampling)
+        timed = _timed({first: ours, second: theirs}, wanted, sampling)
     else:
-        times = _times((first,), wanted, sampling)
+        timed = _timed({first: ours}, wanted, sampling)
         del first
         gc.collect()
         second = candidate()
         theirs = _alone(second, wanted, sampling, _half(progress, 1))
-        times += _times((second,), wanted, sampling)
-    cost = {key: {"reference": ours.cost[key], "candidate": theirs.cost[key]} for key in ours.cost}
-    return pairs_of(ours.side, theirs.side, wanted), {**cost, "latency_ms": _latency(times)}
+        timed = timed.beside(_timed({second: theirs}, wanted, sampling))
+    cost: dict[str, Any] = {key: _both(ours.cost[key], theirs.cost[key]) for key in ours.cost}
+    packed = {"peak_memory_bytes": cost["peak_memory_bytes"], "latency_ms": _latency(timed.packed)}
+    loaded = {"peak_memory_bytes": _both(*timed.peaks), "latency_ms": _latency(timed.loaded)}
+    return Measured(
+        pairs_of(ours.side, theirs.side, wanted),
+        cost | loaded,
+        packed if any(own.expanded for own in timed.expansions) else {},
+        theirs.uses,
+        timed.expansions[1],
+        machine,
+    )
+
+
+class _Timed(NamedTuple):
+    """Of one pipeline or two, in order."""
+
+    packed: list[list[float]]
+    """Times of an image while all layers are packed."""
+    loaded: list[list[float]]
+    """And once those that are faster in floats are expanded."""
+    peaks: list[int]
+    """Memory, then."""
+    expansions: list[Expansion]
+
+    def beside(self, other: _Timed) -> _Timed:
+        """Of the pipelines of both."""
+        return _Timed(
+            self.packed + other.packed,
+            self.loaded + other.loaded,
+            self.peaks + other.peaks,
+            self.expansions + other.expansions,
+        )
+
+
+def _timed(pipelines: Mapping[Any, _Alone], wanted: Sequence[Condition], sampling: Sampling) -> _Timed:
+    """Times in alternation of pipelines, of which each has been measured alone; their layers are left expanded."""
+    packed = _times(list(pipelines), wanted, sampling)
+    expansions = [expand_(pipeline, alone.uses) for pipeline, alone in pipelines.items()]
+    peaks = [
+        peak_memory_bytes(pipeline, wanted[0], sampling) if expansion.expanded else alone.cost["peak_memory_bytes"]
+        for (pipeline, alone), expansion in zip(pipelines.items(), expansions, strict=True)
+    ]
+    changed = any(expansion.expanded for expansion in expansions)
+    return _Timed(packed, _times(list(pipelines), wanted, sampling) if changed else packed, peaks, expansions)
+
+
+def _both(reference: Any, candidate: Any) -> dict[str, Any]:
+    return {"reference": reference, "candidate": candidate}
 
 
 def _times(pipelines: Sequence[Any], wanted: Sequence[Condition], sampling: Sampling) -> list[list[float]]:
@@ -76,17 +145,20 @@ class _Alone(NamedTuple):
 
     side: Side
     cost: dict[str, int]
+    uses: dict[str, LayerUse]
+    """Of one image."""
 
 
 def _alone(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling, progress: Progress | None) -> _Alone:
-    return _Alone(
-        sample_side(pipeline, wanted, sampling, progress),
-        {
-            "parameters": parameter_count(denoiser_of(pipeline)),
-            "macs_per_image": macs_per_image(pipeline, wanted[0], sampling),
-            "peak_memory_bytes": peak_memory_bytes(pipeline, wanted[0], sampling),
-        },
-    )
+    side = sample_side(pipeline, wanted, sampling, progress)
+    with layer_uses(pipeline) as uses:
+        macs = macs_per_image(pipeline, wanted[0], sampling)
+    cost = {
+        "parameters": parameter_count(denoiser_of(pipeline)),
+        "macs_per_image": macs,
+        "peak_memory_bytes": peak_memory_bytes(pipeline, wanted[0], sampling),
+    }
+    return _Alone(side, cost, uses)
 
 
 def _latency(times: list[list[float]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffpress.export.manifest import PlanRow
+from diffpress.export.runtime import Expansion
 
 from .formatting import TIMES, byte_size, scientific
 from .pruning import is_structure, removed_words
@@ -114,6 +115,15 @@ def lines(plan: Sequence[PlanRow]) -> list[Line]:
     """Every row in the order of the plan."""
     colours = _colours(plan)
     return [_line(row, colours[row.format]) for row in plan]
+
+
+def explained(plan: Sequence[PlanRow], expansion: Expansion) -> list[PlanRow]:
+    """The plan, and beside the reasons which layers lose to floats on this machine, and what is done about it."""
+    words = [expansion.words(f"{row.component}.{row.module}") for row in plan]
+    return [
+        row.model_copy(update={"reason": "; ".join(filter(None, (row.reason, own)))})
+        for row, own in zip(plan, words, strict=True)
+    ]
 
 
 def saving(part: Total) -> str:

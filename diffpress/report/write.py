@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -19,9 +19,12 @@ from .figures import Measure, gates_tile, measures, pairs_tile, tiles
 from .formatting import byte_size, decibels, significant
 from .images import gallery
 from .learning import learning
-from .plan import lines, saving, sensitivity, summary, totals, whole
+from .plan import explained, lines, saving, sensitivity, summary, totals, whole
 from .pruning import is_structure, pruning
 from .steps import step_plan
+
+if TYPE_CHECKING:
+    from ..speed import Speed
 
 UNMEASURED = {
     "parameters": "parameters",
@@ -39,17 +42,19 @@ def write_report(
     pairs: Pairs,
     metrics: dict[str, Any],
     cost: dict[str, Any],
+    speed: Speed | None = None,
 ) -> None:
     """Write the report to `path`.
 
     It is titled as a comparison unless `metrics` says which gates were missed; without a manifest it has no plan.
-    Figures that `cost` lacks are said not to be measured.
+    Figures that `cost` lacks are said not to be measured; `speed` says what they mean.
     """
     page = _environment().get_template("report.html.j2")
     text = page.render(
         **_shared(model, manifest, pairs, metrics, cost),
         **_status(manifest, metrics),
-        artifact=None if manifest is None else _artifact(manifest, measures(metrics, cost)),
+        speed=speed,
+        artifact=None if manifest is None else _artifact(manifest, measures(metrics, cost), speed),
     )
     # The name of a folder need not be UTF-8; what is no text in it becomes a question mark.
     path.write_text(text, encoding="utf-8", errors="replace")
@@ -116,8 +121,9 @@ def _status(manifest: Manifest | None, metrics: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _artifact(manifest: Manifest, measured: Mapping[str, Measure]) -> dict[str, Any]:
-    weighted = [row for row in manifest.plan if not is_structure(row)]
+def _artifact(manifest: Manifest, measured: Mapping[str, Measure], speed: Speed | None) -> dict[str, Any]:
+    plan = explained(manifest.plan, speed.expansion) if speed else manifest.plan
+    weighted = [row for row in plan if not is_structure(row)]
     parts = totals(weighted)
     return {
         "summary": summary(manifest.plan),

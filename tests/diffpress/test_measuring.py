@@ -41,11 +41,11 @@ def test_the_original_is_gone_before_the_other_is_loaded_where_both_do_not_fit(
         )
         assert told == [(1, 2), (2, 2)]
     assert seen == [0, 1, 0, 0]
-    (together, cost), (apart, other) = found
-    assert together.metrics() == apart.metrics()
-    assert together.psnr_db == pytest.approx([100] * 3)
-    assert cost.keys() == other.keys()
-    assert cost["macs_per_image"] == other["macs_per_image"]
+    together, apart = found
+    assert together.pairs.metrics() == apart.pairs.metrics()
+    assert together.pairs.psnr_db == pytest.approx([100] * 3)
+    assert together.cost.keys() == apart.cost.keys()
+    assert together.cost["macs_per_image"] == apart.cost["macs_per_image"]
 
 
 def test_both_fit_where_the_memory_that_is_left_holds_another(
