@@ -13,7 +13,9 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from diffpress.export.edits import Pack
 from diffpress.export.extras import ONNX
+from diffpress.export.runtime import LayerForm, layer_times, loses
 from diffpress.kernels import (
     block_sparse_linear,
     fp8_conv2d,
@@ -41,6 +43,21 @@ SIZE = 64
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1))
 """Kernel size, stride, padding and dilation of a convolution that is a linear layer at every position."""
 
+TYPICAL = [
+    LayerForm(Pack(component="", module="", **bits), shape, shape[1], torch.float32, geometry)
+    for bits in (
+        {"weight_bits": 8, "activation_bits": 8},
+        {"weight_bits": 4, "activation_bits": 8},
+        {"weight_bits": 4, "activation_bits": None, "group_size": SIZE},
+    )
+    for shape, geometry in (
+        ((1024, 512), ()),
+        ((1, 1024), ()),
+        ((1, 256, 16, 16), ((3, 3), (1, 1), (1, 1), (1, 1))),
+    )
+]
+"""Layers that are timed: of many rows, of one, and a convolution."""
+
 
 def examine() -> dict[str, str]:
     """A finding a line: versions, and for every backend and kernel `works` or `fails: why`."""
@@ -57,7 +74,20 @@ def examine() -> dict[str, str]:
         findings[f"norms into codes on {device}"] = _try(partial(_codes, device))
         findings[f"int8 attention on {device}"] = _try(partial(_attention, device))
     findings |= _onnxruntime()
-    return findings
+    return findings | _times()
+
+
+def _times() -> dict[str, str]:
+    """What layers of a few forms take here, packed and in floats."""
+    try:
+        times = layer_times(TYPICAL)
+    except Exception as error:
+        return {"times of layers": _failed(error)}
+    return {
+        form.words(): f"{times[form].packed_ms:.3g} ms, {times[form].floats_ms:.3g} in floats"
+        f"{': expanded at load' if loses(times[form]) else ''}"
+        for form in TYPICAL
+    }
 
 
 def _products() -> str:
@@ -79,8 +109,12 @@ def _try(check: Callable[[], None]) -> str:
     except ImportError as error:
         return f"not installed: {error.name}"
     except Exception as error:
-        return f"fails: {type(error).__name__}: {str(error).splitlines()[0]}"
+        return _failed(error)
     return "works"
+
+
+def _failed(error: Exception) -> str:
+    return f"fails: {type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def _quantized(bits: int, device: str) -> None:
