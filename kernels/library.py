@@ -58,10 +58,11 @@ MOST_KNOWN = 4096
 
 def _is_plain(x: Any) -> bool:
     """Whether nothing follows what is done with `x`: no compiler, export, mode, transform or gradient."""
+    # The compiler is asked for first: it would write down what else is asked.
     return (
-        type(x) is Tensor
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
         and x.is_cpu
-        and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None

@@ -80,7 +80,7 @@ class StepClock:
         Each layer asks for its own while it runs: before that its tensors may be on another device, or on disk.
         """
         step = getattr(self._thread, "step", None)
-        if step is not None and table.is_cpu and not torch.compiler.is_compiling():
+        if step is not None and not torch.compiler.is_compiling() and table.is_cpu:
             return table[step : step + 1]
         return (table * self.weights.to(table.device)).sum(-1, keepdim=True)
 
@@ -103,7 +103,7 @@ def _only_step(weights: Tensor) -> int | None:
 
     Students have weights for each row of a batch.
     """
-    if type(weights) is not Tensor or weights.ndim != 1 or not weights.is_cpu or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(weights) is not Tensor or weights.ndim != 1 or not weights.is_cpu:
         return None
     step = int(weights.argmax())
     return step if weights[step] == 1 else None
