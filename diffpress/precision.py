@@ -16,15 +16,15 @@ from .recipe import Recipe
 
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 """What a file calls the floats that a model may be loaded in."""
-FLOAT32_SHARE = 0.5
-"""Of a CPU's free memory that weights in float32 may take; the rest is for what is computed and recorded with them."""
+PARTS_OF_MEMORY = 3
+"""Weights in float32 may take one of them; the rest is for what is computed and recorded with them, and for other programs."""
 
 
 def working_dtype(folder: PipelineFolder, device: str = "cpu") -> torch.dtype:
-    """As stored where the device computes well in that; on a CPU float32 where the weights fit into half of its free memory.
+    """As stored where the device computes well in that; on a CPU float32 where the weights fit into a third of its memory.
 
     A CPU is slow in half precision, where it has it at all. What most of the weights are stored in holds for the whole
-    pipeline, whose parts must fit together.
+    pipeline, whose parts must fit together. What else is running has no say: images would be others when it ends.
     """
     sizes = _numbers(folder)
     stored = max(sizes, key=lambda dtype: sizes[dtype] * dtype.itemsize, default=torch.float32)
@@ -32,7 +32,7 @@ def working_dtype(folder: PipelineFolder, device: str = "cpu") -> torch.dtype:
         return torch.float32
     if torch.device(device).type == "cpu":
         needed = sizes.total() * torch.float32.itemsize
-        return torch.float32 if needed <= FLOAT32_SHARE * psutil.virtual_memory().available else stored
+        return torch.float32 if PARTS_OF_MEMORY * needed <= psutil.virtual_memory().total else stored
     if stored is torch.bfloat16 and torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(False):
         return torch.float32
     return stored
@@ -45,7 +45,7 @@ def recipe_dtype(folder: PipelineFolder, recipe: Recipe, device: str = "cpu") ->
 
 
 def settle_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
-    """The precision that work in `folder` began in, else `dtype`: what memory is free changes in between."""
+    """The precision that work in `folder` began in, else `dtype`: it may go on on another machine."""
     path = folder / "dtype"
     if not path.is_file():
         path.write_text(str(dtype).removeprefix("torch."), encoding="utf-8")
