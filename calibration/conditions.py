@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,13 @@ def conditions(
 def call_parameters(pipeline: Any) -> set[str]:
     """Names that the call of a pipeline, or of a class of pipelines, accepts."""
     pipeline_class = pipeline if isinstance(pipeline, type) else type(pipeline)
-    return set(inspect.signature(pipeline_class.__call__).parameters)
+    return set(_parameters(pipeline_class.__call__))
+
+
+@functools.cache
+def _parameters(call: Callable[..., Any]) -> tuple[str, ...]:
+    """Kept, since each of a thousand texts is checked by them."""
+    return tuple(inspect.signature(call).parameters)
 
 
 def kind(pipeline: Any) -> Takes:

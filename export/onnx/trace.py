@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import OutputFixPass
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
@@ -91,9 +92,9 @@ def trace(part: Part) -> Traced:
 def _onnx(
     name: str, module: nn.Module, inputs: Sequence[Input], example: tuple[Tensor, ...], outputs: Sequence[str]
 ) -> ir.Model:
-    batch = torch.export.Dim("batch")
-    # `forward` takes its inputs in one tuple.
-    dynamic = (tuple(None if item.choices else {0: batch} for item in inputs),)
+    # `forward` takes its inputs in one tuple. Given a name alone, torch finds out which batches a model takes; a `Dim` that
+    # says too many is traced twice (diffusers copies before it enlarges 64 images and more).
+    dynamic = (tuple(None if item.choices else {0: "batch"} for item in inputs),)
     try:
         program = torch.onnx.export(
             module,
@@ -101,15 +102,20 @@ def _onnx(
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=dynamic,
-            input_names=[item.name for item in inputs],
-            output_names=outputs,
             custom_translation_table=translations(),
             verbose=False,
+            optimize=False,
         )
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModelError(f"{name} cannot be exported to ONNX: torch says {reason!r}.") from error
     assert program is not None
+    graph = program.model.graph
+    # Pieces are given inputs of the model too, but a value has one name only.
+    OutputFixPass()(program.model)
+    names = (*(item.name for item in inputs), *outputs)
+    for value, new in zip((*graph.inputs, *graph.outputs), names, strict=True):
+        value.name = new
     return program.model
 
 

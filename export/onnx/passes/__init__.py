@@ -8,12 +8,13 @@ from ...engines.engine import Form
 from .center_weights import CenterWeights
 from .lay_weights_out import LayWeightsOut
 from .narrow_weights import NarrowWeights
+from .simplify import Simplify
 from .widen_weights import widen_weights_
 
-__all__ = ["CenterWeights", "LayWeightsOut", "NarrowWeights", "passes_for", "widen_weights_"]
+__all__ = ["CenterWeights", "LayWeightsOut", "NarrowWeights", "Simplify", "passes_for", "widen_weights_"]
 
 
 def passes_for(form: Form) -> list[ir.passes.InPlacePass]:
     """The passes that bring a traced graph into a form, in their order."""
     centered = [CenterWeights()] if form == "uint8 x uint8" else []
-    return [LayWeightsOut(), *centered, NarrowWeights()]
+    return [Simplify(), LayWeightsOut(), *centered, NarrowWeights()]
