@@ -161,6 +161,26 @@ def tiny_pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _saved(pipeline, tmp_path_factory.mktemp("tiny-pixels") / "pipeline")
 
 
+@pytest.fixture(scope="session")
+def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a single block each way, for what takes time by the layer, as exporting does."""
+    torch.manual_seed(2)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+        attention_head_dim=8,
+        norm_num_groups=4,
+    )
+    pipeline = DDIMPipeline(unet, DDIMScheduler(timestep_spacing="trailing", clip_sample=False))
+    return _saved(pipeline, tmp_path_factory.mktemp("one-block") / "pipeline")
+
+
 def _autoencoder(channels: int) -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=channels,

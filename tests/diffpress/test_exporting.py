@@ -16,12 +16,10 @@ from diffpress.recipe import load_recipe
 
 
 @pytest.fixture(scope="session")
-def exported(tiny_pixels: Path, quick_recipe: Path, made_once: Callable[..., Path]) -> Path:
+def exported(one_block: Path, quick_recipe: Path, made_once: Callable[..., Path]) -> Path:
     """The folder that a recipe with `export: [onnx]` leaves beside its artifact."""
     recipe = load_recipe(quick_recipe, ["export=[onnx]"])
-    folder = made_once(
-        "exported", lambda folder: compress(PipelineFolder(tiny_pixels, "tiny"), recipe, folder / "tiny")
-    )
+    folder = made_once("exported", lambda folder: compress(PipelineFolder(one_block, "tiny"), recipe, folder / "tiny"))
     return folder / "tiny-onnx"
 
 
@@ -43,8 +41,8 @@ def test_export_draws_what_the_artifact_draws(diffpress, exported, tmp_path):
     assert same < 0.1 * other
 
 
-def test_export_command_says_how_well_it_agrees(diffpress, tiny_pixels, tmp_path):
-    result = diffpress("export", tiny_pixels, "--to", "onnx", "--out", tmp_path / "float")
+def test_export_command_says_how_well_it_agrees(diffpress, one_block, tmp_path):
+    result = diffpress("export", one_block, "--to", "onnx", "--out", tmp_path / "float")
     assert result.status == 0, result.errors
     assert "no graph differs from torch by more than" in " ".join(result.output.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float"]

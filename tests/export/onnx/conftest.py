@@ -44,8 +44,8 @@ def named_class(tiny_class: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def sources(tiny_text: Path, named_class: Path, tiny_pixels: Path) -> dict[str, PipelineFolder]:
-    folders = {"prompt": tiny_text, "label": named_class, "plain": tiny_pixels}
+def sources(tiny_text: Path, named_class: Path, one_block: Path) -> dict[str, PipelineFolder]:
+    folders = {"prompt": tiny_text, "label": named_class, "plain": one_block}
     return {name: PipelineFolder(folder, name) for name, folder in folders.items()}
 
 
@@ -75,21 +75,26 @@ def exports(sources: dict[str, PipelineFolder], made_once: Callable[..., Path]) 
 class Packed(NamedTuple):
     """A packed pipeline folder and its export."""
 
+    kind: str
     source: PipelineFolder
     export: Path
     manifest: ExportManifest
 
 
-@pytest.fixture(scope="session")
-def packed(sources: dict[str, PipelineFolder], pack_all: Any, made_once: Callable[..., Path]) -> Packed:
-    """The prompt pipeline at four-bit weights and eight-bit activations."""
-    timesteps = [999.0, 500.0, 1.0]
+@pytest.fixture(scope="session", params=["plain", pytest.param("prompt", marks=pytest.mark.long)])
+def packed(
+    request: pytest.FixtureRequest, one_block: Path, tiny_text: Path, pack_all: Any, made_once: Callable[..., Path]
+) -> Packed:
+    """A pipeline whose denoiser has four-bit weights and eight-bit activations."""
+    kind, timesteps = request.param, [999.0, 500.0, 1.0]
+    original = PipelineFolder(one_block if kind == "plain" else tiny_text, kind)
 
     def make(folder: Path) -> None:
-        edits, tensors = pack_all(load_pipeline(sources["prompt"]).unet, "unet", 4, 8, len(timesteps))
-        write_pipeline(folder / "source", sources["prompt"], edits, {"unet": tensors}, timesteps)
-        source = PipelineFolder(folder / "source", "packed")
-        export_onnx(source, folder / "export", steps=STEPS, guidance_scale=GUIDANCE)
+        edits, tensors = pack_all(load_pipeline(original).unet, "unet", 4, 8, len(timesteps))
+        write_pipeline(folder / "source", original, edits, {"unet": tensors}, timesteps)
+        guidance = GUIDANCE if kind == "prompt" else None
+        export_onnx(PipelineFolder(folder / "source", kind), folder / "export", steps=STEPS, guidance_scale=guidance)
 
-    folder = made_once("packed", make)
-    return Packed(PipelineFolder(folder / "source", "packed"), folder / "export", read_export(folder / "export"))
+    folder = made_once(f"packed-{kind}", make)
+    export = folder / "export"
+    return Packed(kind, PipelineFolder(folder / "source", kind), export, read_export(export))
