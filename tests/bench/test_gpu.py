@@ -203,9 +203,9 @@ def test_a_packed_denoiser_answers(gpu, word: str):
     denoisers, inputs = gpu("denoisers"), gpu("inputs")
     options = {
         "sample_size": 8,
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
         "layers_per_block": 1,
         "attention_head_dim": 4,
         "norm_num_groups": 4,

@@ -46,8 +46,13 @@ def errors_of(own: Any, integer_values: bool) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("wanted", ["scores", "all"])
-@pytest.mark.parametrize("source", ["tiny_text", "tiny_class", "tiny_pixels"])
+MEASURED = [("tiny_text", "all"), ("tiny_class", "scores")]
+OTHERS = [("tiny_text", "scores"), ("tiny_class", "all"), ("tiny_pixels", "scores"), ("tiny_pixels", "all")]
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"), [*MEASURED, *(pytest.param(*other, marks=pytest.mark.long) for other in OTHERS)]
+)
 def test_every_attention_is_measured_alone(source: str, wanted: str, recorded: Callable[[str], Any]) -> None:
     own = recorded(source)
     choices = choose_attention(own.denoiser, own.trajectories, options(wanted), PLENTY, 0)

@@ -38,6 +38,14 @@ def compressed(tiny_text: Path, quick_recipe: Path, tmp_path_factory: pytest.Tem
     return out
 
 
+@pytest.fixture(scope="session")
+def smallest(one_block: Path, quick_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact that is quickly made again."""
+    out = tmp_path_factory.mktemp("smallest") / "artifact"
+    compress(PipelineFolder(one_block, "tiny"), load_recipe(quick_recipe), out)
+    return out
+
+
 def test_every_kind_of_pipeline_goes_the_whole_way(diffpress, digests, request, quick_recipe, tmp_path):
     for fixture in ("tiny_class", "tiny_pixels"):
         model, out = request.getfixturevalue(fixture), tmp_path / fixture
@@ -88,6 +96,7 @@ def test_loaded_artifact_has_packed_layers_and_draws_what_was_measured(compresse
     assert torch.equal(*(sample(p, wanted, Sampling(2)).images for p in (pipeline, again)))
 
 
+@pytest.mark.long
 def test_plain_diffusers_loads_it_in_a_fresh_process(compressed: Path):
     code = (
         "import sys, diffpress; assert 'torch' not in sys.modules; from diffusers import DiffusionPipeline as P; "
@@ -104,11 +113,11 @@ def test_same_command_again_finds_it_done(diffpress, digests, compressed: Path, 
     assert (compressed / REPORT).stat().st_mtime_ns == changed
 
 
-def test_damaged_artifact_is_made_anew_by_the_same_command(compressed, tiny_text, quick_recipe, digests, tmp_path):
-    damaged = shutil.copytree(compressed, tmp_path / "damaged")
+def test_damaged_artifact_is_made_anew_by_the_same_command(smallest, one_block, quick_recipe, digests, tmp_path):
+    damaged = shutil.copytree(smallest, tmp_path / "damaged")
     (damaged / "model_index.json").write_text("{}")
-    compress(PipelineFolder(tiny_text, "tiny"), load_recipe(quick_recipe), damaged)
-    assert digests(damaged) == digests(compressed)
+    compress(PipelineFolder(one_block, "tiny"), load_recipe(quick_recipe), damaged)
+    assert digests(damaged) == digests(smallest)
 
 
 def test_other_prompts_in_the_same_file_are_another_request(tiny_text, quick_recipe, tmp_path, monkeypatch):
@@ -134,7 +143,7 @@ STAGES = ["quantize", *(pytest.param(stage, marks=pytest.mark.long) for stage in
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_interrupted_run_continues_to_the_same_bytes(compressed, tiny_text, quick_recipe, digests, tmp_path, stage):
+def test_interrupted_run_continues_to_the_same_bytes(smallest, one_block, quick_recipe, digests, tmp_path, stage):
     class Killed(BaseException):
         pass
 
@@ -143,16 +152,16 @@ def test_interrupted_run_continues_to_the_same_bytes(compressed, tiny_text, quic
             raise Killed
 
     out = tmp_path / "artifact"
-    source, recipe = PipelineFolder(tiny_text, "tiny"), load_recipe(quick_recipe)
+    source, recipe = PipelineFolder(one_block, "tiny"), load_recipe(quick_recipe)
     with pytest.raises(Killed):
         compress(source, recipe, out, notify=kill)
     assert not out.exists()
     compress(source, recipe, out)
-    assert digests(out) == digests(compressed)
+    assert digests(out) == digests(smallest)
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
-def test_continued_run_keeps_what_was_recorded(tiny_pixels, quick_recipe, tmp_path):
+def test_continued_run_keeps_what_was_recorded(one_block, quick_recipe, tmp_path):
     class Killed(BaseException):
         pass
 
@@ -160,7 +169,7 @@ def test_continued_run_keeps_what_was_recorded(tiny_pixels, quick_recipe, tmp_pa
         if (name, done) == ("record", 1):
             raise Killed
 
-    source, recipe = PipelineFolder(tiny_pixels, "tiny"), load_recipe(quick_recipe)
+    source, recipe = PipelineFolder(one_block, "tiny"), load_recipe(quick_recipe)
     with pytest.raises(Killed):
         compress(source, recipe, tmp_path / "artifact", notify=kill)
     shard = next(tmp_path.rglob("shard-00000.safetensors"))
@@ -173,7 +182,7 @@ def test_continued_run_keeps_what_was_recorded(tiny_pixels, quick_recipe, tmp_pa
     compress(source, recipe, tmp_path / "artifact", notify=look)
 
 
-def test_missed_gate_keeps_the_artifact_and_gives_status_3(diffpress, tiny_pixels, quick_recipe, tmp_path):
+def test_missed_gate_keeps_the_artifact_and_gives_status_3(diffpress, one_block, quick_recipe, tmp_path):
     arguments = [
         "--recipe",
         quick_recipe,
@@ -184,7 +193,7 @@ def test_missed_gate_keeps_the_artifact_and_gives_status_3(diffpress, tiny_pixel
         "--set",
         "gates.size=0.01",
     ]
-    status, _, errors = diffpress("compress", tiny_pixels, *arguments)
+    status, _, errors = diffpress("compress", one_block, *arguments)
     assert status == 3
     assert "gate missed: PSNR is" in errors
     assert "gate missed: the denoiser is" in errors
@@ -206,11 +215,11 @@ def test_estimate_writes_nothing(diffpress, tiny_text, quick_recipe, digests, tm
 
 
 @pytest.mark.long
-def test_foreign_out_is_replaced_with_force(diffpress, tiny_pixels, quick_recipe, tmp_path):
+def test_foreign_out_is_replaced_with_force(diffpress, one_block, quick_recipe, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    assert diffpress("compress", tiny_pixels, "--recipe", quick_recipe, "--out", out, "--force").status == 0
+    assert diffpress("compress", one_block, "--recipe", quick_recipe, "--out", out, "--force").status == 0
     assert not (out / "mine.txt").exists()
     verify(out)
 
@@ -259,8 +268,8 @@ def test_compare_json_has_every_promised_key(diffpress, compressed, tiny_text, t
     assert "<html" in report.read_text()
 
 
-def test_comparing_a_pipeline_with_itself_finds_no_difference(diffpress, tiny_pixels):
-    printed = json.loads(diffpress("compare", tiny_pixels, tiny_pixels, "--count", 2, "--steps", 2, "--json").output)
+def test_comparing_a_pipeline_with_itself_finds_no_difference(diffpress, one_block):
+    printed = json.loads(diffpress("compare", one_block, one_block, "--count", 2, "--steps", 2, "--json").output)
     assert printed["psnr_db"] == pytest.approx(100)
     assert printed["latent_mse"] == 0
 
@@ -284,10 +293,10 @@ def test_inspect_shows_plan_and_source(diffpress, compressed):
 
 
 @pytest.mark.long
-def test_the_folder_one_is_in_takes_an_artifact(diffpress, tiny_pixels, quick_recipe, tmp_path, monkeypatch):
+def test_the_folder_one_is_in_takes_an_artifact(diffpress, one_block, quick_recipe, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    status, _, errors = diffpress("compress", tiny_pixels, "--recipe", quick_recipe, "--out", ".")
+    status, _, errors = diffpress("compress", one_block, "--recipe", quick_recipe, "--out", ".")
     assert status == 0, errors
     assert diffpress("verify", ".").status == 0
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
@@ -303,8 +312,8 @@ def test_an_export_never_replaces_its_artifact(diffpress, digests, compressed, t
     assert digests(compressed) == before
 
 
-def test_press_takes_names_and_returns_an_artifact(tiny_pixels, quick_recipe, tmp_path):
-    artifact = package.compress(tiny_pixels, quick_recipe, tmp_path / "out")
+def test_press_takes_names_and_returns_an_artifact(one_block, quick_recipe, tmp_path):
+    artifact = package.compress(one_block, quick_recipe, tmp_path / "out")
     assert artifact.path == tmp_path / "out"
     assert artifact.manifest == read_manifest(artifact.path)
     assert sample(artifact.load(), [Condition("", 0)], Sampling(2)).images.shape == (1, 1, 8, 8)

@@ -201,15 +201,27 @@ def test_an_artifact_computes_what_its_edits_say(attentive: Path, tiny_text: Pat
     assert not torch.equal(plain(**inputs()).sample, expected)
 
 
-def test_it_compiles_into_one_graph_and_exports(attentive: Path) -> None:
-    unet = load(attentive).unet
-    expected = unet(**inputs()).sample
+def check_compiling(unet: nn.Module, inputs: dict[str, Tensor], count: int) -> None:
+    expected = unet(**inputs).sample
     compiled = torch.compile(unet, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(**inputs()).sample, expected)
-    program = torch.export.export(unet, (), inputs(), strict=False)
+    assert torch.equal(compiled(**inputs).sample, expected)
+    program = torch.export.export(unet, (), inputs, strict=False)
     targets = [str(node.target) for node in program.graph.nodes]
-    assert sum("int8_attention" in target for target in targets) == 8
+    assert sum("int8_attention" in target for target in targets) == count
     assert not any("scaled_dot_product" in target for target in targets)
+
+
+@pytest.mark.long
+def test_with_other_states_it_compiles_into_one_graph_and_exports(attentive: Path) -> None:
+    check_compiling(load(attentive).unet, inputs(), 8)
+
+
+def test_it_compiles_into_one_graph_and_exports(one_block: Path, pack_all: Any, edited: Any) -> None:
+    unet = load_pipeline(PipelineFolder(one_block, "one")).unet
+    edits, tensors = pack_all(unet, "unet", 8, 8, len(TIMESTEPS))
+    (name,) = [name for name, module in unet.named_modules() if computes_attention(module)]
+    edited(unet, ([*edits, attend(name, True)], tensors), TIMESTEPS)
+    check_compiling(unet, {"sample": torch.randn(2, 1, 8, 8), "timestep": torch.tensor(600.0)}, 1)
 
 
 def test_saved_again_by_diffusers_it_is_the_same(attentive: Path, tmp_path: Path) -> None:

@@ -389,7 +389,15 @@ def roundings(model: nn.Module) -> float:
     return torch.finfo(torch.float32).eps * sum(columns**0.5 for columns in layers)
 
 
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+# Its blocks are those of stable_diffusion, with linear projections around them.
+SECOND = (stable_diffusion_xl,)
+every_family = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=family.__name__, marks=[pytest.mark.long] if family in SECOND else [])
+        for family in FAMILIES
+    ],
+)
 
 
 def called(family: Callable[[], Family]) -> tuple[Any, Call, list[Structure], Expected]:

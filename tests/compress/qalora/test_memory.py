@@ -58,7 +58,7 @@ def student(recorded: Callable[[str], Any], quantized: Callable[..., Quantizatio
     return make
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", [pytest.param("tiny_text", marks=pytest.mark.long), "tiny_class", "tiny_pixels"])
 def test_the_graph_is_what_autograd_keeps(
     source: str, recorded: Callable[[str], Any], student: Callable[[str], Student]
 ) -> None:

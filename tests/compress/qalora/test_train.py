@@ -64,7 +64,7 @@ def evaluated(own: Any, runs: StudentRollouts, quantized: AbstractContextManager
     return float(missed.square().flatten(1).mean(1).log().mean().exp())
 
 
-@pytest.mark.parametrize("rollout_share", [0.0, 0.5])
+@pytest.mark.parametrize("rollout_share", [pytest.param(0.0, marks=pytest.mark.long), 0.5])
 def test_learning_lowers_the_error_of_whole_runs_held_out(school: School, rollout_share: float) -> None:
     chosen = {"iterations": 30, "batch": 8, "patience": 30, "rollout_share": rollout_share, **FAST}
     own, found, runs, options = school(**chosen)
