@@ -6,36 +6,31 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Triton reads this while it is imported, which other libraries do as well.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
-import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMPipeline,
-    DDIMScheduler,
-    DiffusionPipeline,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffpress.export.edits import Pack
-from diffpress.export.runtime import Times, times, why_not_packable
-from diffpress.kernels import code_range, pack_codes, quantize
-from diffpress.zoo.emoji import train_tokenizer
+# What takes seconds to import is imported where it is used: the process that hands tests out to workers runs none.
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DiffusionPipeline
+    from torch import Tensor, nn
 
-torch.set_num_threads(1)
+    from diffpress.export.edits import Pack
 
 CAPTIONS = ["red apple", "slice of pizza", "green tree", "blue car", "birthday cake"]
 NO_CLASS = 1000
 """The label DiTPipeline hard-codes for the unconditional half."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Workers stand beside each other."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,6 +42,8 @@ def compiled_anew(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def packed_layers_win(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No layer is expanded, whatever the machine: times are made up, and none are kept where the user's are."""
+    from diffpress.export.runtime import Times, times
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(times, "time_form", lambda _form: Times(packed_ms=1, floats_ms=2))
@@ -56,6 +53,10 @@ def packed_layers_win(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture
 def floats_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On the machine of this test every packed layer is slower than floats."""
+    import torch
+
+    from diffpress.export.runtime import Times, times
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(times, "time_form", lambda _form: Times(packed_ms=2, floats_ms=1))
     monkeypatch.delenv("DIFFPRESS_KERNELS", raising=False)
@@ -84,6 +85,12 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A StableDiffusionPipeline making 16x16 images."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from diffpress.zoo.emoji import train_tokenizer
+
     folder = tmp_path_factory.mktemp("tiny-text")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(CAPTIONS, folder / "vocabulary")
@@ -121,6 +128,9 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_class(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DiTPipeline making one-channel 16x16 images of ten classes."""
+    import torch
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
     torch.manual_seed(1)
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,
@@ -145,6 +155,9 @@ def tiny_class(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DDIMPipeline making one-channel 8x8 images without being asked for anything."""
+    import torch
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
     torch.manual_seed(2)
     unet = UNet2DModel(
         sample_size=8,
@@ -164,6 +177,9 @@ def tiny_pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a single block each way, for what takes time by the layer, as exporting does."""
+    import torch
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
     torch.manual_seed(2)
     unet = UNet2DModel(
         sample_size=8,
@@ -182,6 +198,8 @@ def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _autoencoder(channels: int) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
     return AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
@@ -196,6 +214,8 @@ def _autoencoder(channels: int) -> AutoencoderKL:
 
 
 def _saved(pipeline: DiffusionPipeline, folder: Path) -> Path:
+    import torch
+
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     return folder
 
@@ -208,6 +228,12 @@ def pack_all():
     group size, and gives the edits and their tensors. The activation scales differ from step to step, so that a clock that
     stands still is noticed.
     """
+    import torch
+    from torch import nn
+
+    from diffpress.export.edits import Pack
+    from diffpress.export.runtime import why_not_packable
+    from diffpress.kernels import code_range, pack_codes
 
     def pack(
         model: nn.Module,
@@ -235,6 +261,10 @@ def pack_all():
 
 def absmax(rows: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
     """Codes [N, K] and scales [N], or [N, groups], that float16 holds; each largest magnitude gets the largest code."""
+    import torch
+
+    from diffpress.kernels import code_range, quantize
+
     columns = rows.shape[1]
     groups = [rows] if group_size is None else rows.split(group_size, 1)
     scale = (

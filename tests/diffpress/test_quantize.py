@@ -28,14 +28,14 @@ def recipe_of(**quantize: object) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def learned(tiny_pixels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def learned(one_block: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact whose layers were learned."""
     out = tmp_path_factory.mktemp("learned") / "artifact"
-    compress(PipelineFolder(tiny_pixels, "tiny"), recipe_of(**LEARN), out)
+    compress(PipelineFolder(one_block, "tiny"), recipe_of(**LEARN), out)
     return out
 
 
-def test_learned_artifact_holds_packed_integers_and_else_what_its_source_holds(learned: Path, tiny_pixels: Path):
+def test_learned_artifact_holds_packed_integers_and_else_what_its_source_holds(learned: Path, one_block: Path):
     """Nothing that learning added is left: of a packed layer its integers, scales and bias, all others to the bit."""
     manifest = verify(learned)
     tensors = dict(PipelineFolder(learned, "artifact").tensors("unet"))
@@ -51,9 +51,7 @@ def test_learned_artifact_holds_packed_integers_and_else_what_its_source_holds(l
         for kind, dtype in held.items():
             assert dtype is None or tensors.pop(f"{edit.module}.{kind}").dtype == dtype, (edit.module, kind)
     packed = {f"{edit.module}.weight" for edit in manifest.edits}
-    source = {
-        name: tensor for name, tensor in PipelineFolder(tiny_pixels, "tiny").tensors("unet") if name not in packed
-    }
+    source = {name: tensor for name, tensor in PipelineFolder(one_block, "tiny").tensors("unet") if name not in packed}
     assert tensors.keys() == source.keys()
     # Learning moves the biases of what it packs.
     moved = {f"{edit.module}.bias" for edit in manifest.edits}
@@ -68,7 +66,7 @@ def test_learning_is_written_down_and_shown(learned: Path):
 
 
 @pytest.mark.long
-def test_learning_continues_to_the_same_bytes(learned, tiny_pixels, digests, tmp_path):
+def test_learning_continues_to_the_same_bytes(learned, one_block, digests, tmp_path):
     class Killed(BaseException):
         pass
 
@@ -76,7 +74,7 @@ def test_learning_continues_to_the_same_bytes(learned, tiny_pixels, digests, tmp
         if stage.startswith("learn") and done == 17:
             raise Killed
 
-    source, out = PipelineFolder(tiny_pixels, "tiny"), tmp_path / "artifact"
+    source, out = PipelineFolder(one_block, "tiny"), tmp_path / "artifact"
     with pytest.raises(Killed):
         compress(source, recipe_of(**LEARN), out, notify=kill)
     compress(source, recipe_of(**LEARN), out)
@@ -98,9 +96,9 @@ def test_weights_only_of_denoiser_and_text_encoder(tiny_text: Path, tmp_path: Pa
     assert artifact.manifest.metrics["psnr_db"] > 30
 
 
-def test_text_encoders_of_a_pipeline_without_any(tiny_pixels: Path, tmp_path: Path):
+def test_text_encoders_of_a_pipeline_without_any(one_block: Path, tmp_path: Path):
     wanted = recipe_of(method="ptq", weights=4, activations="none", components=["denoiser", "text_encoders"])
-    artifact = compress(PipelineFolder(tiny_pixels, "tiny"), wanted, tmp_path / "artifact")
+    artifact = compress(PipelineFolder(one_block, "tiny"), wanted, tmp_path / "artifact")
     assert {edit.component for edit in artifact.manifest.edits} == {"unet"}
 
 
@@ -175,10 +173,10 @@ def test_all_layers_kept_is_refused(diffpress, tiny_class, tmp_path):
     assert "kept by the recipe" in errors
 
 
-def test_loss_that_is_not_finite_stops_with_the_layer_and_keeps_the_checkpoint(diffpress, tiny_pixels, tmp_path):
+def test_loss_that_is_not_finite_stops_with_the_layer_and_keeps_the_checkpoint(diffpress, one_block, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({**QUICK, "quantize": {**LEARN, "lora_rate": 1e38, "scale_rate": 1e30}}))
-    status, _, errors = diffpress("compress", tiny_pixels, "--recipe", recipe, "--out", tmp_path / "out")
+    status, _, errors = diffpress("compress", one_block, "--recipe", recipe, "--out", tmp_path / "out")
     assert status == 2
     message = " ".join(errors.split())
     assert "the loss is not finite" in message
