@@ -85,13 +85,22 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A StableDiffusionPipeline making 16x16 images."""
+    return _text_pipeline(tmp_path_factory.mktemp("tiny-text"), levels=2)
+
+
+@pytest.fixture(scope="session")
+def one_block_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a single block each way, for what takes time by the layer, as exporting does."""
+    return _text_pipeline(tmp_path_factory.mktemp("one-block-text"), levels=1)
+
+
+def _text_pipeline(folder: Path, levels: int) -> Path:
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from diffpress.zoo.emoji import train_tokenizer
 
-    folder = tmp_path_factory.mktemp("tiny-text")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(CAPTIONS, folder / "vocabulary")
     text_encoder = CLIPTextModel(
@@ -110,9 +119,9 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     unet = UNet2DConditionModel(
         sample_size=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D")[:levels],
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")[-levels:],
+        block_out_channels=(8, 16)[:levels],
         layers_per_block=1,
         cross_attention_dim=16,
         attention_head_dim=4,
@@ -176,7 +185,7 @@ def tiny_pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a single block each way, for what takes time by the layer, as exporting does."""
+    """The same with a single block each way."""
     import torch
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 

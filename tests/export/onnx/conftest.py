@@ -28,7 +28,7 @@ def named_class(tiny_class: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         attention_head_dim=8,
         in_channels=4,
         out_channels=8,
-        num_layers=2,
+        num_layers=1,
         sample_size=8,
         patch_size=2,
         num_embeds_ada_norm=1000,
@@ -44,8 +44,8 @@ def named_class(tiny_class: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def sources(tiny_text: Path, named_class: Path, one_block: Path) -> dict[str, PipelineFolder]:
-    folders = {"prompt": tiny_text, "label": named_class, "plain": one_block}
+def sources(one_block_text: Path, named_class: Path, one_block: Path) -> dict[str, PipelineFolder]:
+    folders = {"prompt": one_block_text, "label": named_class, "plain": one_block}
     return {name: PipelineFolder(folder, name) for name, folder in folders.items()}
 
 
