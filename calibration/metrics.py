@@ -18,11 +18,11 @@ def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
     return -10 * torch.log10(error)
 
 
-def geometric_mean_error(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
+def geometric_mean_error(output: Tensor, expected: Tensor, least: float = 0.0) -> float:
     """Geometric mean over images [N, ...] of their mean squared error, `least` at the least: no single one decides, as in a
     mean of decibels.
     """
-    errors = (found - expected).square().flatten(1).mean(1)
+    errors = (output - expected).square().flatten(1).mean(1)
     return float(errors.clamp(min=least).log().mean().exp())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffpress.export.edits import Edit, own_tensors
+from diffpress.export.edits import Edit, tensors_of
 from diffpress.export.runtime import StepClock
 
 from .overlay import overlaid, replaced
@@ -63,7 +63,7 @@ def worn(model: nn.Module, changes: Changes, timesteps: Sequence[float]) -> Iter
     with ExitStack() as stack:
         stack.enter_context(overlaid(model, {}, clock))
         for edit in changes.edits:
-            own = own_tensors(edit, changes.tensors)
-            stack.enter_context(replaced(model, edit.replaces(model, own)))
-            stack.enter_context(overlaid(model, edit.wraps(model, own, clock)))
+            tensors = tensors_of(edit, changes.tensors)
+            stack.enter_context(replaced(model, edit.replaces(model, tensors)))
+            stack.enter_context(overlaid(model, edit.wraps(model, tensors, clock)))
         yield

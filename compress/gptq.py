@@ -29,20 +29,20 @@ LAZY = 32
 """Columns whose errors reach the columns behind them in one product (the paper's B, section 3.3, step 2)."""
 
 
-def gptq(layer: nn.Module, own: QuantizedLayer, h: Tensor) -> QuantizedLayer:
+def gptq(layer: nn.Module, quantized: QuantizedLayer, h: Tensor) -> QuantizedLayer:
     """The same with other codes where weights are integers; scales stay. `h` [blocks, width, width] is of the layer's inputs.
 
     No code moves by more than one from the nearest, so that a weight stays what it was.
     """
-    if own.format.float8:
-        return own
+    if quantized.format.float8:
+        return quantized
     weight = layer_matrix(layer)
-    if own.smoothing is not None:
-        weight = weight / own.smoothing[None, :, None]
-        h = smoothed_moments(h, own.smoothing, weight.shape[2])
-    s = broadcast_scale(own.weight_scale, own.codes.shape, own.format.group_size).flatten(1)
-    codes = round_columns(weight.flatten(1), s, h, own.format.weight_bits)
-    return replace(own, codes=codes.view(own.codes.shape))
+    if quantized.smoothing is not None:
+        weight = weight / quantized.smoothing[None, :, None]
+        h = smoothed_moments(h, quantized.smoothing, weight.shape[2])
+    s = broadcast_scale(quantized.weight_scale, quantized.codes.shape, quantized.format.group_size).flatten(1)
+    codes = round_columns(weight.flatten(1), s, h, quantized.format.weight_bits)
+    return replace(quantized, codes=codes.view(quantized.codes.shape))
 
 
 def smoothed_moments(h: Tensor, smoothing: Tensor, taps: int) -> Tensor:

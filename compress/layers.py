@@ -75,7 +75,7 @@ def _nothing_left(model: nn.Module, reasons: Mapping[str, str]) -> str:
 
 
 def choose_formats(
-    layers: Mapping[str, nn.Module], seen: Mapping[str, LayerInput], edges: Mapping[str, str], options: Rounding
+    layers: Mapping[str, nn.Module], inputs: Mapping[str, LayerInput], edges: Mapping[str, str], options: Rounding
 ) -> tuple[dict[str, Format], dict[str, str]]:
     """The format of each Linear or Conv2d: as asked, but 8 bits where an error would reach everything, and why.
 
@@ -85,7 +85,7 @@ def choose_formats(
     formats: dict[str, Format] = {}
     reasons: dict[str, str] = {}
     for name, layer in layers.items():
-        why = "conditioning" if seen[name].conditioning else edges.get(name)
+        why = "conditioning" if inputs[name].conditioning else edges.get(name)
         if why is not None:
             formats[name] = weights_only(layer, HIGH_BITS, EDGE_GROUP if name in edges else None)
             reasons[name] = f"{why} layer: weights in {HIGH_BITS} bits, inputs in float"

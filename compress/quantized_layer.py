@@ -67,14 +67,16 @@ class QuantizedLayer:
         return fake_quantize(x.float(), scale, zero_point, self.format.activation_bits)
 
 
-def fake_quantization(layer: nn.Module, own: QuantizedLayer, clock: StepClock) -> Wrap:
+def fake_quantization(layer: nn.Module, quantized: QuantizedLayer, clock: StepClock) -> Wrap:
     """Around the forward of `layer`: its weight and its input rounded, in float."""
-    weight = own.weight().to(layer.weight)  # type: ignore[arg-type]
-    bias = own.bias if own.bias is not None else getattr(layer, "bias", None)
+    weight = quantized.weight().to(layer.weight)  # type: ignore[arg-type]
+    bias = quantized.bias if quantized.bias is not None else getattr(layer, "bias", None)
 
     def wrap(beneath: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
-            return call_with(layer, beneath, own.rounded(smoothed(layer, x, own.smoothing), clock).to(x), weight, bias)
+            return call_with(
+                layer, beneath, quantized.rounded(smoothed(layer, x, quantized.smoothing), clock).to(x), weight, bias
+            )
 
         return forward
 
@@ -84,7 +86,9 @@ def fake_quantization(layer: nn.Module, own: QuantizedLayer, clock: StepClock) -
 @contextmanager
 def fake_quantized(denoiser: nn.Module, layers: Mapping[str, QuantizedLayer], clock: StepClock) -> Iterator[None]:
     """Round the weights and inputs of the named layers in float while the context lasts; afterwards nothing has changed."""
-    wraps = {name: fake_quantization(denoiser.get_submodule(name), own, clock) for name, own in layers.items()}
+    wraps = {
+        name: fake_quantization(denoiser.get_submodule(name), quantized, clock) for name, quantized in layers.items()
+    }
     with overlaid(denoiser, wraps, clock):
         yield
 

@@ -36,23 +36,23 @@ class QuantizationResult:
     """How learning went: iteration, loss, evaluation."""
 
 
-def drop_what_does_not_shrink_(found: QuantizationResult, forms: Mapping[str, Form]) -> None:
+def drop_what_does_not_shrink_(result: QuantizationResult, forms: Mapping[str, Form]) -> None:
     """Leave layers alone that would take as many bytes packed as they do in the `forms` that the source stores."""
-    for name, layer in list(found.layers.items()):
+    for name, layer in list(result.layers.items()):
         replaced = [f"{name}.weight"] if layer.bias is None else [f"{name}.weight", f"{name}.bias"]
         before = sum(forms[tensor].size_bytes for tensor in replaced if tensor in forms)
         if sum(tensor.nbytes for tensor in _packed_tensors(name, layer).values()) >= before:
-            del found.layers[name]
-            found.reasons[name] = "would not be smaller"
+            del result.layers[name]
+            result.reasons[name] = "would not be smaller"
 
 
-def edits_and_tensors(found: QuantizationResult) -> tuple[list[Edit], dict[str, Tensor]]:
+def edits_and_tensors(result: QuantizationResult) -> tuple[list[Edit], dict[str, Tensor]]:
     """What the artifact stores of one component: one edit a layer or attention, and the tensors of all."""
-    edits: list[Edit] = [_pack(found.component, name, layer) for name, layer in found.layers.items()]
-    chosen = {name: choice for name, choice in found.attention.items() if choice.products != "none"}
-    edits += [_quantize_attention(found.component, name, choice) for name, choice in chosen.items()]
-    tensors = [_packed_tensors(name, layer) for name, layer in found.layers.items()]
-    return edits, {name: tensor for own in tensors for name, tensor in own.items()}
+    edits: list[Edit] = [_pack(result.component, name, layer) for name, layer in result.layers.items()]
+    chosen = {name: choice for name, choice in result.attention.items() if choice.products != "none"}
+    edits += [_quantize_attention(result.component, name, choice) for name, choice in chosen.items()]
+    tensors = [_packed_tensors(name, layer) for name, layer in result.layers.items()]
+    return edits, {name: tensor for packed in tensors for name, tensor in packed.items()}
 
 
 def _pack(component: str, module: str, layer: QuantizedLayer) -> Pack:
@@ -87,44 +87,44 @@ def _packed_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
     return {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in tensors.items() if tensor is not None}
 
 
-def changes_of(found: QuantizationResult, forms: Mapping[str, Form]) -> Changes:
+def changes_of(result: QuantizationResult, forms: Mapping[str, Form]) -> Changes:
     """The same as changes of a component that is stored in these `forms`."""
-    edits, tensors = edits_and_tensors(found)
-    modules = dict.fromkeys([name.rpartition(".")[0] for name in forms] + list(found.layers))
-    notes = {module: _note(found, module) for module in modules if module}
+    edits, tensors = edits_and_tensors(result)
+    modules = dict.fromkeys([name.rpartition(".")[0] for name in forms] + list(result.layers))
+    notes = {module: _note(result, module) for module in modules if module}
     notes |= {
-        module: Note(choice.reason, choice.error, _attention_format(found.component, module, choice), choice.shape)
-        for module, choice in found.attention.items()
+        module: Note(choice.reason, choice.error, _attention_format(result.component, module, choice), choice.shape)
+        for module, choice in result.attention.items()
     }
-    return Changes(tuple(edits), tensors, notes, tuple(found.history))
+    return Changes(tuple(edits), tensors, notes, tuple(result.history))
 
 
-def _note(found: QuantizationResult, module: str) -> Note:
-    layer = found.layers.get(module)
-    reason = found.reasons.get(module, "" if layer else "not of a kind that is quantized")
+def _note(result: QuantizationResult, module: str) -> Note:
+    layer = result.layers.get(module)
+    reason = result.reasons.get(module, "" if layer else "not of a kind that is quantized")
     # A group that is a whole row is no group.
     whole_row = layer is not None and layer.format.group_size is not None and layer.weight_scale.shape[-1] == 1
-    return Note(reason, found.sensitivity.get(module), f"W{layer.format.weight_bits}" if layer and whole_row else None)
+    return Note(reason, result.sensitivity.get(module), f"W{layer.format.weight_bits}" if layer and whole_row else None)
 
 
 def _attention_format(component: str, module: str, choice: AttentionChoice) -> str:
     return "attention float" if choice.products == "none" else _quantize_attention(component, module, choice).words()
 
 
-def save_result(found: QuantizationResult, path: Path) -> None:
+def save_result(result: QuantizationResult, path: Path) -> None:
     """Write everything that was found to `path`, a safetensors file; the old file stays until it is whole."""
     tensors = {
         f"{key}/{name}": value.contiguous()
-        for name, layer in found.layers.items()
+        for name, layer in result.layers.items()
         for key, value in vars(layer).items()
         if isinstance(value, Tensor)
     }
     words = {
-        "component": found.component,
-        "formats": {name: asdict(layer.format) for name, layer in found.layers.items()},
-        "reasons": found.reasons,
-        "sensitivity": found.sensitivity,
-        "attention": {name: asdict(choice) for name, choice in found.attention.items()},
+        "component": result.component,
+        "formats": {name: asdict(layer.format) for name, layer in result.layers.items()},
+        "reasons": result.reasons,
+        "sensitivity": result.sensitivity,
+        "attention": {name: asdict(choice) for name, choice in result.attention.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, path, {"result": json.dumps(words)})

@@ -73,7 +73,7 @@ def search_group_scales(weight: Tensor, importance: Tensor, bits: int, group_siz
     return torch.stack(found, 1).view(rows, -1)
 
 
-def search_smoothing(weight: Tensor, seen: LayerInput, bits: tuple[int, int], asymmetric: bool) -> Tensor:
+def search_smoothing(weight: Tensor, layer_input: LayerInput, bits: tuple[int, int], asymmetric: bool) -> Tensor:
     """What each input channel [I] is multiplied by before rounding, and its weights divided by; ones where that is best.
 
     SmoothQuant (Xiao et al. 2023, arXiv 2211.10438): X W = (X diag(s)^-1) (diag(s) W), with
@@ -84,36 +84,36 @@ def search_smoothing(weight: Tensor, seen: LayerInput, bits: tuple[int, int], as
     inputs of a channel are is told by their mean square, not by their largest, which other images exceed in one channel or
     another. A common factor of all s_j changes nothing, so their geometric mean is one.
     """
-    x = seen.second_moment.sqrt().clamp(min=1e-5)
+    x = layer_input.second_moment.sqrt().clamp(min=1e-5)
     w = weight.abs().amax((0, 2)).clamp(min=1e-5)
     candidates = [torch.ones_like(x)]
     for alpha in ALPHAS:
         s = x**alpha / w ** (1 - alpha)
         candidates.append((s / s.log().mean().exp()).reciprocal())
     rows = weight[:: -(-len(weight) // SMOOTHED_ROWS)]
-    losses = [_rounding_loss(rows, seen, candidate, bits, asymmetric) for candidate in candidates]
+    losses = [_rounding_loss(rows, layer_input, candidate, bits, asymmetric) for candidate in candidates]
     return candidates[losses.index(min(losses))]
 
 
 def _rounding_loss(
-    weight: Tensor, seen: LayerInput, smoothing: Tensor, bits: tuple[int, int], asymmetric: bool
+    weight: Tensor, layer_input: LayerInput, smoothing: Tensor, bits: tuple[int, int], asymmetric: bool
 ) -> float:
     """Expected squared error at the output once both the weights and the inputs are rounded."""
     smoothed = weight / smoothing[None, :, None]
-    importance = seen.second_moment * smoothing.square()
+    importance = layer_input.second_moment * smoothing.square()
     s = search_weight_scale(smoothed, importance, bits[0])
     error = quantize_dequantize(smoothed, s[:, None, None], bits[0]) - smoothed
     lost = float((error.square().sum((0, 2)) * importance).sum())
     squares = smoothed.square().sum((0, 2))
     return lost + min(
-        float(range_errors(seen.rows * smoothing, squares, grid, bits[1]).min())
-        for grid in range_candidates(seen, smoothing, bits[1], asymmetric)
+        float(range_errors(layer_input.rows * smoothing, squares, grid, bits[1]).min())
+        for grid in range_candidates(layer_input, smoothing, bits[1], asymmetric)
     )
 
 
-def range_candidates(seen: LayerInput, smoothing: Tensor, bits: int, asymmetric: bool) -> list[RangeCandidates]:
+def range_candidates(layer_input: LayerInput, smoothing: Tensor, bits: int, asymmetric: bool) -> list[RangeCandidates]:
     """Candidates for rounding a smoothed input, from more than its range downwards: symmetric ones, and on demand others."""
-    low, high = (seen.low * smoothing).min(), (seen.high * smoothing).max()
+    low, high = (layer_input.low * smoothing).min(), (layer_input.high * smoothing).max()
     shrinks = MARGIN * torch.logspace(0, -1, CANDIDATES[bits], base=REACH[bits])
     first, last = code_range(bits)
     symmetric = RangeCandidates(torch.maximum(-low, high).clamp(min=1e-8) * shrinks / last, None)

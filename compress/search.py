@@ -40,7 +40,7 @@ class _Input(NamedTuple):
 def search(
     denoiser: nn.Module,
     ways: Sequence[Way],
-    seen: Mapping[str, LayerInput],
+    layer_inputs: Mapping[str, LayerInput],
     trajectories: Trajectories,
     options: Rounding,
     seed: int,
@@ -53,7 +53,7 @@ def search(
     steps = len(trajectories.timesteps)
     layers = {way: denoiser.get_submodule(way[0]) for way in ways}
     inputs = {
-        (name, format): _search_input(layers[name, format], seen[name], format, options)
+        (name, format): _search_input(layers[name, format], layer_inputs[name], format, options)
         for name, format in ways
         if format.activation_bits is not None
     }
@@ -65,7 +65,7 @@ def search(
         name, format = way
         smoothing = inputs[way].smoothing if way in inputs else torch.ones(1)
         smoothing = smoothing.to(layer_matrix(layer).device)
-        importance = seen[name].second_moment.to(smoothing.device) * smoothing.square()
+        importance = layer_inputs[name].second_moment.to(smoothing.device) * smoothing.square()
         codes, weight_scale = round_weight(layer, format, importance, smoothing)
         activation_scale, zero_point = scales.get(way, (None, None))
         changed = None if bool((smoothing == 1).all()) else smoothing
@@ -73,17 +73,17 @@ def search(
     return found
 
 
-def _search_input(layer: nn.Module, seen: LayerInput, format: Format, options: Rounding) -> _Input:
+def _search_input(layer: nn.Module, layer_input: LayerInput, format: Format, options: Rounding) -> _Input:
     """Smoothing, then symmetric or not: whatever loses least on the sample of rows that was kept."""
     assert format.activation_bits is not None
-    ones = torch.ones_like(seen.largest)
+    ones = torch.ones_like(layer_input.largest)
     if format.float8:
-        return _Input(ones, RangeCandidates(seen.largest.max().clamp(min=1e-8)[None] / FP8_MAX, None))
+        return _Input(ones, RangeCandidates(layer_input.largest.max().clamp(min=1e-8)[None] / FP8_MAX, None))
     weight = layer_matrix(layer).cpu()
     bits = (format.weight_bits, format.activation_bits)
-    smoothing = search_smoothing(weight, seen, bits, options.asymmetric) if options.smoothing else ones
-    weights, rows = channel_weights(layer, smoothing).cpu(), seen.rows * smoothing
-    families = range_candidates(seen, smoothing, bits[1], options.asymmetric)
+    smoothing = search_smoothing(weight, layer_input, bits, options.asymmetric) if options.smoothing else ones
+    weights, rows = channel_weights(layer, smoothing).cpu(), layer_input.rows * smoothing
+    families = range_candidates(layer_input, smoothing, bits[1], options.asymmetric)
     errors = [range_errors(rows, weights, family, bits[1]) for family in families]
     best = min(range(len(families)), key=lambda index: float(errors[index].min()))
     order = errors[best].argsort()

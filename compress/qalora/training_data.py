@@ -52,7 +52,7 @@ class TrainingData:
         """`sampling_probabilities` [S]: how often each step is drawn; `images`: of one round of rollouts."""
         self.recorded = Examples(recorded, recorded.shards)
         self.runs, self.sampling_probabilities, self.seed, self.images = runs, sampling_probabilities, seed, images
-        self.own: dict[int, Examples] = {}
+        self.rollouts: dict[int, Examples] = {}
         self._truth: Tensor | None = None
 
     def batch(self, number: int, size: int) -> Batch:
@@ -62,8 +62,8 @@ class TrainingData:
         """
         generator = torch.Generator().manual_seed(self.seed + number)
         pool = self.recorded
-        if self.own and number % TEACHERS_SHARE:
-            rounds = list(self.own.values())
+        if self.rollouts and number % TEACHERS_SHARE:
+            rounds = list(self.rollouts.values())
             pool = rounds[int(torch.randint(len(rounds), (), generator=generator))]
         together, drawn = steps_per_image(size), []
         runs = self._of_one_form(pool, generator)
@@ -101,7 +101,7 @@ class TrainingData:
     def follow(self, student: Student, latest: int) -> None:
         """Have the rounds up to `latest` that are learned from; those that are on disk already are not sampled again."""
         wanted = range(max(0, latest - ROLLOUT_ROUNDS + 1), latest + 1)
-        self.own = {index: self.own.get(index) or self._sample(student, index) for index in wanted}
+        self.rollouts = {index: self.rollouts.get(index) or self._sample(student, index) for index in wanted}
 
     def forget(self, latest: int) -> None:
         """Delete the rounds that are learned from no more once the latest is `latest`, however often learning goes on."""

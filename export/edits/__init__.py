@@ -4,7 +4,7 @@ from .attach import Attach, step_plans
 from .attention import QuantizeAttention
 from .base import EditBase, Replacement
 from .factorize import Factorize
-from .kinds import Edit, edits_of, own_tensors, store_edits
+from .kinds import Edit, edits_of, store_edits, tensors_of
 from .pack import Pack
 from .resize import Resize
 
@@ -18,7 +18,7 @@ __all__ = [
     "Replacement",
     "Resize",
     "edits_of",
-    "own_tensors",
     "step_plans",
     "store_edits",
+    "tensors_of",
 ]

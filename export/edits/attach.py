@@ -42,9 +42,9 @@ class Attach(EditBase):
             module = model.get_submodule(place)
             module.forward = wrap(module.forward)
 
-    def wraps(self, model: nn.Module, own: Mapping[str, Tensor], clock: StepClock | None) -> Mapping[str, Wrap]:
+    def wraps(self, model: nn.Module, tensors: Mapping[str, Tensor], clock: StepClock | None) -> Mapping[str, Wrap]:
         part = self._part(model, clock)
-        part.load_state_dict({name.removeprefix(f"{self.module}."): tensor for name, tensor in own.items()})
+        part.load_state_dict({name.removeprefix(f"{self.module}."): tensor for name, tensor in tensors.items()})
         return part.wraps(model)
 
     def owns(self, tensor: str) -> bool:

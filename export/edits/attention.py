@@ -27,5 +27,5 @@ class QuantizeAttention(EditBase):
     def apply_(self, model: nn.Module, clock: StepClock | None) -> None:
         quantize_attention_(model.get_submodule(self.module), self.integer_values)
 
-    def wraps(self, model: nn.Module, own: Mapping[str, Tensor], clock: StepClock | None) -> Mapping[str, Wrap]:
+    def wraps(self, model: nn.Module, tensors: Mapping[str, Tensor], clock: StepClock | None) -> Mapping[str, Wrap]:
         return {self.module: lambda forward: AttentionOverride(forward, Int8Attention(self.integer_values))}

@@ -51,13 +51,13 @@ class EditBase(BaseModel):
         """
         raise NotImplementedError
 
-    def wraps(self, model: nn.Module, own: Mapping[str, Tensor], clock: StepClock | None) -> Mapping[str, Wrap]:
+    def wraps(self, model: nn.Module, tensors: Mapping[str, Tensor], clock: StepClock | None) -> Mapping[str, Wrap]:
         """The same on a `model` that has its weights and keeps them: what is laid around the forwards of modules, by their
         names, with the edit's tensors.
         """
         return {}
 
-    def replaces(self, model: nn.Module, own: Mapping[str, Tensor]) -> Iterable[Replacement]:
+    def replaces(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterable[Replacement]:
         """And what takes the place of modules and their attributes; later edits, and later stages, are of that."""
         return ()
 
@@ -65,9 +65,9 @@ class EditBase(BaseModel):
         """Whether a tensor of this name is the edit's own, as `MODULE.TENSOR` is."""
         return tensor.rpartition(".")[0] == self.module
 
-    def store(self, tensors: Mapping[str, Stored], own: Mapping[str, Stored]) -> dict[str, Stored]:
-        """What is stored of the component's `tensors` once the edit is made, which `owns` the `own` ones."""
-        return {**tensors, **own}
+    def store(self, source: Mapping[str, Stored], tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+        """What is stored of a component's `source` tensors once the edit is made, which has the `tensors`."""
+        return {**source, **tensors}
 
     def why_not_exported(self) -> str | None:
         """Why an export cannot hold it yet; None where it can."""

@@ -28,19 +28,19 @@ class Factorize(EditBase):
     def apply_(self, model: nn.Module, clock: StepClock | None) -> None:
         model.set_submodule(self.module, factorize_layer(model.get_submodule(self.module), self.rank))
 
-    def wraps(self, model: nn.Module, own: Mapping[str, Tensor], clock: StepClock | None) -> Mapping[str, Wrap]:
+    def wraps(self, model: nn.Module, tensors: Mapping[str, Tensor], clock: StepClock | None) -> Mapping[str, Wrap]:
         module = model.get_submodule(self.module)
         factors = factorize_layer(module, self.rank)
-        factors.load_state_dict({name.removeprefix(f"{self.module}."): tensor for name, tensor in own.items()})
+        factors.load_state_dict({name.removeprefix(f"{self.module}."): tensor for name, tensor in tensors.items()})
         factors.to(next(module.parameters()).device)
         return {self.module: lambda _forward: factors.forward}
 
     def owns(self, tensor: str) -> bool:
         return tensor in self.exact()
 
-    def store(self, tensors: Mapping[str, Stored], own: Mapping[str, Stored]) -> dict[str, Stored]:
+    def store(self, source: Mapping[str, Stored], tensors: Mapping[str, Stored]) -> dict[str, Stored]:
         replaced = (f"{self.module}.weight", f"{self.module}.bias")
-        return {name: tensor for name, tensor in tensors.items() if name not in replaced} | dict(own)
+        return {name: tensor for name, tensor in source.items() if name not in replaced} | dict(tensors)
 
     def exact(self) -> frozenset[str]:
         return frozenset(f"{self.module}.{name}" for name in ("down.weight", "up.weight", "up.bias"))

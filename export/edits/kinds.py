@@ -23,7 +23,7 @@ def edits_of(component: str, edits: Iterable[Edit]) -> list[Edit]:
     return [edit for edit in edits if edit.component == component]
 
 
-def own_tensors(edit: Edit, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+def tensors_of(edit: Edit, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """Those of the edits' `tensors` that are this one's."""
     return {name: tensor for name, tensor in tensors.items() if edit.owns(name)}
 
@@ -33,5 +33,5 @@ def store_edits(
 ) -> dict[str, Stored]:
     """What is stored of one component: its source's `tensors` after all its `edits`, whose own are `changed`; sorted."""
     for edit in edits:
-        tensors = edit.store(tensors, own_tensors(edit, changed))
+        tensors = edit.store(tensors, tensors_of(edit, changed))
     return dict(sorted(tensors.items()))

@@ -63,16 +63,16 @@ class Pack(EditBase):
         share_(model, self.module, packed)
         model.set_submodule(self.module, packed)
 
-    def wraps(self, model: nn.Module, own: Mapping[str, Tensor], clock: StepClock | None) -> Mapping[str, Wrap]:
+    def wraps(self, model: nn.Module, tensors: Mapping[str, Tensor], clock: StepClock | None) -> Mapping[str, Wrap]:
         module = model.get_submodule(self.module)
         packed = pack_layer(module, self, clock if self.per_step() else None)
-        held = module.state_dict() | {name.rpartition(".")[2]: tensor for name, tensor in own.items()}
+        held = module.state_dict() | {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
         packed.load_state_dict({name: held[name] for name in packed.state_dict()})
         packed.to(next(module.parameters()).device)
         return {self.module: lambda _forward: packed.forward}
 
-    def store(self, tensors: Mapping[str, Stored], own: Mapping[str, Stored]) -> dict[str, Stored]:
-        return {name: tensor for name, tensor in tensors.items() if name != f"{self.module}.weight"} | dict(own)
+    def store(self, source: Mapping[str, Stored], tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+        return {name: tensor for name, tensor in source.items() if name != f"{self.module}.weight"} | dict(tensors)
 
     def exact(self) -> frozenset[str]:
         """All but the bias."""

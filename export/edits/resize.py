@@ -62,25 +62,25 @@ class Resize(EditBase):
         for owner, name, value in self.replaces(model, {}):
             setattr(owner, name, value)
 
-    def replaces(self, model: nn.Module, own: Mapping[str, Tensor]) -> Iterable[Replacement]:
+    def replaces(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterable[Replacement]:
         module = model.get_submodule(self.module)
         if self.outputs is None and self.inputs is None:
             return [Replacement(module, name, value) for name, value in self._checked(module).items()]
         if f"{self.module}.weight" in {*ties(model), *ties(model).values()}:
             raise ValueError("its weight stands for another one as well")
-        new = {name.rpartition(".")[2]: tensor for name, tensor in own.items()}
+        new = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
         parent, _dot, name = self.module.rpartition(".")
         return [Replacement(model.get_submodule(parent), name, self._resized(module, new))]
 
     def owns(self, tensor: str) -> bool:
         return tensor.rpartition(".")[0] == f"{self.module}.{REFITTED}"
 
-    def store(self, tensors: Mapping[str, Stored], own: Mapping[str, Stored]) -> dict[str, Stored]:
-        stored = dict(tensors)
+    def store(self, source: Mapping[str, Stored], tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+        stored = dict(source)
         for name in ("weight", "bias"):
             path = f"{self.module}.{name}"
             if path in stored:
-                stored[path] = own.get(f"{self.module}.{REFITTED}.{name}", self._cut(name, stored[path]))
+                stored[path] = tensors.get(f"{self.module}.{REFITTED}.{name}", self._cut(name, stored[path]))
         return stored
 
     def _checked(self, module: nn.Module) -> dict[str, int]:

@@ -51,14 +51,14 @@ def check_graph(
     So no error hides behind another, and none is forgiven because codes might have moved. Raises ArtifactError.
     """
     session, generator = engine.open(graph, torch.get_num_threads()), torch.Generator().manual_seed(0)
-    found: list[tuple[float, float, float]] = []
+    compared: list[tuple[float, float, float]] = []
     rounding: dict[str, float] = {}
     with opened_with_pieces(graph, places, engine) as watched:
         for inputs in examples(part, batches, generator):
             if places:
                 rounding = _larger(rounding, check_pieces(part, watched, places, inputs))
-            found.append(_check_whole(part, session, inputs, rounding))
-    largest, error, tolerance = (max(values) for values in zip(*found, strict=True))
+            compared.append(_check_whole(part, session, inputs, rounding))
+    largest, error, tolerance = (max(values) for values in zip(*compared, strict=True))
     return Agreement(largest, error, tolerance, rounding)
 
 
@@ -93,7 +93,8 @@ def opened_with_pieces(graph: Path, places: Sequence[Place], engine: Engine) -> 
 class _Comparison:
     """Torch's run of a model whose pieces answer what they answered in the graph."""
 
-    found: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    """The graph's, by name."""
     places: Sequence[Place]
     rounding: float
     next: int = 0
@@ -104,17 +105,17 @@ class _Comparison:
         place = self.places[self.next]
         self.next += 1
         assert place.piece == piece.name
-        given = tuple(self.found[name] for name in place.inputs)
+        given = tuple(self.values[name] for name in place.inputs)
         for name, expected, value in zip(place.inputs, inputs, given, strict=True):
             error = self.follow(f"what {piece.name} is given ({name})", value, expected)
             self.errors = _larger(self.errors, {piece.module: error})
-        _check_piece(piece, given, self.found[place.output])
-        return self.found[place.output]
+        _check_piece(piece, given, self.values[place.output])
+        return self.values[place.output]
 
-    def follow(self, what: str, found: Tensor, expected: Tensor) -> float:
+    def follow(self, what: str, output: Tensor, expected: Tensor) -> float:
         """Compare floats between pieces; returns how far they are off."""
-        check_shape(what, found, expected)
-        error = relative(found, expected)
+        check_shape(what, output, expected)
+        error = relative(output, expected)
         # Written so that NaN fails too.
         if not error <= self.rounding:
             raise ArtifactError(
@@ -131,27 +132,27 @@ def check_pieces(
 
     Raises ArtifactError naming the first that differs.
     """
-    found = run(session, inputs)
-    comparison = _Comparison(found | dict(inputs), places, rounding_of(part))
+    values = run(session, inputs)
+    comparison = _Comparison(values | dict(inputs), places, rounding_of(part))
     with answering(part.module, comparison.answer):
         expected = part.module(*inputs.values())
-    comparison.follow(f"the output {part.output}", found[part.output], expected)
+    comparison.follow(f"the output {part.output}", values[part.output], expected)
     return comparison.errors
 
 
-def _check_piece(piece: Piece, inputs: tuple[Tensor, ...], found: Tensor) -> None:
+def _check_piece(piece: Piece, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     owner = piece.owner
     if isinstance(owner, PackedLayer):
         expected = piece.compute(*inputs)
-        check_shape(piece.name, found, expected)
+        check_shape(piece.name, output, expected)
         bound = layer_bound(owner, inputs[0], expected)
     else:
         # The truth: kernels of a processor may take another exponential.
         query, key, value = inputs
         expected = int8_attention_reference(query, key, value, owner.integer_values)
-        check_shape(piece.name, found, expected)
+        check_shape(piece.name, output, expected)
         bound = attention_bound(owner, query, key, value, expected)
-    error = (found - expected).abs()
+    error = (output - expected).abs()
     if not bool((error <= bound).all()):
         place = int((error - bound).nan_to_num(torch.inf).argmax())
         raise ArtifactError(
@@ -164,17 +165,17 @@ def _check_whole(
     part: Part, session: Session, inputs: Mapping[str, Tensor], rounding: Mapping[str, float]
 ) -> tuple[float, float, float]:
     """The largest and the relative error of the output, and the tolerance."""
-    expected, found = part.module(*inputs.values()), run(session, inputs)[part.output]
-    check_shape(f"{part.name}'s output", found, expected)
+    expected, output = part.module(*inputs.values()), run(session, inputs)[part.output]
+    check_shape(f"{part.name}'s output", output, expected)
     with at_edges(part.module, rounding):
         moved = relative(part.module(*inputs.values()), expected)
-    error, tolerance = relative(found, expected), rounding_of(part) + 2 * moved
+    error, tolerance = relative(output, expected), rounding_of(part) + 2 * moved
     if not error <= tolerance:
         raise ArtifactError(
             f"{part.name} differs from torch by {error:.2g} (relative root mean square), rounding explains "
             f"{tolerance:.2g}. {ADVICE}"
         )
-    return float((found - expected).abs().max()), error, tolerance
+    return float((output - expected).abs().max()), error, tolerance
 
 
 def rounding_of(part: Part) -> float:
@@ -188,17 +189,17 @@ def run(session: Session, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(value) for name, value in session.run(arrays).items()}
 
 
-def check_shape(what: str, found: Tensor, expected: Tensor) -> None:
-    if found.shape != expected.shape:
-        raise ArtifactError(f"{what} is {tuple(found.shape)} where torch has {tuple(expected.shape)}. {ADVICE}")
+def check_shape(what: str, output: Tensor, expected: Tensor) -> None:
+    if output.shape != expected.shape:
+        raise ArtifactError(f"{what} is {tuple(output.shape)} where torch has {tuple(expected.shape)}. {ADVICE}")
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(output: Tensor, expected: Tensor) -> float:
     """Root mean square of the difference over that of `expected`."""
-    found, expected = found.double(), expected.double()
+    output, expected = output.double(), expected.double()
     # A float32 rounding below nothing keeps an output of zeros from dividing by zero.
     size = expected.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    return float((found - expected).square().mean().sqrt() / size)
+    return float((output - expected).square().mean().sqrt() / size)
 
 
 def _larger(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, float]:

@@ -126,7 +126,7 @@ def test_three_of_four_batches_are_the_students_own_once_there_are_some(
     """Each is bit for bit of one pool; that what a student's own runs hold is the teacher's answer is shown above."""
     _, student, learned, _ = training_data
     learned.follow(student, 0)
-    teachers, students = answers(learned.recorded), answers(learned.own[0])
+    teachers, students = answers(learned.recorded), answers(learned.rollouts[0])
     assert not teachers & students
     for number in range(40):
         drawn = {row.numpy().tobytes() for row in learned.batch(number, 4).output}
@@ -143,22 +143,22 @@ def test_rounds_are_sampled_once_and_the_latest_are_learned_from(
 ) -> None:
     own, student, learned, runs = training_data
     learned.follow(student, 1)
-    assert list(learned.own) == [0, 1]
-    first = learned.own[0]
+    assert list(learned.rollouts) == [0, 1]
+    first = learned.rollouts[0]
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a round was sampled again")
 
     monkeypatch.setattr(type(own.pipeline), "__call__", refuse)
     learned.follow(student, 1)
-    assert learned.own[0] is first
+    assert learned.rollouts[0] is first
     # Another process finds them on disk.
     other = TrainingData(own.trajectories, runs, EVEN, 7, IMAGES)
     other.follow(student, 1)
     assert torch.equal(other.batch(1, 4).output, learned.batch(1, 4).output)
     monkeypatch.undo()
     learned.follow(student, ROLLOUT_ROUNDS + 1)
-    assert list(learned.own) == list(range(2, ROLLOUT_ROUNDS + 2))
+    assert list(learned.rollouts) == list(range(2, ROLLOUT_ROUNDS + 2))
 
 
 def test_rounds_go_on_through_the_conditions(training_data: tuple[Any, Student, TrainingData, StudentRollouts]) -> None:
