@@ -24,7 +24,7 @@ _DIFFERENTIABLE: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
 """Per pipeline, under what gradients were found to go through it."""
 
 
-def sample_with_gradients(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Tensor:
+def sample_with_gradients(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling) -> Tensor:
     """`sample(...).latents` [N, ...], to the bit, with the graph of the whole run attached.
 
     Gradients go to the denoiser, and what is laid around it, as far as that requires one. Inside `checkpoint_steps`
@@ -33,9 +33,9 @@ def sample_with_gradients(pipeline: Any, wanted: Sequence[Condition], sampling: 
     """
     known, here = _DIFFERENTIABLE.setdefault(pipeline, set()), _circumstances(pipeline, sampling)
     if here not in known:
-        check_gradients(pipeline, lambda: _sampled(pipeline, wanted[:1], sampling))
+        check_gradients(pipeline, lambda: _sampled(pipeline, conditions[:1], sampling))
         known.add(here)
-    latents = _sampled(pipeline, wanted, sampling)
+    latents = _sampled(pipeline, conditions, sampling)
     check_learning(pipeline, latents.requires_grad)
     return latents
 
@@ -52,7 +52,7 @@ class _Sampled(BaseException):
 
 
 @torch.enable_grad()
-def _sampled(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Tensor:
+def _sampled(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling) -> Tensor:
     # diffusers decorates the call with torch.no_grad, which keeps the original.
     call = inspect.unwrap(type(pipeline).__call__)
     seen: list[Tensor] = []
@@ -60,14 +60,14 @@ def _sampled(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> 
     def receive(latents: Tensor) -> None:
         seen.append(latents)
         # Some pipelines decode a few at a time.
-        if sum(map(len, seen)) >= len(wanted):
+        if sum(map(len, seen)) >= len(conditions):
             raise _Sampled
 
     pixels = _Pixels()
     converting = pixels if getattr(pipeline, "vae", None) is None else nullcontext()
     others_frozen = requiring_gradients(_other_weights(pipeline), False)
     with others_frozen, watch_decoder(pipeline, receive), converting, suppress(_Sampled):
-        images = call(pipeline, **call_arguments(pipeline, wanted, sampling)).images
+        images = call(pipeline, **call_arguments(pipeline, conditions, sampling)).images
         return torch.cat(seen) if seen else pixels_as_latents(pixels.tensor_of(pipeline, images))
     return torch.cat(seen)
 

@@ -59,30 +59,30 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def sample(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> Sample:
+def sample(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling) -> Sample:
     """Make one image a condition in one call of the pipeline; each starts from its own seed's noise.
 
     Raises UnsupportedModelError where a number of steps is wanted and the pipeline takes none.
     """
     seen: list[Tensor] = []
     with watch_decoder(pipeline, seen.append):
-        made = torch.from_numpy(pipeline(**call_arguments(pipeline, wanted, sampling)).images)
+        made = torch.from_numpy(pipeline(**call_arguments(pipeline, conditions, sampling)).images)
     return Sample(made.permute(0, 3, 1, 2).float(), torch.cat(seen) if seen else pixels_as_latents(made))
 
 
-def call_arguments(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling) -> dict[str, Any]:
+def call_arguments(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling) -> dict[str, Any]:
     """What the call of the pipeline is given (see `sample`)."""
     arguments: dict[str, Any] = {
-        "generator": [torch.Generator().manual_seed(condition.seed) for condition in wanted],
+        "generator": [torch.Generator().manual_seed(condition.seed) for condition in conditions],
         "output_type": "np",
     }
     takes, known = kind(pipeline), call_parameters(pipeline)
     if takes == "prompt":
-        arguments["prompt"] = [condition.text for condition in wanted]
+        arguments["prompt"] = [condition.text for condition in conditions]
     elif takes == "label":
-        arguments["class_labels"] = [int(condition.text) for condition in wanted]
+        arguments["class_labels"] = [int(condition.text) for condition in conditions]
     else:
-        arguments["batch_size"] = len(wanted)
+        arguments["batch_size"] = len(conditions)
     if sampling.steps is not None:
         if "num_inference_steps" not in known:
             raise UnsupportedModelError(
@@ -103,9 +103,11 @@ def _at_least_single(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def sample_in_batches(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling, batch: int) -> Sample:
+def sample_in_batches(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling, batch: int) -> Sample:
     """The same for any number of conditions, `batch` images in memory at a time."""
-    parts = [sample(pipeline, wanted[start : start + batch], sampling) for start in range(0, len(wanted), batch)]
+    parts = [
+        sample(pipeline, conditions[start : start + batch], sampling) for start in range(0, len(conditions), batch)
+    ]
     return Sample(torch.cat([part.images for part in parts]), torch.cat([part.latents for part in parts]))
 
 

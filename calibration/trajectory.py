@@ -82,7 +82,7 @@ def _read(shard: Path) -> dict[str, Any]:
 
 def record(
     pipeline: Any,
-    wanted: Sequence[Condition],
+    conditions: Sequence[Condition],
     sampling: Sampling,
     folder: Path,
     batch: int = 4,
@@ -94,7 +94,7 @@ def record(
     Memory holds one shard, however many conditions there are.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    groups = [list(wanted[start : start + batch]) for start in range(0, len(wanted), batch)]
+    groups = [list(conditions[start : start + batch]) for start in range(0, len(conditions), batch)]
     for index, group in enumerate(groups):
         path = folder / f"shard-{index:05d}.safetensors"
         request = json.dumps([asdict(sampling), [asdict(condition) for condition in group]], sort_keys=True)
@@ -107,11 +107,11 @@ def record(
     return Trajectories(folder)
 
 
-def observe(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling, answer: Answer | None = None) -> Shard:
+def observe(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling, answer: Answer | None = None) -> Shard:
     """What is recorded of one call of the pipeline."""
     shard = Shard(answer)
     with watch(pipeline, shard.receive), watch_guided(pipeline, shard.receive_guided):
-        sample(pipeline, wanted, sampling)
+        sample(pipeline, conditions, sampling)
     return shard
 
 

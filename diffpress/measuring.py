@@ -54,11 +54,11 @@ class Measured:
 def measure(
     reference: Open,
     candidate: Open,
-    wanted_of: Callable[[Any], Sequence[Condition]],
+    conditions_of: Callable[[Any], Sequence[Condition]],
     sampling: Sampling,
     progress: Progress | None = None,
 ) -> Measured:
-    """The pairs of both under `wanted_of(pipeline)`, and what an image of each costs.
+    """The pairs of both under `conditions_of(pipeline)`, and what an image of each costs.
 
     Both are timed in alternation where both fit into memory; where they do not, the reference is dropped before the
     candidate is loaded, and each is timed alone.
@@ -66,25 +66,25 @@ def measure(
     # What was dropped before goes now.
     gc.collect()
     first = reference()
-    wanted = list(wanted_of(first))
+    conditions = list(conditions_of(first))
     machine = machine_words(str(device_of(denoiser_of(first))))
-    ours = _alone(first, wanted, sampling, _half(progress, 0))
+    ours = _alone(first, conditions, sampling, _half(progress, 0))
     if both_fit(first, ours.cost["peak_memory_bytes"]):
         second = candidate()
-        theirs = _alone(second, wanted, sampling, _half(progress, 1))
-        timed = _timed({first: ours, second: theirs}, wanted, sampling)
+        theirs = _alone(second, conditions, sampling, _half(progress, 1))
+        timed = _timed({first: ours, second: theirs}, conditions, sampling)
     else:
-        timed = _timed({first: ours}, wanted, sampling)
+        timed = _timed({first: ours}, conditions, sampling)
         del first
         gc.collect()
         second = candidate()
-        theirs = _alone(second, wanted, sampling, _half(progress, 1))
-        timed = timed.beside(_timed({second: theirs}, wanted, sampling))
+        theirs = _alone(second, conditions, sampling, _half(progress, 1))
+        timed = timed.beside(_timed({second: theirs}, conditions, sampling))
     cost: dict[str, Any] = {key: _both(ours.cost[key], theirs.cost[key]) for key in ours.cost}
     packed = {"peak_memory_bytes": cost["peak_memory_bytes"], "latency_ms": _latency(timed.packed)}
     loaded = {"peak_memory_bytes": _both(*timed.peaks), "latency_ms": _latency(timed.loaded)}
     return Measured(
-        pairs_of(ours.side, theirs.side, wanted),
+        pairs_of(ours.side, theirs.side, conditions),
         cost | loaded,
         packed if any(own.expanded for own in timed.expansions) else {},
         theirs.uses,
@@ -114,25 +114,25 @@ class _Timed(NamedTuple):
         )
 
 
-def _timed(pipelines: Mapping[Any, _Alone], wanted: Sequence[Condition], sampling: Sampling) -> _Timed:
+def _timed(pipelines: Mapping[Any, _Alone], conditions: Sequence[Condition], sampling: Sampling) -> _Timed:
     """Times in alternation of pipelines, of which each has been measured alone; their layers are left expanded."""
-    packed = _times(list(pipelines), wanted, sampling)
+    packed = _times(list(pipelines), conditions, sampling)
     expansions = [expand_(pipeline, alone.uses) for pipeline, alone in pipelines.items()]
     peaks = [
-        peak_memory_bytes(pipeline, wanted[0], sampling) if expansion.expanded else alone.cost["peak_memory_bytes"]
+        peak_memory_bytes(pipeline, conditions[0], sampling) if expansion.expanded else alone.cost["peak_memory_bytes"]
         for (pipeline, alone), expansion in zip(pipelines.items(), expansions, strict=True)
     ]
     changed = any(expansion.expanded for expansion in expansions)
-    return _Timed(packed, _times(list(pipelines), wanted, sampling) if changed else packed, peaks, expansions)
+    return _Timed(packed, _times(list(pipelines), conditions, sampling) if changed else packed, peaks, expansions)
 
 
 def _both(reference: Any, candidate: Any) -> dict[str, Any]:
     return {"reference": reference, "candidate": candidate}
 
 
-def _times(pipelines: Sequence[Any], wanted: Sequence[Condition], sampling: Sampling) -> list[list[float]]:
+def _times(pipelines: Sequence[Any], conditions: Sequence[Condition], sampling: Sampling) -> list[list[float]]:
     """What the first image takes each of the `pipelines`, which have made it before."""
-    return latencies_ms([partial(sample, own, wanted[:1], sampling) for own in pipelines], REPEATS, warm=True)
+    return latencies_ms([partial(sample, own, conditions[:1], sampling) for own in pipelines], REPEATS, warm=True)
 
 
 def both_fit(reference: Any, needed_bytes: int) -> bool:
@@ -149,14 +149,14 @@ class _Alone(NamedTuple):
     """Of one image."""
 
 
-def _alone(pipeline: Any, wanted: Sequence[Condition], sampling: Sampling, progress: Progress | None) -> _Alone:
-    side = sample_side(pipeline, wanted, sampling, progress)
+def _alone(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling, progress: Progress | None) -> _Alone:
+    side = sample_side(pipeline, conditions, sampling, progress)
     with layer_uses(pipeline) as uses:
-        macs = macs_per_image(pipeline, wanted[0], sampling)
+        macs = macs_per_image(pipeline, conditions[0], sampling)
     cost = {
         "parameters": parameter_count(denoiser_of(pipeline)),
         "macs_per_image": macs,
-        "peak_memory_bytes": peak_memory_bytes(pipeline, wanted[0], sampling),
+        "peak_memory_bytes": peak_memory_bytes(pipeline, conditions[0], sampling),
     }
     return _Alone(side, cost, uses)
 

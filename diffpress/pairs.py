@@ -62,10 +62,10 @@ class Side(NamedTuple):
 
 
 def sample_side(
-    pipeline: Any, wanted: Sequence[Condition], sampling: Sampling, progress: Progress | None = None
+    pipeline: Any, conditions: Sequence[Condition], sampling: Sampling, progress: Progress | None = None
 ) -> Side:
-    """Sample one of two pipelines under `wanted`; what it made is kept in main memory."""
-    groups = [list(wanted[start : start + BATCH]) for start in range(0, len(wanted), BATCH)]
+    """Sample one of two pipelines under `conditions`; what it made is kept in main memory."""
+    groups = [list(conditions[start : start + BATCH]) for start in range(0, len(conditions), BATCH)]
     made, outputs = [], []
     for index, group in enumerate(groups):
         result, calls = _watched(pipeline, group, sampling)
@@ -76,7 +76,7 @@ def sample_side(
     return Side(torch.cat([own.images for own in made]), torch.cat([own.latents for own in made]), outputs)
 
 
-def pairs_of(reference: Side, candidate: Side, wanted: Sequence[Condition]) -> Pairs:
+def pairs_of(reference: Side, candidate: Side, conditions: Sequence[Condition]) -> Pairs:
     """What both made of the same conditions."""
     errors = torch.stack(
         [
@@ -85,7 +85,7 @@ def pairs_of(reference: Side, candidate: Side, wanted: Sequence[Condition]) -> P
         ]
     )
     return Pairs(
-        list(wanted),
+        list(conditions),
         reference.images,
         candidate.images,
         psnr_db(candidate.images, reference.images).tolist(),
@@ -96,9 +96,11 @@ def pairs_of(reference: Side, candidate: Side, wanted: Sequence[Condition]) -> P
     )
 
 
-def compare_pairs(reference: Any, candidate: Any, wanted: Sequence[Condition], sampling: Sampling) -> Pairs:
-    """Sample both pipelines under `wanted`."""
-    return pairs_of(sample_side(reference, wanted, sampling), sample_side(candidate, wanted, sampling), wanted)
+def compare_pairs(reference: Any, candidate: Any, conditions: Sequence[Condition], sampling: Sampling) -> Pairs:
+    """Sample both pipelines under `conditions`."""
+    return pairs_of(
+        sample_side(reference, conditions, sampling), sample_side(candidate, conditions, sampling), conditions
+    )
 
 
 def _watched(pipeline: Any, group: list[Condition], sampling: Sampling) -> tuple[Sample, list[Tensor]]:
