@@ -129,17 +129,30 @@ def learning(results: dict[str, Any]) -> str:
 
 
 def cpu(results: dict[str, Any]) -> str:
-    """One denoiser call, of `results/cpu.json`."""
-    rows = [
-        (
-            f"{row['model']}, {row['row']}",
+    """One denoiser call on the fastest tier, of `results/cpu.json`."""
+    rows = [row for row in results["rows"] if "error" not in row]
+    threads = sorted({row["threads"] for row in rows})
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    header = ("", "ms", *(f"of float32's time, {n} thread{'s' * (n > 1)}" for n in threads), "of bfloat16's", "memory")
+
+    def line(row: dict[str, Any]) -> Sequence[str]:
+        same = [next((of for of in rows if _same_call(of, row) and of["threads"] == n), None) for n in threads]
+        return (
+            row["row"],
             f"{row['milliseconds']:,.{0 if row['milliseconds'] > 100 else 1}f}",
-            f"{row['over_float32']:.2f}",
+            *("" if of is None else f"{of['over_float32']:.2f}" for of in same),
             f"{row['over_bfloat16']:.2f}" if "over_bfloat16" in row else "",
+            f"{row['bytes'] / 1e6:,.0f} MB" if "bytes" in row else "",
         )
-        for row in sorted(results["rows"], key=lambda row: row["model"])
-    ]
-    return _table(("", "ms", "of float32's time", "of bfloat16's"), rows)
+
+    alone = {m: [row for row in rows if (row["model"], row["threads"]) == (m, threads[0])] for m in models}
+    return _by_model(
+        {m: list({row["row"]: row for row in reversed(own)}.values())[::-1] for m, own in alone.items()}, header, line
+    )
+
+
+def _same_call(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one.get(key) == other.get(key) for key in ("model", "row", "tier"))
 
 
 def fusion(results: dict[str, Any]) -> str:
@@ -324,6 +337,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quantizers": ("quantize.json", quantizers),
     "learning": ("quantize.json", learning),
     "cpu": ("cpu.json", cpu),
+    "cpu-avx512vnni": ("cpu-avx512vnni.json", cpu),
     "feedback": ("ilf.json", feedback),
     "fusion": ("fusion.json", fusion),
     "steps": ("steps.json", steps),

@@ -66,7 +66,7 @@ def tables() -> Iterator[ModuleType]:
 def test_advice_quotes_what_was_recorded(tables: ModuleType) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (advice,) = re.findall(r"^## Which preset\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
-    recorded = tables.recorded("recipes") + tables.recorded("cpu")
+    recorded = "".join(map(tables.recorded, ("recipes", "cpu", "cpu-avx512vnni")))
     assert set(re.findall(r"\d+\.\d+", advice)) <= set(re.findall(r"\d+\.\d+", recorded))
 
 
@@ -77,6 +77,7 @@ def test_advice_quotes_what_was_recorded(tables: ModuleType) -> None:
         ("quantizers", "docs/beside-peers.md"),
         ("learning", "docs/beside-peers.md"),
         ("cpu", "docs/kernels.md"),
+        ("cpu-avx512vnni", "docs/kernels.md"),
         ("fusion", "docs/kernels.md"),
         ("feedback", "docs/ilf.md"),
         ("steps", "docs/steps.md"),
