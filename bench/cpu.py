@@ -168,9 +168,11 @@ def layer_macs(model: nn.Module, layers: list[PackedLayer], inputs: Inputs) -> l
 
 
 def macs_a_millisecond(bits: int) -> float:
-    """Of a large layer."""
+    """Of a large layer of normal weights."""
     rows, inputs, outputs = LARGE_LAYER
-    layer = packed_(nn.Sequential(nn.Linear(inputs, outputs)), Row("", bits, 8))[0]
+    plain = nn.Linear(inputs, outputs).requires_grad_(False)
+    nn.init.normal_(plain.weight)
+    layer = packed_(nn.Sequential(plain), Row("", bits, 8))[0]
     x, scale = torch.randn(rows, inputs), torch.full((1,), 0.03)
     weight, weight_scale = layer.weight, layer.weight_scale
     run = partial(quantized_linear, x, weight, weight_scale, scale, None, layer.bias, bits, 8)
