@@ -136,7 +136,7 @@ def multiplies_bfloat16() -> bool:
 
 def alternating(runs: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
     """Times of each; those that take `SLOW` times as long as the first are called once, all others in alternation."""
-    first = {name: latencies_ms([run], 1)[0] for name, run in runs.items()}
+    first = {name: [min(latencies_ms([run], 2)[0])] for name, run in runs.items()}
     slow = [name for name in runs if first[name][0] > SLOW * next(iter(first.values()))[0]]
     quick = {name: run for name, run in runs.items() if name not in slow}
     times = dict(zip(quick, latencies_ms(list(quick.values()), repeats, warm=True), strict=True))

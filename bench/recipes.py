@@ -59,10 +59,10 @@ def rows_of(model: str, chosen: list[str], work: Path) -> list[Row]:
     ]
     for preset in chosen:
         out = work / f"{model.removeprefix('zoo:')}-{preset}"
-        compress(source, load_recipe(preset), out)
+        artifact = compress(source, load_recipe(preset), out)
         folder = PipelineFolder(out, str(out))
         sizes = folder.component_bytes(folder.denoiser), folder.size_bytes()
-        rows.append(Row(f"recipe {preset}", load_pipeline(folder), STEPS, *sizes))
+        rows.append(Row(f"recipe {preset}", artifact.load(), STEPS, *sizes))
     return rows
 
 
