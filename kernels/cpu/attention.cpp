@@ -62,9 +62,17 @@ float token_codes(const void* x, int64_t type, int64_t at, int64_t columns, cons
   return scale;
 }
 
+// One token's quads lie one after the other.
+std::vector<int32_t> quads_in_order(int64_t bytes) {
+  std::vector<int32_t> offsets(static_cast<size_t>(quads(bytes)));
+  for (size_t q = 0; q < offsets.size(); ++q) offsets[q] = static_cast<int32_t>(4 * q);
+  return offsets;
+}
+
 // What every query of a head is multiplied with.
 struct Head {
   std::vector<Panel> key_panels, value_panels;
+  std::vector<int32_t> key_offsets, value_offsets;
   std::vector<float> key_scale, value_scale, values;  // values as [columns / kPanel][keys][kPanel], zeros beyond the last
 
   float& value(const Attention& a, int64_t key, int64_t column) {
@@ -81,6 +89,7 @@ void pack_keys(const Attention& a, int64_t at, const float* mean, Head& head) {
   }
   constexpr int64_t kLargestQuery = kOffset + static_cast<int64_t>(kLargestCode);
   head.key_panels = pack({codes.data(), a.keys, a.columns, 1}, kLargestQuery);
+  head.key_offsets = quads_in_order(a.columns);
 }
 
 void copy_values(const Attention& a, int64_t at, Head& head) {
@@ -105,13 +114,7 @@ void pack_values(const Attention& a, Head& head) {
     }
   }
   head.value_panels = pack({codes.data(), a.columns, a.keys, 1}, static_cast<int64_t>(kLargestCode));
-}
-
-// One token's quads lie one after the other.
-std::vector<int32_t> quads_in_order(int64_t bytes) {
-  std::vector<int32_t> offsets(static_cast<size_t>(quads(bytes)));
-  for (size_t q = 0; q < offsets.size(); ++q) offsets[q] = static_cast<int32_t>(4 * q);
-  return offsets;
+  head.value_offsets = quads_in_order(a.keys);
 }
 
 // A tile of queries: their scores, then probabilities, in memory of the thread.
@@ -140,11 +143,10 @@ struct Tile {
       scale[r] = factor * token_codes(a.q, a.type, at + r * a.q_stride[2], a.columns, nullptr, kOffset, to);
       best[r] = all(-INFINITY);
     }
-    const std::vector<int32_t> offsets = quads_in_order(a.columns);
     int32_t sums[kTile * kPanel];
     for (int64_t first = 0; first < step; first += kPanel) {
       const Panel& panel = head.key_panels[static_cast<size_t>(first / kPanel)];
-      multiply(row.data(), rows, offsets.data(), panel, sums);
+      multiply(row.data(), rows, head.key_offsets.data(), panel, sums);
       for (int64_t part = 0; part < kPanel; part += kLanes) {
         const Integers surplus = load<Integers>(panel.sums.data() + part) * static_cast<int32_t>(kOffset);
         const Floats key_scale = load<Floats>(head.key_scale.data() + first + part);
@@ -226,11 +228,13 @@ struct Tile {
   void mix_in_integers(const uint8_t* codes, int64_t output, int64_t output_step) const {
     std::array<const uint8_t*, kTile> row{};
     for (int64_t r = 0; r < rows; ++r) row[r] = codes + r * step;
-    const std::vector<int32_t> offsets = quads_in_order(a.keys);
     int32_t sums[kTile * kPanel];
     for (int64_t c = 0; c < a.columns; c += kLanes) {
       const int64_t half = c % kPanel;
-      if (half == 0) multiply(row.data(), rows, offsets.data(), head.value_panels[static_cast<size_t>(c / kPanel)], sums);
+      if (half == 0) {
+        const Panel& panel = head.value_panels[static_cast<size_t>(c / kPanel)];
+        multiply(row.data(), rows, head.value_offsets.data(), panel, sums);
+      }
       const Floats scale = load<Floats>(head.value_scale.data() + c);
       for (int64_t r = 0; r < rows; ++r) {
         const Floats value = to_floats(load<Integers>(sums + r * kPanel + half)) / total[r] * scale;
