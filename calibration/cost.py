@@ -8,13 +8,13 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from diffpress.export.runtime import BufferedLinear, PackedLayer
+from diffpress.export.runtime import BufferedLinear, named_packed_layers
+from diffpress.export.runtime.memory import free_bytes as free_of_machine
 
 from .conditions import Condition
 from .sampling import Sampling, denoiser_of, device_of, sample
@@ -108,13 +108,12 @@ def free_bytes(pipeline: Any) -> int:
     device = device_of(denoiser_of(pipeline))
     if device.type == "cuda":
         return weight_bytes(pipeline) + torch.cuda.mem_get_info(device)[0]
-    return weight_bytes(pipeline) + psutil.virtual_memory().available
+    return weight_bytes(pipeline) + free_of_machine()
 
 
 def parameter_count(model: nn.Module) -> int:
     """Numbers the model computes with, however many bits each is stored in."""
-    packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
-    weights = [len(layer.weight) * layer.columns for layer in packed]
+    weights = [len(layer.weight) * layer.columns for _, layer in named_packed_layers(model)]
     floats = [module for module in model.modules() if isinstance(module, BufferedLinear)]
     numbers = [*model.parameters(), *(tensor for layer in floats for tensor in layer.buffers())]
     return sum(tensor.numel() for tensor in numbers) + sum(weights)

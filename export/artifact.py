@@ -19,7 +19,7 @@ from .load.config import EditsConfig
 from .load.empty import apply_to_empty_
 from .load.libraries import empty_model, library_of
 from .manifest import MANIFEST, Manifest, check_files, read_manifest
-from .runtime import Expansion, PackedLayer, decide, expand_, packed_layers
+from .runtime import Expansion, PackedLayer, decide, expand_, named_packed_layers
 from .source import source_tensors
 from .tensor_files import save_tensors
 
@@ -128,7 +128,7 @@ def expansion_here(path: Path, manifest: Manifest, dtype: torch.dtype = torch.fl
     for component in sorted({edit.component for edit in manifest.edits}):
         config = EditsConfig.of(edits_of(component, manifest.edits), manifest.timesteps)
         model = _edited_empty(folder, component, config)
-        layers |= dict(packed_layers(model, f"{component}."))
+        layers |= dict(named_packed_layers(model, f"{component}."))
     return decide(layers, manifest.layers, dtype, folder.size_bytes())
 
 

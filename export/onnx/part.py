@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..portable.manifest import Port
-from ..runtime import PackedLayer, attention_overrides
+from ..runtime import PackedLayer, attention_overrides, named_packed_layers
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Part:
 
 def packed_layers(module: nn.Module) -> list[PackedLayer]:
     """The layers that a Pack edit left in a module."""
-    return [layer for layer in module.modules() if isinstance(layer, PackedLayer)]
+    return [layer for _, layer in named_packed_layers(module)]
 
 
 def multiplies_codes(part: Part) -> bool:

@@ -10,7 +10,7 @@ from .attention import (
     why_not_int8,
 )
 from .clock import TIMESTEPS, StepClock, attach_clock_, attached_clocks, find_timestep, step_weights, timestep_name
-from .expansion import Expansion, decide, expand_, layers_of, loses, packed_layers
+from .expansion import Expansion, decide, expand_, layers_of, loses, named_packed_layers
 from .factorized import BufferedLinear, FactorizedLinear, factorize_layer
 from .feedback import Feedback
 from .feedback_plan import FeedbackPlan
@@ -58,9 +58,9 @@ __all__ = [
     "layer_times",
     "layers_of",
     "loses",
+    "named_packed_layers",
     "own_forward",
     "pack_layer",
-    "packed_layers",
     "quantize_attention_",
     "set_forward",
     "step_weights",

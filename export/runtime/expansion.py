@@ -130,10 +130,10 @@ def layers_of(pipeline: Any) -> Iterator[tuple[str, PackedLayer]]:
     """The packed layers of all components of a pipeline, named `COMPONENT.MODULE`."""
     for component, model in pipeline.components.items():
         if isinstance(model, nn.Module):
-            yield from packed_layers(model, f"{component}.")
+            yield from named_packed_layers(model, f"{component}.")
 
 
-def packed_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, PackedLayer]]:
+def named_packed_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, PackedLayer]]:
     """Those of one model, with `prefix` before their names."""
     for name, layer in model.named_modules():
         if isinstance(layer, PackedLayer):

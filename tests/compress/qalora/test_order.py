@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from torch import Tensor, nn
 
@@ -73,7 +74,7 @@ def test_free_memory_counts_what_the_pipeline_takes_itself(
     class Memory:
         available = 1000
 
-    monkeypatch.setattr(cost.psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
     pipeline = recorded_subject("tiny_class").pipeline
     weights = sum(
         tensor.numel() * tensor.element_size()
