@@ -29,11 +29,11 @@ from diffpress.compress.options import Products, Qalora
 from diffpress.compress.result import QuantizationResult, edits_and_tensors
 from diffpress.export.apply import apply_edits_
 from diffpress.export.artifact import load_pipeline
-from diffpress.export.runtime import PackedLayer, computes_attention
+from diffpress.export.runtime import PackedLayer, computes_attention, named_packed_layers
 from diffpress.kernels import quantized_linear
-from diffpress.kernels.cpu import panel_bytes, processor_tiers, tier, why_no_library
+from diffpress.kernels.answering import answering_kernels
+from diffpress.kernels.cpu import panel_bytes, processor_tiers
 from diffpress.kernels.cpu.library import CHOICE, ONEDNN, built_tiers
-from diffpress.kernels.library import only_reference
 from diffpress.kernels.processor import fast_dtype
 from diffpress.models import resolve
 from diffpress.pairs import paired_conditions
@@ -145,7 +145,7 @@ def alternating(runs: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str
 
 def of_packed(model: nn.Module, inputs: Inputs, row: dict[str, Any]) -> dict[str, Any]:
     """What it holds, and which share of its time its products would take as fast as a large layer's."""
-    layers = [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
+    layers = [layer for _, layer in named_packed_layers(model)]
     held = held_bytes(model) + sum(panel_bytes(layer.weight) for layer in layers)
     if layers[0].activation_scale is None:
         return {"bytes": held}
@@ -251,18 +251,13 @@ def main() -> None:
         rows.append(peer_row(peer, arguments.repeats, arguments.work.absolute()))
         show(rows[-1])
     if arguments.json:
-        print(json.dumps({"machine": machine(), "kernels": answering(), "rows": rows}, indent=1))
+        print(json.dumps({"machine": machine(), "kernels": answering_kernels("cpu"), "rows": rows}, indent=1))
 
 
 def show(row: dict[str, Any]) -> None:
     """A line of progress."""
     words = row.get("error") or f"{row['over_float32']:.2f} of float32's time"
     print(row["model"], row["row"], f"{row['threads']} threads:", words, file=sys.stderr)
-
-
-def answering() -> str:
-    """What computes the layers."""
-    return "reference" if only_reference() or why_no_library() else f"C++ for {tier()}"
 
 
 if __name__ == "__main__":
