@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in less than 9 minutes: `bench/gpu.sh DIR` writes correctness.json, kernels.json and denoisers.json.
-# It runs from a checkout: torch and triton have to be installed, this package need not be. PYTHON names the interpreter.
+# All that needs a GPU, in less than 9 minutes: `bench/gpu.sh DIR` writes correctness.json, pipelines.json, kernels.json and
+# denoisers.json. `bench/gpu.sh DIR SECONDS PART...` runs some of the parts, `tiles` among them, in another time. It runs from a checkout: torch and triton have to be installed, this package need not be. PYTHON names the interpreter.
 # Ends with 1 where a result is wrong or a row has failed; what was measured is in DIR all the same.
 set -u
 
-if [ $# -ne 1 ]; then
-    echo "usage: bench/gpu.sh DIR" >&2
+if [ $# -lt 1 ]; then
+    echo "usage: bench/gpu.sh DIR [SECONDS [PART...]]" >&2
     exit 2
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
+seconds=${2:-500}
+shift $(($# < 2 ? $# : 2))
+[ $# -gt 0 ] || set -- correctness pipelines speed denoisers
 python=${PYTHON:-python3}
 
 # The package as it is installed: its four folders inside it, and a version, which is asked for when it is imported.
@@ -25,13 +28,12 @@ export PYTHONSAFEPATH=1
 export PYTHONPATH="$links:$root/bench/gpu:$root/bench"
 unset TRITON_INTERPRET DIFFPRESS_KERNELS DIFFPRESS_BENCH_DEADLINE
 
+workers=$(($(nproc) / 2))
 status=0
-# Each part begins no row after so many seconds of the whole; the time limit is there for a row that hangs.
-part() {
-    local left=$(($2 - SECONDS))
-    timeout --kill-after=5 $((left + 25)) "$python" "$root/bench/gpu/$1.py" "$out" --seconds $left || status=1
-}
-part correctness 180
-part speed 390
-part denoisers 500
+while [ $# -gt 0 ]; do
+    # Each part begins no row after its share of what is left; the time limit is there for a row that hangs.
+    share=$(((seconds - SECONDS) / $#))
+    timeout --kill-after=5 $((share + 25)) "$python" "$root/bench/gpu/$1.py" "$out" --seconds $share --workers $workers || status=1
+    shift
+done
 exit $status

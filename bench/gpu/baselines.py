@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from inputs import Arguments, Source, image
 from roofline import work_of
-from shapes import Attention, Conv, Linear, Spec
+from shapes import OPERATIONS, Attention, Conv, Linear, Spec
 from torch import Tensor, nn
 
 Call = Callable[[], Any]
@@ -30,6 +30,11 @@ def baselines(spec: Spec, given: Arguments, source: Source) -> Baselines:
     return _codes(spec, given, source)
 
 
+def leads(spec: Spec) -> bool:
+    """Whether it is its model's first shape: what has to be compiled for every size is asked for these alone."""
+    return OPERATIONS[spec.op][0].get(spec.model, (spec.shape,))[0] == spec.shape
+
+
 def memo_key(spec: Spec, name: str) -> tuple[Any, ...]:
     """Baselines of linear layers and convolutions do not depend on which of our operations stands beside them."""
     own = None if isinstance(spec.shape, Linear | Conv) else spec.op
@@ -44,13 +49,17 @@ def _linear(spec: Spec, source: Source) -> Baselines:
         x, weight, bias = source.normal(shape.rows, shape.depth), _matrix(shape, source), source.normal(shape.columns)
         return partial(_activated_linear, x, weight, bias, form.activation)
 
-    found: Baselines = {"torch": layer, "torch compiled": lambda: _compiled(layer())}
+    found: Baselines = {"torch": layer}
+    if form.activation != "none" and leads(spec):
+        # Without an activation the compiler has nothing to fuse: it would call what torch calls.
+        found["torch compiled"] = lambda: _compiled(layer())
     if form.cores == "int8":
         found["cuBLASLt int8"] = lambda: _int_mm(shape, source)
+    if form.cores == "int8" and leads(spec):
         found["torchao int8, compiled"] = lambda: _torchao("Int8DynamicActivationInt8WeightConfig", shape, source)
     if form.cores == "fp8":
         found["cuBLASLt fp8"] = lambda: _scaled_mm(shape, source)
-    if (form.cores, form.bits) == ("half", 4):
+    if (form.cores, form.bits) == ("half", 4) and leads(spec):
         found["torchao int4, compiled"] = lambda: _torchao("Int4WeightOnlyConfig", shape, source, group_size=64)
         found["bitsandbytes NF4"] = lambda: _nf4(shape, source)
     return found
@@ -110,7 +119,12 @@ def _conv(spec: Spec, source: Source) -> Baselines:
         x, bias = image(shape, source), source.normal(shape.outputs)
         return partial(_activated_conv, x, weight, bias, spec.form.activation, **window)
 
-    return {"cuDNN channels last": layer, "torch compiled": lambda: _compiled(layer())}
+    found: Baselines = {"cuDNN channels last": layer}
+    return (
+        found
+        if spec.form.activation == "none" or not leads(spec)
+        else {**found, "torch compiled": lambda: _compiled(layer())}
+    )
 
 
 def _activated_conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str, *, stride: int, padding: int) -> Tensor:

@@ -17,7 +17,7 @@ from baselines import Baselines, baselines, memo_key
 from correctness import implementation
 from inputs import Source, arguments
 from roofline import limit_seconds, peak_of, work_of
-from rows import Row, in_a_line, main
+from rows import Row, in_a_line, main, together
 from shapes import RAGGED, Spec, specs
 
 Timer = Callable[[Callable[[], Any]], float]
@@ -68,14 +68,25 @@ def _timed(prepare: Callable[[], Callable[[], Any]], timer: Timer) -> dict[str, 
         return {"error": in_a_line(error)}
 
 
-def rows(seed: int) -> Iterator[Row]:
+def rows(seed: int, timer: Timer = median_ms) -> Iterator[Row]:
     """All but ragged sizes, which are there to be right; cuDNN looks for its fastest convolution."""
     torch.backends.cudnn.benchmark = True
     known: Known = {}
     for spec in specs():
         if spec.model != RAGGED:
-            yield Row(spec.names(), partial(measure, spec, seed, known))
+            yield Row(spec.names(), partial(measure, spec, seed, known, timer))
+
+
+def rehearsal(seed: int) -> list[Row]:
+    """All rows of one shape as one, so that no two workers compile the same baselines."""
+    return together(rows(seed, once), lambda row: (row.names["shape"],))
+
+
+def once(call: Callable[[], Any]) -> float:
+    """Calls it so that what it needs is compiled; the time does not matter."""
+    call()
+    return float("nan")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(__doc__, "kernels.json", rows, lambda row: "us" in row))
+    raise SystemExit(main(__doc__, "kernels.json", rows, lambda row: "us" in row, rehearsal))

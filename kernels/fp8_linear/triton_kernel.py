@@ -10,7 +10,8 @@ from torch import Tensor
 from ..aot import Form
 from ..blocks import tile_of
 from ..launching import given
-from ..quantization import to_fp8
+from ..quantization import FP8_MAX
+from ..quantize_rows.triton_kernel import WIDEST, row_tile
 from ..tiles import Tile, pick
 from .reference import fp8_linear_reference
 
@@ -18,6 +19,36 @@ TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 128, 4, 3))
 """For large outputs and for small ones; with less than 64 rows H100 and B200 multiply in half precision instead."""
 TARGETS = ("sm_89", "sm_90", "sm_100", "sm_120")
 """What multiplies float8 of this kind; MI300's has another bias in its exponent."""
+
+
+LARGEST = tl.constexpr(FP8_MAX)
+
+
+@triton.jit
+def round_to_fp8(x):
+    """Float32 `x`, no larger than LARGEST, half to even to what float8_e4m3fn holds: no cast is left to round."""
+    bits = x.to(tl.int32, bitcast=True)
+    # Three bits of the fraction stay; below 2**-6 steps are 2**-9, which beside 1.5 * 2**14 are the last that fit.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)
+
+
+@triton.jit
+def fp8_rows_kernel(
+    x_pointer, scale_pointer, y_pointer, M, K, ROW_SCALES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+):
+    """One [BM, BK] tile of `to_fp8`."""
+    m, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BK + tl.arange(0, BK)
+    m_mask = m < M
+    inside = m_mask[:, None] & (k < K)[None, :]
+    place = m.to(tl.int64)[:, None] * K + k[None, :]
+    value = tl.load(x_pointer + place, mask=inside, other=0).to(tl.float32)
+    if ROW_SCALES:
+        scale = tl.load(scale_pointer + m, mask=m_mask, other=1)[:, None]
+    else:
+        scale = tl.load(scale_pointer)
+    value = round_to_fp8(tl.clamp(tl.div_rn(value, scale), -LARGEST, LARGEST))
+    tl.store(y_pointer + place, value.to(y_pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -74,7 +105,7 @@ def launch(x: Tensor, weight: Tensor, weight_scale: Tensor, activation_scale: Te
         return y
     tile = pick(TILES, rows, columns)
     fp8_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
-        to_fp8(x.reshape(rows, depth), activation_scale.view(-1, 1)),
+        to_fp8_rows(x.reshape(rows, depth), activation_scale),
         weight.contiguous(),
         weight_scale.contiguous(),
         activation_scale.contiguous(),
@@ -95,16 +126,42 @@ def launch(x: Tensor, weight: Tensor, weight_scale: Tensor, activation_scale: Te
     return y
 
 
+def to_fp8_rows(x: Tensor, scale: Tensor) -> Tensor:
+    """float8_e4m3fn [M, K] of `x` [M, K] / `scale` [1], or one a row, in one pass (see `to_fp8`)."""
+    rows, columns = x.shape
+    y = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
+    tile = row_tile(min(columns, WIDEST))
+    fp8_rows_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
+        x.contiguous(),
+        scale.contiguous(),
+        y,
+        rows,
+        columns,
+        ROW_SCALES=scale.numel() > 1,
+        BM=tile.rows,
+        BK=tile.columns,
+        num_warps=tile.warps,
+    )
+    return y
+
+
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether the tensor cores of a GPU take float8_e4m3fn: from the 40 series on."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def forms() -> list[Form]:
-    """What is compiled ahead of time: every tile."""
+    """What is compiled ahead of time: every tile, and float8 of usual rows."""
     types = ("*fp8e4nv", "*fp8e4nv", "*fp32", "*fp32", "*bf16", "*bf16", "i32", "i32", "i32")
     named = dict(zip(fp8_linear_kernel.arg_names, types, strict=False))
-    return [_form(tile, row_scales, named) for tile in TILES for row_scales in (False, True)]
+    return [*(_form(tile, row_scales, named) for tile in TILES for row_scales in (False, True)), _rows_form()]
+
+
+def _rows_form() -> Form:
+    tile = row_tile(WIDEST)
+    types = dict(zip(fp8_rows_kernel.arg_names, ("*bf16", "*fp32", "*fp8e4nv", "i32", "i32"), strict=False))
+    constants = {"ROW_SCALES": True, "BM": tile.rows, "BK": tile.columns}
+    return Form("float8 of rows", fp8_rows_kernel, types, constants, tile.warps, 1, None, TARGETS)
 
 
 def _form(tile: Tile, row_scales: bool, types: dict[str, str]) -> Form:

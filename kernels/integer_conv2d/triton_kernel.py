@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..aot import Form
 from ..blocks import activate, tile_of, weight_tile
+from ..integer_linear.triton_kernel import sums_of_columns
 from ..launching import given
 from ..tiles import Tile, pick
 from ..windows import output_size
@@ -105,7 +106,6 @@ def integer_conv2d_kernel(
         weight = tl.load(rows[None, :] + tap * C + c[:, None], mask=w_mask, other=0)
         sums = tl.dot(codes, weight, sums, out_dtype=tl.int32)
     if HAS_ZERO:
-        # Summed before the launch: beside the product, and read again by every program, they do not fit the registers.
         sums -= zero_point * tl.load(weight_sums_pointer + n, mask=n_mask, other=0)[None, :]
     scale = tl.load(activation_scale_pointer) * tl.load(weight_scale_pointer + n, mask=n_mask, other=0)
     value = sums.to(tl.float32) * scale[None, :]
@@ -172,14 +172,16 @@ def convolve(
     if y.numel() == 0:
         return
     tile = pick(TILES, rows, columns)
-    weight = tap_major(weight, channels, kernel_size[0] * kernel_size[1], weight_bits)
+    taps = kernel_size[0] * kernel_size[1]
+    sums = codes if zero_point is None else sums_of_columns(weight, channels * taps, weight_bits, channels * taps)
+    weight = tap_major(weight, channels, taps, weight_bits)
     integer_conv2d_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
         codes.contiguous(),
         weight,
         weight_scale.contiguous(),
         activation_scale.contiguous(),
         given(zero_point, codes),
-        codes if zero_point is None else weight.sum(1, dtype=torch.int32),
+        sums,
         given(bias, codes),
         given(residual, codes),
         y,

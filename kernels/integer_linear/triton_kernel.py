@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..aot import Form
 from ..blocks import activate, tile_of, weight_tile
+from ..kept import kept_with
 from ..launching import given
+from ..packing import unpack_codes
 from ..tiles import Tile, pick, tile_depth
 from .reference import integer_linear_reference
 
@@ -28,6 +30,7 @@ def sums_of_products(
     weight_scale_pointer,
     scale,
     zero_point_pointer,
+    weight_sums_pointer,
     m,
     n,
     m_mask,
@@ -40,10 +43,13 @@ def sums_of_products(
     EVEN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """s_x s_w ((X - z) W) in float32 for rows `m` of the codes, of `scale` s_x, and rows `n` of the weight."""
+    """s_x s_w ((X - z) W) in float32 for rows `m` of the codes, of `scale` s_x, and rows `n` of the weight.
+
+    What z takes away comes from sums of the weight made before (see `sums_of_columns`): summed here, the weight would have to
+    pass through registers on its way to the tensor cores.
+    """
     sums = tl.zeros((m.shape[0], n.shape[0]), tl.int32)
     scaled = tl.zeros((m.shape[0], n.shape[0]), tl.float32)
-    weight_sums = tl.zeros((n.shape[0],), tl.int32)
     zero_point = tl.load(zero_point_pointer) if HAS_ZERO else 0
     x_pointers = x_pointer + m.to(tl.int64)[:, None] * K
     for start in range(0, K, BK):
@@ -55,18 +61,17 @@ def sums_of_products(
             # A tile lies within one group of columns (see `tile_depth`).
             product = tl.dot(x, weight, out_dtype=tl.int32)
             if HAS_ZERO:
-                product -= zero_point * tl.sum(weight.to(tl.int32), 0)[None, :]
+                sums_pointers = weight_sums_pointer + n * tl.cdiv(K, BK) + start // BK
+                product -= zero_point * tl.load(sums_pointers, mask=n_mask, other=0)[None, :]
             scale_pointers = weight_scale_pointer + n * tl.cdiv(K, GROUP) + start // GROUP
             scaled += product.to(tl.float32) * tl.load(scale_pointers, mask=n_mask, other=0)[None, :]
         else:
             sums = tl.dot(x, weight, sums, out_dtype=tl.int32)
-            if HAS_ZERO:
-                weight_sums += tl.sum(weight.to(tl.int32), 0)
     if GROUP:
         scaled *= scale
     else:
         if HAS_ZERO:
-            sums -= zero_point * weight_sums[None, :]
+            sums -= zero_point * tl.load(weight_sums_pointer + n, mask=n_mask, other=0)[None, :]
         weight_scale = tl.load(weight_scale_pointer + n, mask=n_mask, other=0)[None, :]
         scaled = sums.to(tl.float32) * (scale * weight_scale)
     return scaled
@@ -79,6 +84,7 @@ def integer_linear_kernel(
     weight_scale_pointer,
     activation_scale_pointer,
     zero_point_pointer,
+    weight_sums_pointer,
     bias_pointer,
     residual_pointer,
     y_pointer,
@@ -107,15 +113,15 @@ def integer_linear_kernel(
     else:
         scale = tl.load(activation_scale_pointer)
     value = sums_of_products(
-        x_pointer, weight_pointer, weight_scale_pointer, scale, zero_point_pointer, m, n, m_mask, n_mask, K, weight_stride,
-        BITS, GROUP, HAS_ZERO, EVEN, BK,
+        x_pointer, weight_pointer, weight_scale_pointer, scale, zero_point_pointer, weight_sums_pointer, m, n, m_mask, n_mask,
+        K, weight_stride, BITS, GROUP, HAS_ZERO, EVEN, BK,
     )  # fmt: skip
     if HAS_BIAS:
         value += tl.load(bias_pointer + n, mask=n_mask, other=0).to(tl.float32)[None, :]
     if ACTIVATION == "geglu":
         gate = sums_of_products(
-            x_pointer, weight_pointer, weight_scale_pointer, scale, zero_point_pointer, m, N + n, m_mask, n_mask, K,
-            weight_stride, BITS, GROUP, HAS_ZERO, EVEN, BK,
+            x_pointer, weight_pointer, weight_scale_pointer, scale, zero_point_pointer, weight_sums_pointer, m, N + n, m_mask,
+            n_mask, K, weight_stride, BITS, GROUP, HAS_ZERO, EVEN, BK,
         )  # fmt: skip
         if HAS_BIAS:
             gate += tl.load(bias_pointer + N + n, mask=n_mask, other=0).to(tl.float32)[None, :]
@@ -155,12 +161,14 @@ def launch(
             codes, weight, weight_scale, activation_scale, zero_point, bias, residual, weight_bits, group_size,
             activation, dtype,
         )  # fmt: skip
+    sums = codes if zero_point is None else sums_of_columns(weight, depth, weight_bits, deep if group_size else depth)
     integer_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
         codes.contiguous(),
         weight.contiguous(),
         weight_scale.contiguous(),
         activation_scale.contiguous(),
         given(zero_point, codes),
+        sums,
         given(bias, codes),
         given(residual, codes),
         y,
@@ -185,6 +193,16 @@ def launch(
     return y
 
 
+def sums_of_columns(weight: Tensor, depth: int, bits: int, span: int) -> Tensor:
+    """int32 [N, ceil(depth / span)]: each row of packed codes, `span` columns at a time; kept with the weight."""
+
+    def make() -> Tensor:
+        codes = unpack_codes(weight, depth, bits)
+        return torch.stack([part.sum(1, dtype=torch.int32) for part in codes.split(span, 1)], 1)
+
+    return kept_with(weight, ("sums", depth, bits, span), make)
+
+
 def tiles_for(group_size: int, activation: str) -> tuple[Tile, ...]:
     """The tiles that fit the registers."""
     return TWO_SUMS_TILES if group_size or activation == "geglu" else TILES
@@ -201,7 +219,7 @@ def forms() -> list[Form]:
 
 def _form(tile: Tile, bits: int, group_size: int, activation: str) -> Form:
     packed = "*i8" if bits == 8 else "*u8"
-    pointers = ("*i8", packed, "*fp32", "*fp32", "*i32", "*bf16", "*bf16", "*bf16")
+    pointers = ("*i8", packed, "*fp32", "*fp32", "*i32", "*i32", "*bf16", "*bf16", "*bf16")
     names = integer_linear_kernel.arg_names
     constants = {
         "BITS": bits,

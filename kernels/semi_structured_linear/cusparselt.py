@@ -6,25 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.sparse import to_sparse_semi_structured
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..kept import kept_with
 from .pack import unpack_semi_structured
 from .reference import semi_structured_linear_reference
 
 ROWS, COLUMNS = 32, 64
 """What the sides of a weight are multiples of, in all of torch's back ends."""
-_compressed = WeakTensorKeyDictionary()
-"""cuSPARSELt's form of the weights that were met so far: making it takes longer than the product. They do not change."""
 
 
 def launch(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `semi_structured_linear` on the device of its arguments; by the reference where torch has no kernel for it."""
     if not takes(x, values):
         return semi_structured_linear_reference(x, values, positions, bias)
-    if values not in _compressed:
-        _compressed[values] = to_sparse_semi_structured(unpack_semi_structured(values, positions))
+    # Making cuSPARSELt's form takes longer than the product.
+    weight = kept_with(
+        values, "cuSPARSELt", lambda: to_sparse_semi_structured(unpack_semi_structured(values, positions))
+    )
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y = F.linear(rows, _compressed[values], None if bias is None else bias.to(x.dtype))
+    y = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))
     return y.contiguous().view(*x.shape[:-1], len(values))
 
 

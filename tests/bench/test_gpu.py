@@ -249,7 +249,7 @@ def test_the_script_runs_from_a_checkout_and_wants_a_gpu(tmp_path: Path):
     done = subprocess.run([script, str(out)], capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (
         1,
-        "speed.py\ndenoisers.py\n",
+        "pipelines.py\nspeed.py\ndenoisers.py\n",
         "torch finds no GPU here\n",
     )
     assert list(out.iterdir()) == []

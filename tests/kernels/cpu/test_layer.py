@@ -19,6 +19,7 @@ from diffpress.kernels import (
     quantized_linear,
 )
 from diffpress.kernels.cpu import panel_bytes, panels, shared_library
+from diffpress.kernels.kept import all_kept_with
 from diffpress.kernels.integer_conv2d.reference import integer_conv2d_reference
 from diffpress.kernels.integer_linear.reference import integer_linear_reference
 from diffpress.kernels.quantized_conv2d.reference import quantized_conv2d_reference
@@ -187,7 +188,7 @@ def test_panels_are_given_back_with_their_tensor() -> None:
     weight, *rest = tensors(100, 40, 8, 5, torch.float32)
     assert weight is not None
     quantized_linear(values((7, 100), torch.float32), weight, *rest, 8, 8)
-    kept = weakref.ref(panels._kept[weight])
+    kept = weakref.ref(all_kept_with(weight)[0])
     assert kept() is not None
     del weight
     gc.collect()

@@ -1,0 +1,81 @@
+"""Shipped pipelines compressed on a GPU, and what comes of them there and on the CPU: `python bench/gpu/pipelines.py DIR`.
+
+A part of `gpu.sh`; it takes diffusers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+from rows import Row, main
+
+CLI = "from diffpress.cli import main; main()"
+MADE = (
+    ("zoo:digits", "balanced"),
+    ("zoo:emoji", "balanced-fast"),
+    ("zoo:digits-unet", "w4"),
+    ("zoo:digits", "balanced-faster"),
+    ("zoo:emoji", "small"),
+)
+"""Pipelines and presets: transformers and UNets, integers, few bits, step plans."""
+IMAGES = 4
+LESS = 10
+"""So many times less than compressing may it matter where an artifact runs: codes at an edge fall to either side."""
+
+
+def measure(
+    name: str, preset: str, seed: int, device: str = "cuda", options: Sequence[str] = (), count: int = IMAGES
+) -> dict[str, Any]:
+    """One row: what compressing on the GPU cost, and how far its images lie from those of the CPU."""
+    if find_spec("diffusers") is None:
+        return {"skipped": "diffusers is not installed here"}
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "artifact"
+        command = ["compress", name, "--recipe", preset, "--out", str(out), "--device", device, "--json", *options]
+        start = perf_counter()
+        done = subprocess.run([sys.executable, "-c", CLI, *command], capture_output=True, text=True, check=False)
+        took = perf_counter() - start
+        if done.returncode:
+            return {"error": " ".join(done.stderr.split())[-2000:]}
+        said = json.loads(done.stdout)
+        kept = ("psnr_db", "latent_mse", "latency_ms", "speed")
+        found = {"compress_seconds": took, **{name: said.get(name) for name in kept}}
+        return {**found, **_places(out, seed, device, count)}
+
+
+def _places(artifact: Path, seed: int, device: str, count: int) -> dict[str, Any]:
+    """The artifact on the GPU and on the CPU, beside what compressing lost: same conditions and noise."""
+    pairs, defaults = import_module("diffpress.pairs"), import_module("diffpress.defaults")
+    models, diffpress = import_module("diffpress.models"), import_module("diffpress")
+    sampling = defaults.default_sampling(models.resolve(str(artifact)))
+    on_cpu, on_gpu = diffpress.load(artifact), diffpress.load(artifact).to(device)
+    conditions = pairs.paired_conditions(on_cpu, count, seed)
+    between = pairs.compare_pairs(on_cpu, on_gpu, conditions, sampling).metrics()
+    source = json.loads((artifact / "diffpress.json").read_text())["metrics"]["latent_mse"]
+    passed = between["latent_mse"] * LESS <= source
+    return {"db_from_cpu": between["psnr_db"], "latent_mse_from_cpu": between["latent_mse"], "passed": passed}
+
+
+def rows(seed: int) -> Iterator[Row]:
+    """All there are; products of float32 are to be those of the CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for name, preset in MADE:
+        yield Row({"model": name, "form": preset}, partial(measure, name, preset, seed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__doc__, "pipelines.json", rows, lambda row: row.get("passed", "skipped" in row)))
