@@ -1,10 +1,56 @@
-"""What every launch of a Triton kernel does to its arguments."""
+"""How every Triton kernel is launched."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
 from torch import Tensor
+from triton import JITFunction
+
+_compiled: dict[Hashable, Any] = {}
+"""Kernels, by what they are compiled for."""
+
+
+def launch_kernel(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **constants: Any
+) -> None:
+    """Run `kernel[grid]` on the GPU of its first argument; `constants` are those at the kernel's end, in its order.
+
+    Triton finds out anew with every launch what a kernel was compiled for, which takes a processor longer than a GPU takes for
+    a small layer. What it looks at is the key here.
+    """
+    with _on(arguments[0].device):
+        key = (kernel, torch.cuda.current_device() if arguments[0].is_cuda else None, warps, stages)
+        key = (*key, *map(_form, arguments), *constants.values())
+        compiled = _compiled.get(key)
+        if compiled is not None:
+            compiled[(*grid, 1, 1)](*arguments, *constants.values())
+            return
+        if kernel.arg_names[len(arguments) :] != list(constants):
+            raise TypeError(f"{kernel.__name__} ends with {kernel.arg_names[len(arguments) :]}, not {list(constants)}")
+        compiled = kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+        if isinstance(kernel, JITFunction):
+            _compiled[key] = compiled
 
 
 def given(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
     """A contiguous `tensor`, or where there is none a pointer that the kernel will not follow."""
     return stand_in if tensor is None else tensor.contiguous()
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU, wherever its arguments lie."""
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(device)
+
+
+def _form(argument: Any) -> Hashable:
+    """What Triton compiles an argument for: its type, and whether it is aligned, 1, or a multiple of 16."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    return float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -25,20 +25,25 @@ def only_reference() -> bool:
     return os.environ.get(CHOICE) == "reference"
 
 
-class Operation:
-    """One operation. On plain tensors of the CPU it goes past torch's dispatcher, which takes as long as a small layer."""
+Answering = Mapping[str, Callable[..., Any]]
+"""What computes an operation, by the type of the device."""
 
-    def __init__(self, name: str, check: Callable[..., None] | None, on_cpu: Callable[..., Any]) -> None:
-        self._op, self._check, self._on_cpu = getattr(torch.ops.diffpress, name), check, on_cpu
+
+class Operation:
+    """One operation. On plain tensors it goes past torch's dispatcher and the check, which take as long as a small layer."""
+
+    def __init__(self, name: str, check: Callable[..., None] | None, answering: Answering) -> None:
+        self._op, self._check, self._answering = getattr(torch.ops.diffpress, name), check, answering
         self._known: set[tuple[Any, ...]] = set()
 
     def __call__(self, *arguments: Any) -> Any:
         """Compute it; the arguments are those of its reference. Raises what `check` raises where they do not fit."""
-        if not _is_plain(arguments[0]):
+        first = arguments[0]
+        if not _is_plain(first):
             return self._checked(self._op, *arguments)
         forms = tuple(map(_form, arguments))
         if forms in self._known:
-            return self._on_cpu(*arguments)
+            return self._answering["cuda" if first.is_cuda else "cpu"](*arguments)
         result = self._checked(self._op, *arguments)
         if all(form is not ELSEWHERE for form in forms) and len(self._known) < MOST_KNOWN:
             self._known.add(forms)
@@ -51,7 +56,7 @@ class Operation:
 
 
 ELSEWHERE = object()
-"""Form of a tensor that is not a plain one of the CPU."""
+"""Form of a tensor that is not a plain one of the CPU or of a GPU."""
 MOST_KNOWN = 4096
 """Forms of arguments that an operation remembers to have been right."""
 
@@ -62,7 +67,7 @@ def _is_plain(x: Any) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and x.is_cpu
+        and (x.is_cpu or x.is_cuda)
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -72,8 +77,9 @@ def _is_plain(x: Any) -> bool:
 
 def _form(argument: Any) -> Any:
     if isinstance(argument, Tensor):
-        plain = type(argument) in (Tensor, Parameter) and argument.is_cpu
-        return (argument.dtype, argument.shape) if plain else ELSEWHERE
+        plain = type(argument) in (Tensor, Parameter) and (argument.is_cpu or argument.is_cuda)
+        # The number of a GPU; -1 is the CPU.
+        return (argument.dtype, argument.shape, argument.get_device()) if plain else ELSEWHERE
     return tuple(argument) if isinstance(argument, (list, tuple)) else argument
 
 
@@ -99,7 +105,7 @@ def define_op(
     answering = {device: _first_choice(package, module, reference) for device, module in kernels.items()}
     for device, launch in answering.items():
         _LIBRARY.impl(name, launch, device)
-    return Operation(name, check, answering.get("CPU", reference))
+    return Operation(name, check, {device: answering.get(device.upper(), reference) for device in ("cpu", "cuda")})
 
 
 def _first_choice(package: str, module: str, reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 SHALLOWEST = 16
 """Smallest depth of a tile that tensor cores take."""
+AT_ONCE = 264
+"""Programs that run at the same time: two on each multiprocessor of an H100. It does not depend on the GPU that is there, so
+that every GPU adds up in the same order."""
+LOADING = 32
+"""How many products of a tile take as long as it takes to load one number of x or of the weight."""
 
 
 class Tile(NamedTuple):
@@ -18,11 +25,27 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def programs(self, rows: int, columns: int) -> int:
+        """How many tiles an output is cut into."""
+        return -(-rows // self.rows) * -(-columns // self.columns)
+
+    def cost(self) -> int:
+        """What a tile takes for every column of the weight: its products, and loading what they multiply."""
+        return self.rows * self.columns + LOADING * (self.rows + self.columns)
+
 
 def pick(tiles: Sequence[Tile], rows: int, columns: int) -> Tile:
-    """The first of `tiles`, largest first, that an output of `rows` by `columns` fills; else the one wasting least."""
-    fitting = [tile for tile in tiles if tile.rows <= rows and tile.columns <= columns]
-    return fitting[0] if fitting else min(tiles, key=lambda tile: tile.rows * tile.columns)
+    """Of `tiles`, largest first, that in which an output of `rows` by `columns` is done soonest.
+
+    The last programs leave most of a GPU idle where they are few: large tiles multiply more for what they load, small ones
+    share the work more evenly.
+    """
+    return min(tiles, key=lambda tile: -(-tile.programs(rows, columns) // AT_ONCE) * tile.cost())
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether tensor cores read their operands from shared memory, as H100's and H200's do, so that larger tiles fit."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def tile_depth(tile: Tile, group_size: int) -> int:

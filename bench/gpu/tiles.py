@@ -103,7 +103,7 @@ SWEEPS = (
     ),
     Sweep("weight_only_linear", "pick", LINEARS, (Form("W4 g64", 4, cores="half", group=64),), NARROW),
     Sweep("fp8_linear", "pick", LINEARS, (Form("FP8", cores="fp8"),), [tile for tile in WIDE if tile.rows > 16]),
-    Sweep("integer_conv2d", "pick", CONVS, (Form("W8A8"),), WIDE),
+    Sweep("integer_conv2d", "tile_for", CONVS, (Form("W8A8"),), WIDE),
     Sweep("int8_attention", "tile_for", ATTENTIONS, (Form("int8"), Form("int8 values", integer_values=True)), QUERIES),
 )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..aot import Form
 from ..blocks import tile_of
-from ..launching import given
+from ..launching import given, launch_kernel
 from ..tiles import Tile, pick
 
 
@@ -81,7 +81,9 @@ def launch(
     if y.numel() == 0:
         return y
     tile = pick(tiles_for(block, x.dtype), rows, block)
-    block_sparse_linear_kernel[(triton.cdiv(rows, tile.rows) * (len(row_pointer) - 1),)](
+    launch_kernel(
+        block_sparse_linear_kernel,
+        (triton.cdiv(rows, tile.rows) * (len(row_pointer) - 1),),
         x.contiguous(),
         values.contiguous(),
         column_index.contiguous(),
@@ -99,8 +101,8 @@ def launch(
         EVEN=depth % block == 0,
         BM=tile.rows,
         BLOCK=block,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        warps=tile.warps,
+        stages=tile.stages,
     )
     return y
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from ..checks import check_fp8, linear_depth
@@ -20,8 +21,11 @@ def fp8_linear(
     `weight` is float8_e4m3fn [N, K]; `weight_scale` [N] and `activation_scale` [1], or one a row of `x`, are float32,
     `bias` is [N]. Raises ValueError naming the argument that does not fit.
     """
-    check_fp8(linear_depth(x), weight, weight_scale, activation_scale, bias, x.shape[:-1])
-    return torch.ops.diffpress.fp8_linear(x, weight, weight_scale, activation_scale, bias)
+    return _operation(x, weight, weight_scale, activation_scale, bias)
 
 
-define_op(__name__, fp8_linear_reference, like_rows)
+def _check(x: Tensor, *rest: Any) -> None:
+    check_fp8(linear_depth(x), *rest, x.shape[:-1])
+
+
+_operation = define_op(__name__, fp8_linear_reference, like_rows, check=_check)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..aot import Form
 from ..blocks import activate
-from ..launching import given
+from ..launching import given, launch_kernel
 from ..pixels import PixelTile, is_channels_last, pixel_tile
 from ..quantization import code_range
 from ..quantize_rows.triton_kernel import codes_of
@@ -156,7 +156,9 @@ def launch(
     x = x if last else x.contiguous()
     parts = parts_of(pixels, channels // groups, batch * groups)
     means, squares = torch.empty(2, batch * groups, parts.number, dtype=torch.float32, device=x.device)
-    group_statistics_kernel[(batch * groups, parts.number)](
+    launch_kernel(
+        group_statistics_kernel,
+        (batch * groups, parts.number),
         x,
         means,
         squares,
@@ -167,10 +169,12 @@ def launch(
         CHANNELS_LAST=last,
         BP=parts.tile.pixels,
         BC=parts.tile.channels,
-        num_warps=WARPS,
+        warps=WARPS,
     )
     tile, (low, high) = pixel_tile(channels), code_range(bits)
-    group_norm_silu_quantize_kernel[(triton.cdiv(pixels, tile.pixels), triton.cdiv(channels, tile.channels), batch)](
+    launch_kernel(
+        group_norm_silu_quantize_kernel,
+        (triton.cdiv(pixels, tile.pixels), triton.cdiv(channels, tile.channels), batch),
         x,
         means,
         squares,
@@ -194,7 +198,7 @@ def launch(
         CHANNELS_LAST=last,
         BP=tile.pixels,
         BC=tile.channels,
-        num_warps=WARPS,
+        warps=WARPS,
     )
     return codes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..fused_checks import check_attention
@@ -20,12 +19,15 @@ def int8_attention(q: Tensor, k: Tensor, v: Tensor, integer_values: bool = False
     scale a channel of a head; without, everything after the first product is computed in float. The tokens of the result
     lie before its heads in memory, as the layer after it reads them. Raises ValueError naming what does not fit.
     """
+    return _operation(q, k, v, integer_values)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, _integer_values: bool) -> None:
     check_attention(q, k, v)
-    return torch.ops.diffpress.int8_attention(q, k, v, integer_values)
 
 
 def _fake(q: Tensor, _k: Tensor, _v: Tensor, _integer_values: bool = False) -> Tensor:
     return tokens_before_heads(q)
 
 
-define_op(__name__, int8_attention_reference, _fake, on_cpu="cpu_kernel")
+_operation = define_op(__name__, int8_attention_reference, _fake, on_cpu="cpu_kernel", check=_check)

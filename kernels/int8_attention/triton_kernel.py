@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import Form
+from ..launching import launch_kernel
 from ..quantize_rows.reference import scales_for
 from ..quantize_rows.triton_kernel import codes_of, largest_scale, round_half_even
 from ..tiles import Tile
@@ -17,8 +18,8 @@ from .reference import LARGEST_CODE, tokens_before_heads
 
 TILES = {64: Tile(128, 64, 64, 4, 3), 128: Tile(128, 64, 128, 8, 2)}
 """Queries and keys of a program, by the columns that the codes of a head are stored in; at 128 and 3 stages gfx942 spills."""
-INTEGER_TILES = {64: Tile(128, 64, 64, 8, 3), 128: Tile(64, 64, 128, 8, 2)}
-"""With integer values, whose products take registers of their own: in the tiles above sm_120 spills."""
+INTEGER_TILES = {64: Tile(64, 64, 64, 4, 3), 128: Tile(64, 64, 128, 8, 2)}
+"""With integer values, whose products take registers of their own."""
 LEAST_SCALE = tl.constexpr(2.0**-100)
 """Keeps scores that are left out at minus infinity, however small the scale that multiplies them."""
 TOKENS, WARPS = 64, 4
@@ -169,7 +170,9 @@ def launch(q: Tensor, k: Tensor, v: Tensor, integer_values: bool = False) -> Ten
     v = _dense_columns(v)
     if integer_values:
         v, v_scale = quantize_values(v, tile.depth)
-    int8_attention_kernel[(triton.cdiv(tokens, tile.rows), batch * heads)](
+    launch_kernel(
+        int8_attention_kernel,
+        (triton.cdiv(tokens, tile.rows), batch * heads),
         q_codes,
         k_codes,
         v,
@@ -187,8 +190,8 @@ def launch(q: Tensor, k: Tensor, v: Tensor, integer_values: bool = False) -> Ten
         BM=tile.rows,
         BN=tile.columns,
         BD=tile.depth,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        warps=tile.warps,
+        stages=tile.stages,
     )
     return y
 
@@ -199,7 +202,9 @@ def quantize_tokens(x: Tensor, mean: Tensor | None, factor: float, width: int) -
     codes = torch.empty(batch, heads, tokens, width, dtype=torch.int8, device=x.device)
     scales = torch.empty(batch, heads, tokens, dtype=torch.float32, device=x.device)
     x = _dense_columns(x)
-    quantize_tokens_kernel[(triton.cdiv(tokens, TOKENS), batch * heads)](
+    launch_kernel(
+        quantize_tokens_kernel,
+        (triton.cdiv(tokens, TOKENS), batch * heads),
         x,
         x if mean is None else mean,
         codes,
@@ -212,7 +217,7 @@ def quantize_tokens(x: Tensor, mean: Tensor | None, factor: float, width: int) -
         D=columns,
         BT=TOKENS,
         BD=width,
-        num_warps=WARPS,
+        warps=WARPS,
     )
     return codes, scales
 
@@ -223,8 +228,20 @@ def quantize_values(v: Tensor, width: int) -> tuple[Tensor, Tensor]:
     scales = scales_for(torch.linalg.vector_norm(v, torch.inf, 2, dtype=torch.float32), 8)
     length = triton.cdiv(tokens, ALIGNED) * ALIGNED
     codes = torch.empty(batch, heads, width, length, dtype=torch.int8, device=v.device)
-    quantize_values_kernel[(triton.cdiv(length, TOKENS), batch * heads)](
-        v, scales, codes, heads, tokens, length, *v.stride()[:3], D=columns, BT=TOKENS, BD=width, num_warps=WARPS
+    launch_kernel(
+        quantize_values_kernel,
+        (triton.cdiv(length, TOKENS), batch * heads),
+        v,
+        scales,
+        codes,
+        heads,
+        tokens,
+        length,
+        *v.stride()[:3],
+        D=columns,
+        BT=TOKENS,
+        BD=width,
+        warps=WARPS,
     )
     return codes.transpose(2, 3), scales
 

@@ -10,38 +10,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import Form
-from ..blocks import activate, tile_of, weight_tile
+from ..blocks import activate, tile_of
 from ..integer_linear.triton_kernel import sums_of_columns
-from ..launching import given
-from ..tiles import Tile, pick
+from ..launching import given, launch_kernel
+from ..spreading import spread_codes, spread_form
+from ..tiles import Tile, is_hopper, pick
 from ..windows import output_size
 
 TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4))
 """For large outputs, for small ones, for few positions."""
-SPREAD_ROWS, SPREAD_COLUMNS = 16, 256
-"""What one program brings into the order of taps."""
-
-
-@triton.jit
-def tap_major_kernel(
-    packed_pointer,
-    weight_pointer,
-    O,  # noqa: E741
-    C,
-    K,
-    row_stride,
-    BITS: tl.constexpr,
-    TAPS: tl.constexpr,
-    BO: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """int8 [O, taps, C] from weights packed from [O, C * taps]."""
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
-    start = tl.program_id(1) * BK
-    k = start + tl.arange(0, BK)
-    codes = weight_tile(packed_pointer, row_stride, o, start, o < O, K, BITS, False, BK)
-    place = o.to(tl.int64)[None, :] * K + (k % TAPS * C + k // TAPS)[:, None]
-    tl.store(weight_pointer + place, codes, mask=(k < K)[:, None] & (o < O)[None, :])
+HOPPER_TILES = (Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 4), Tile(64, 64, 128, 4, 4), Tile(16, 64, 128, 4, 4))
+"""Chosen by `bench/gpu/tiles.py` on an H100."""
+SHALLOW = 64
+"""Depth of a tile where the channels are no multiple of its own: a sixth of the work would be lost on 320."""
 
 
 @triton.jit
@@ -171,11 +152,13 @@ def convolve(
     rows, columns = batch * out_height * out_width, len(weight)
     if y.numel() == 0:
         return
-    tile = pick(TILES, rows, columns)
+    tile = tile_for(rows, columns, channels, is_hopper(codes.device))
     taps = kernel_size[0] * kernel_size[1]
     sums = codes if zero_point is None else sums_of_columns(weight, channels * taps, weight_bits, channels * taps)
-    weight = tap_major(weight, channels, taps, weight_bits)
-    integer_conv2d_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+    weight = spread_codes(weight, channels * taps, weight_bits, taps)
+    launch_kernel(
+        integer_conv2d_kernel,
+        (tile.programs(rows, columns),),
         codes.contiguous(),
         weight,
         weight_scale.contiguous(),
@@ -205,36 +188,22 @@ def convolve(
         BM=tile.rows,
         BN=tile.columns,
         BK=tile.depth,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        warps=tile.warps,
+        stages=tile.stages,
     )
 
 
-def tap_major(weight: Tensor, channels: int, taps: int, bits: int) -> Tensor:
-    """int8 [O, taps * C] from weights packed from [O, C * taps]: the channels of a tap have to lie beside each other."""
-    if bits == 8 and (taps == 1 or channels == 1):
-        return weight.contiguous()
-    rows, depth = len(weight), channels * taps
-    spread = torch.empty(rows, depth, dtype=torch.int8, device=weight.device)
-    tap_major_kernel[(triton.cdiv(rows, SPREAD_ROWS), triton.cdiv(depth, SPREAD_COLUMNS))](
-        weight.contiguous(),
-        spread,
-        rows,
-        channels,
-        depth,
-        weight.shape[1],
-        BITS=bits,
-        TAPS=taps,
-        BO=SPREAD_ROWS,
-        BK=SPREAD_COLUMNS,
-    )
-    return spread
+def tile_for(rows: int, columns: int, channels: int, hopper: bool) -> Tile:
+    """The tile that a convolution's output is cut into."""
+    tile = pick(HOPPER_TILES if hopper else TILES, rows, columns)
+    return tile if channels % tile.depth == 0 else tile._replace(depth=SHALLOW)
 
 
 def forms() -> list[Form]:
     """What is compiled ahead of time: every tile, the largest also with all that it can take; weights of every width."""
     whole = [conv_form(tile, "none", False, False) for tile in TILES]
-    return [*whole, conv_form(TILES[0], "silu", True, False), *(_spread_form(bits) for bits in (2, 3, 4, 8))]
+    whole += [conv_form(tile, "none", True, False)._replace(targets=("sm_90",)) for tile in HOPPER_TILES]
+    return [*whole, conv_form(TILES[0], "silu", True, False), *(spread_form(bits, 9) for bits in (2, 3, 4, 8))]
 
 
 def conv_form(tile: Tile, activation: str, zero: bool, channels_first: bool) -> Form:
@@ -258,10 +227,3 @@ def conv_form(tile: Tile, activation: str, zero: bool, channels_first: bool) -> 
     extra = (" zero point" if zero else "") + (" channels first" if channels_first else " residual" if zero else "")
     name = f"3x3 {activation}{extra} {tile.rows}x{tile.columns}"
     return Form(name, integer_conv2d_kernel, types, constants, tile.warps, tile.stages, "int8")
-
-
-def _spread_form(bits: int) -> Form:
-    constants = {"BITS": bits, "TAPS": 9, "BO": SPREAD_ROWS, "BK": SPREAD_COLUMNS}
-    pointers = ("*i8" if bits == 8 else "*u8", "*i8")
-    types = dict(zip(tap_major_kernel.arg_names, (*pointers, *["i32"] * 4), strict=False))
-    return Form(f"taps of W{bits}", tap_major_kernel, types, constants, 4, 1, None)

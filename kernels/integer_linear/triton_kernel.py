@@ -10,15 +10,20 @@ from torch import Tensor
 from ..aot import Form
 from ..blocks import activate, tile_of, weight_tile
 from ..kept import kept_with
-from ..launching import given
+from ..launching import given, launch_kernel
 from ..packing import unpack_codes
-from ..tiles import Tile, pick, tile_depth
+from ..spreading import MANY_ROWS, spread_codes, spread_form
+from ..tiles import Tile, is_hopper, pick, tile_depth
 from .reference import integer_linear_reference
 
 TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4))
 """For large outputs, for small ones, for few rows."""
 TWO_SUMS_TILES = (Tile(128, 64, 64, 8, 3), *TILES[1:])
 """Where a program keeps two sums, as geglu and groups of columns need: of larger tiles they do not fit its registers."""
+SMALL_HOPPER_TILES = (Tile(64, 64, 128, 4, 4), Tile(64, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4))
+HOPPER_TILES = (Tile(128, 128, 128, 4, 3), Tile(64, 128, 128, 4, 4), *SMALL_HOPPER_TILES)
+HOPPER_TWO_SUMS_TILES = (Tile(128, 64, 128, 4, 4), *SMALL_HOPPER_TILES)
+"""Those of H100 were chosen by `bench/gpu/tiles.py`."""
 SHALLOWEST = 32
 """Smallest depth of a tile of int8 that tensor cores take."""
 
@@ -154,15 +159,20 @@ def launch(
     y = torch.empty(*codes.shape[:-1], columns, dtype=dtype, device=codes.device)
     if y.numel() == 0:
         return y
-    tile = pick(tiles_for(group_size, activation), rows, columns)
+    packed, packed_bits = weight, weight_bits
+    if weight_bits < 8 and rows >= MANY_ROWS:
+        weight, weight_bits = spread_codes(weight, depth, weight_bits), 8
+    tile = pick(tiles_for(weight_bits, group_size, activation, is_hopper(codes.device)), rows, columns)
     deep = tile_depth(tile, group_size)
     if deep < SHALLOWEST:
         return integer_linear_reference(
             codes, weight, weight_scale, activation_scale, zero_point, bias, residual, weight_bits, group_size,
             activation, dtype,
         )  # fmt: skip
-    sums = codes if zero_point is None else sums_of_columns(weight, depth, weight_bits, deep if group_size else depth)
-    integer_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+    sums = codes if zero_point is None else sums_of_columns(packed, depth, packed_bits, deep if group_size else depth)
+    launch_kernel(
+        integer_linear_kernel,
+        (tile.programs(rows, columns),),
         codes.contiguous(),
         weight.contiguous(),
         weight_scale.contiguous(),
@@ -187,8 +197,8 @@ def launch(
         BM=tile.rows,
         BN=tile.columns,
         BK=deep,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        warps=tile.warps,
+        stages=tile.stages,
     )
     return y
 
@@ -203,18 +213,27 @@ def sums_of_columns(weight: Tensor, depth: int, bits: int, span: int) -> Tensor:
     return kept_with(weight, ("sums", depth, bits, span), make)
 
 
-def tiles_for(group_size: int, activation: str) -> tuple[Tile, ...]:
-    """The tiles that fit the registers."""
-    return TWO_SUMS_TILES if group_size or activation == "geglu" else TILES
+def tiles_for(bits: int, group_size: int, activation: str, hopper: bool) -> tuple[Tile, ...]:
+    """The tiles that fit the registers; weights are only read packed where there are few rows."""
+    if bits < 8:
+        return SMALL_HOPPER_TILES if hopper else TILES[1:]
+    if group_size or activation == "geglu":
+        return HOPPER_TWO_SUMS_TILES if hopper else TWO_SUMS_TILES
+    return HOPPER_TILES if hopper else TILES
 
 
 def forms() -> list[Form]:
-    """What is compiled ahead of time: every tile at 8 bits, and other formats in the largest that they take."""
-    whole = [_form(tile, 8, 0, "none") for tile in TILES]
-    return whole + [
-        _form(tiles_for(group_size, activation)[0], bits, group_size, activation)
-        for bits, group_size, activation in ((4, 0, "none"), (4, 128, "none"), (8, 0, "geglu"), (2, 0, "silu"))
-    ]
+    """What is compiled ahead of time: every tile at 8 bits, all that keeps two sums, and weights that are read packed."""
+    spreads = [spread_form(bits, 1) for bits in (2, 3, 4)]
+    return [*_forms(False, None), *_forms(True, ("sm_90",)), *spreads]
+
+
+def _forms(hopper: bool, targets: tuple[str, ...] | None) -> list[Form]:
+    single, double = (tiles_for(8, group_size, "none", hopper) for group_size in (0, 128))
+    chosen = [(tile, 8, 0, "none") for tile in single] + [(double[0], 8, 128, "none"), (double[0], 8, 0, "geglu")]
+    for tile in tiles_for(4, 0, "none", hopper):
+        chosen += [(tile, 4, 0, "none"), (tile, 4, 128, "none"), (tile, 2, 0, "silu")]
+    return [_form(*given)._replace(targets=targets) for given in chosen]
 
 
 def _form(tile: Tile, bits: int, group_size: int, activation: str) -> Form:

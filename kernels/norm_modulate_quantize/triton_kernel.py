@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import Form
-from ..launching import given
+from ..launching import given, launch_kernel
 from ..quantization import code_range
 from ..quantize_rows.triton_kernel import row_tile, store_codes
 
@@ -88,7 +88,9 @@ def launch(
     scale, shift = _dense_rows(scale), _dense_rows(shift)
     low, high = code_range(bits)
     tile = row_tile(channels)
-    norm_modulate_quantize_kernel[(triton.cdiv(batch * tokens, tile.rows),)](
+    launch_kernel(
+        norm_modulate_quantize_kernel,
+        (triton.cdiv(batch * tokens, tile.rows),),
         x.contiguous(),
         given(weight, codes),
         given(bias, codes),
@@ -115,7 +117,7 @@ def launch(
         HIGH=high,
         BM=tile.rows,
         BC=tile.columns,
-        num_warps=tile.warps,
+        warps=tile.warps,
     )
     return codes, scales
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import Form
-from ..launching import given
+from ..launching import given, launch_kernel
 from ..quantization import code_range
 
 WIDEST = 4096
@@ -112,7 +112,9 @@ def launch(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, bits: int
     scales = torch.empty(rows if scale is None else 1, dtype=torch.float32, device=x.device)
     low, high = code_range(bits)
     tile = row_tile(columns if scale is None else min(columns, WIDEST))
-    quantize_rows_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
+    launch_kernel(
+        quantize_rows_kernel,
+        (triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)),
         x.contiguous(),
         given(scale, codes),
         given(zero_point, codes),
@@ -126,7 +128,7 @@ def launch(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, bits: int
         HIGH=high,
         BM=tile.rows,
         BK=tile.columns,
-        num_warps=tile.warps,
+        warps=tile.warps,
     )
     return codes, scales
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..aot import Form
 from ..group_norm_silu_quantize.triton_kernel import load_pixels
 from ..integer_conv2d.triton_kernel import TILES, conv_form, convolve
-from ..launching import given
+from ..launching import given, launch_kernel
 from ..pixels import is_channels_last, pixel_tile
 from ..quantization import code_range
 from ..quantize_rows.triton_kernel import codes_of
@@ -80,7 +80,9 @@ def quantize_pixels(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: i
     pixels = height * width
     if codes.numel() == 0:
         return codes
-    quantize_pixels_kernel[(triton.cdiv(pixels, tile.pixels), triton.cdiv(channels, tile.channels), batch)](
+    launch_kernel(
+        quantize_pixels_kernel,
+        (triton.cdiv(pixels, tile.pixels), triton.cdiv(channels, tile.channels), batch),
         x if last else x.contiguous(),
         scale.contiguous(),
         given(zero_point, codes),
@@ -93,7 +95,7 @@ def quantize_pixels(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: i
         CHANNELS_LAST=last,
         BP=tile.pixels,
         BC=tile.channels,
-        num_warps=WARPS,
+        warps=WARPS,
     )
     return codes
 

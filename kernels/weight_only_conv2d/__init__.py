@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checks import check_weight_only, conv2d_depth
@@ -33,9 +32,7 @@ def weight_only_conv2d(
     `weight` [O, ...] is the kernel packed from [O, C*kh*kw] (see `pack_codes`); `weight_scale` and `bias` are those of
     `weight_only_linear`, with N = O and K = C*kh*kw. Raises ValueError naming what does not fit.
     """
-    depth = conv2d_depth(x, kernel_size, stride, padding, dilation)
-    check_weight_only(depth, weight, weight_scale, bias, weight_bits, group_size)
-    return torch.ops.diffpress.weight_only_conv2d(
+    return _operation(
         x,
         weight,
         weight_scale,
@@ -53,4 +50,9 @@ def _fake(x: Tensor, weight: Tensor, _scale: Tensor, _bias: Tensor | None, *rest
     return empty_output(x, weight, *rest[:4])
 
 
-define_op(__name__, weight_only_conv2d_reference, _fake, on_gpu=None)
+def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> None:
+    *geometry, weight_bits, group_size = rest
+    check_weight_only(conv2d_depth(x, *geometry), weight, scale, bias, weight_bits, group_size)
+
+
+_operation = define_op(__name__, weight_only_conv2d_reference, _fake, check=_check)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from ..checks import check_weight_only, linear_depth
@@ -20,8 +21,11 @@ def weight_only_linear(
     `weight` [N, ...] is packed from [N, K] (see `pack_codes`); `weight_scale` [N, ceil(K / group_size)] is float32, one a
     group of neighbouring columns, the last of which may be short; `bias` is [N]. Raises ValueError naming what does not fit.
     """
-    check_weight_only(linear_depth(x), weight, weight_scale, bias, weight_bits, group_size)
-    return torch.ops.diffpress.weight_only_linear(x, weight, weight_scale, bias, weight_bits, group_size)
+    return _operation(x, weight, weight_scale, bias, weight_bits, group_size)
 
 
-define_op(__name__, weight_only_linear_reference, like_rows)
+def _check(x: Tensor, *rest: Any) -> None:
+    check_weight_only(linear_depth(x), *rest)
+
+
+_operation = define_op(__name__, weight_only_linear_reference, like_rows, check=_check)

@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..aot import Form
 from ..blocks import tile_of, weight_tile
-from ..launching import given
-from ..tiles import Tile, pick, tile_depth
+from ..launching import given, launch_kernel
+from ..spreading import MANY_ROWS, spread_floats, spread_form
+from ..tiles import AT_ONCE, Tile, pick, tile_depth
 
-TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4))
-"""For large outputs, for small ones, for few rows."""
-SMALLER_TILES = (Tile(128, 64, 64, 8, 2), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 4))
+TILES = (Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4))
+"""For all the rows that there may be here, and for few (see MANY_ROWS)."""
+SMALLER_TILES = (Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 4))
 """Where every column of a tile has a scale of its own, or a low-rank branch is added: larger tiles do not fit the registers."""
 SMALLEST_RANK = 16
 """What tensor cores take."""
@@ -26,9 +28,6 @@ HIGH_RANK_TILES = (Tile(64, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3))
 FLOAT32_TILES = (Tile(64, 32, 16, 4, 3), Tile(16, 32, 32, 4, 3))
 """No tensor cores, so that operands fill the registers as well."""
 FLOAT32_BRANCH_TILES = (Tile(16, 32, 16, 8, 3),)
-PROGRAMS = 264
-"""As many programs as there should be: two on each multiprocessor of an H100. It does not depend on the GPU that is there, so
-that every GPU adds up in the same order."""
 SHORTEST = 256
 """Columns of the weight that one program sums at least where several share an output."""
 BLOCK = 1024
@@ -162,18 +161,22 @@ def launch_beside(
 ) -> Tensor:
     """The same, with a low-rank branch in the same pass. Where there are few tiles, several programs share each."""
     rows, depth, columns = x.shape[:-1].numel(), x.shape[-1], len(weight)
+    if rows >= MANY_ROWS:
+        return _multiply(branch, x, spread_floats(weight, weight_scale, depth, weight_bits, group_size, x.dtype), bias)
     y = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     rank = 0 if branch is None else len(branch.down)
     tile = pick(tiles_for(x.dtype, group_size, rank), rows, columns)
     deep = tile_depth(tile, group_size) or tile.depth
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    tiles = tile.programs(rows, columns)
     span = columns_of_a_part(tiles, depth, deep)
     parts = triton.cdiv(depth, span)
     sums = y if parts == 1 else torch.empty(parts, rows, columns, device=x.device)
     bias = None if bias is None else bias.to(x.dtype)
-    weight_only_linear_kernel[(tiles, parts)](
+    launch_kernel(
+        weight_only_linear_kernel,
+        (tiles, parts),
         x.contiguous(),
         weight.contiguous(),
         weight_scale.contiguous(),
@@ -196,14 +199,31 @@ def launch_beside(
         BM=tile.rows,
         BN=tile.columns,
         BK=deep,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        warps=tile.warps,
+        stages=tile.stages,
     )
     if parts > 1:
-        sum_parts_kernel[(triton.cdiv(y.numel(), BLOCK),)](
-            sums, given(bias, x), y, parts, y.numel(), columns, HAS_BIAS=bias is not None, BLOCK=BLOCK
+        launch_kernel(
+            sum_parts_kernel,
+            (triton.cdiv(y.numel(), BLOCK),),
+            sums,
+            given(bias, x),
+            y,
+            parts,
+            y.numel(),
+            columns,
+            HAS_BIAS=bias is not None,
+            BLOCK=BLOCK,
         )
     return y
+
+
+def _multiply(branch: Branch | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if branch is None:
+        return y
+    low = F.linear(x, branch.down) * branch.scale
+    return torch.addmm(y.view(-1, len(weight)), low.view(-1, len(branch.down)), branch.up.t()).view(y.shape)
 
 
 def tiles_for(dtype: torch.dtype, group_size: int, rank: int) -> tuple[Tile, ...]:
@@ -217,7 +237,7 @@ def tiles_for(dtype: torch.dtype, group_size: int, rank: int) -> tuple[Tile, ...
 
 def columns_of_a_part(tiles: int, depth: int, deep: int) -> int:
     """How many columns of the weight each program sums, a multiple of `deep`, so that all multiprocessors have work."""
-    parts = max(1, min(PROGRAMS // tiles, depth // SHORTEST))
+    parts = max(1, min(AT_ONCE // tiles, depth // SHORTEST))
     return max(1, triton.cdiv(depth, parts * deep)) * deep
 
 
@@ -231,7 +251,8 @@ def forms() -> list[Form]:
     formats = [(tile, 4, 128, "bf16") for tile in TILES]
     formats += [(TILES[0], bits, group_size, "fp16") for bits, group_size in ((8, 1152), (3, 64), (2, 32))]
     formats += [(tile, 4, 100, "bf16") for tile in SMALLER_TILES] + [(tile, 4, 128, "fp32") for tile in FLOAT32_TILES]
-    return [form(*chosen) for chosen in formats] + [_sum_form()]
+    spreads = [spread_form(bits, 1, group_size) for bits, group_size in ((4, 64), (8, 1152), (3, 100))]
+    return [*(form(*chosen) for chosen in formats), *spreads, _sum_form()]
 
 
 def form(tile: Tile, bits: int, group_size: int, dtype: str, rank: int = 0) -> Form:

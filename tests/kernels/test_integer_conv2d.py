@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffpress.kernels import code_range, integer_conv2d, pack_codes
-from diffpress.kernels.integer_conv2d.triton_kernel import launch, tap_major
+from diffpress.kernels.integer_conv2d.triton_kernel import launch
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -113,14 +113,6 @@ def test_without_what_is_optional_and_with_codes_in_any_order() -> None:
     output = launch(*scattered.values(), *options(case).values())
     assert torch.equal(output, launch(*given.values(), *options(case).values()))
     assert torch.allclose(output, integer_conv2d(**given, **options(case)), rtol=4 * 2.0**-24, atol=0)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_weight_is_brought_into_the_order_of_its_taps(bits: int) -> None:
-    low, high = code_range(bits)
-    codes = torch.randint(low, high + 1, (17, 63 * 6), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    found = tap_major(pack_codes(codes, bits), 63, 6, bits)
-    assert torch.equal(found, codes.view(17, 63, 6).transpose(1, 2).reshape(17, -1))
 
 
 def test_no_pictures_give_no_pictures() -> None:

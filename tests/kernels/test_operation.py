@@ -40,7 +40,7 @@ def operation() -> tuple[Operation, list[str]]:
         if x.shape[-1] != 16:
             raise ValueError("x must have 16 columns")
 
-    found = Operation("quantized_linear", check, lambda *_: answered.append("kernel"))
+    found = Operation("quantized_linear", check, {"cpu": lambda *_: answered.append("kernel")})
     found._op = lambda *_: answered.append("dispatcher")
     return found, answered
 

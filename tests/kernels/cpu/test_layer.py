@@ -19,9 +19,9 @@ from diffpress.kernels import (
     quantized_linear,
 )
 from diffpress.kernels.cpu import panel_bytes, panels, shared_library
-from diffpress.kernels.kept import all_kept_with
 from diffpress.kernels.integer_conv2d.reference import integer_conv2d_reference
 from diffpress.kernels.integer_linear.reference import integer_linear_reference
+from diffpress.kernels.kept import all_kept_with
 from diffpress.kernels.quantized_conv2d.reference import quantized_conv2d_reference
 from diffpress.kernels.quantized_linear.reference import quantized_linear_reference
 
