@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in less than 9 minutes: `bench/gpu.sh DIR` writes correctness.json, pipelines.json, kernels.json and
-# denoisers.json. `bench/gpu.sh DIR SECONDS PART...` runs some of the parts, `tiles` among them, in another time. It runs from a checkout: torch and triton have to be installed, this package need not be. PYTHON names the interpreter.
+# All that needs a GPU, in less than 9 minutes: `bench/gpu.sh DIR` writes correctness.json, kernels.json, denoisers.json and
+# pipelines.json. `bench/gpu.sh DIR SECONDS PART...` runs some of the parts, `tiles` among them, in another time. It runs from a checkout: torch and triton have to be installed, this package need not be. PYTHON names the interpreter.
 # Ends with 1 where a result is wrong or a row has failed; what was measured is in DIR all the same.
 set -u
 
@@ -13,7 +13,7 @@ mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 seconds=${2:-500}
 shift $(($# < 2 ? $# : 2))
-[ $# -gt 0 ] || set -- correctness pipelines speed denoisers
+[ $# -gt 0 ] || set -- correctness speed denoisers pipelines
 python=${PYTHON:-python3}
 
 # The package as it is installed: its four folders inside it, and a version, which is asked for when it is imported.

@@ -12,6 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import curves
+import gpu_table
 
 RESULTS = Path(__file__).parent / "results"
 ORIGINAL = "original, float32"
@@ -332,12 +333,18 @@ def _megabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.2f} MB"
 
 
+def gpu(results: dict[str, Any]) -> str:
+    """Operations on a GPU, of `results/gpu_kernels.json`."""
+    return _table(gpu_table.HEADER, gpu_table.lines(results))
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "recipes": ("recipes.json", recipes),
     "quantizers": ("quantize.json", quantizers),
     "learning": ("quantize.json", learning),
     "cpu": ("cpu.json", cpu),
     "cpu-avx512vnni": ("cpu-avx512vnni.json", cpu),
+    "gpu": ("gpu_kernels.json", gpu),
     "feedback": ("ilf.json", feedback),
     "fusion": ("fusion.json", fusion),
     "steps": ("steps.json", steps),

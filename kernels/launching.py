@@ -29,7 +29,7 @@ def launch_kernel(
         if compiled is not None:
             compiled[(*grid, 1, 1)](*arguments, *constants.values())
             return
-        if kernel.arg_names[len(arguments) :] != list(constants):
+        if list(kernel.arg_names[len(arguments) :]) != list(constants):
             raise TypeError(f"{kernel.__name__} ends with {kernel.arg_names[len(arguments) :]}, not {list(constants)}")
         compiled = kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
         if isinstance(kernel, JITFunction):

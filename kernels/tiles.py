@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ def pick(tiles: Sequence[Tile], rows: int, columns: int) -> Tile:
     return min(tiles, key=lambda tile: -(-tile.programs(rows, columns) // AT_ONCE) * tile.cost())
 
 
+@cache
 def is_hopper(device: torch.device) -> bool:
     """Whether tensor cores read their operands from shared memory, as H100's and H200's do, so that larger tiles fit."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -31,12 +32,27 @@ def median_ms(call: Callable[[], Any]) -> float:
     return do_bench(call, warmup=10, rep=50, return_mode="median")
 
 
+def host_us(call: Callable[[], Any], calls: int = 20) -> float:
+    """What a call takes of the processor: a GPU that is done sooner waits for the next."""
+    if not torch.cuda.is_available():
+        return float("nan")
+    call()
+    torch.cuda.synchronize()
+    start = perf_counter()
+    for _ in range(calls):
+        call()
+    took = perf_counter() - start
+    torch.cuda.synchronize()
+    return took / calls * 1e6
+
+
 def measure(spec: Spec, seed: int, known: Known, timer: Timer = median_ms, device: str = "cuda") -> dict[str, Any]:
     """One row: our time, its share of the roofline, and every baseline as it is or with its error."""
     source = Source(seed, device, getattr(torch, spec.dtype))
     given = arguments(spec, source)
-    ours = timer(partial(implementation(spec.op, device), **given)) * 1e3
-    found = {"us": ours, **roofline(spec, ours, device)}
+    call = partial(implementation(spec.op, device), **given)
+    ours = timer(call) * 1e3
+    found = {"us": ours, "host_us": host_us(call), **roofline(spec, ours, device)}
     return {**found, "baselines": compare(spec, ours, baselines(spec, given, source), known, timer)}
 
 
@@ -57,13 +73,14 @@ def compare(spec: Spec, ours: float, others: Baselines, known: Known, timer: Tim
         if key not in known:
             known[key] = _timed(prepare, timer)
         us = known[key].get("us")
-        found[name] = known[key] if us is None else {"us": us, "ratio": ours / us, "speedup": us / ours}
+        found[name] = known[key] if us is None else {**known[key], "ratio": ours / us, "speedup": us / ours}
     return found
 
 
 def _timed(prepare: Callable[[], Callable[[], Any]], timer: Timer) -> dict[str, Any]:
     try:
-        return {"us": timer(prepare()) * 1e3}
+        call = prepare()
+        return {"us": timer(call) * 1e3, "host_us": host_us(call)}
     except Exception as error:  # whatever a library may raise is a result here
         return {"error": in_a_line(error)}
 

@@ -10,7 +10,10 @@ from torch import Tensor
 from ..aot import Form
 from ..blocks import tile_of
 from ..launching import given, launch_kernel
-from ..tiles import Tile, pick
+from ..tiles import Tile
+
+FEW_ROWS = 16
+"""Of the smallest tile."""
 
 
 @triton.jit
@@ -80,7 +83,7 @@ def launch(
     y = torch.empty(*x.shape[:-1], outputs, dtype=dtype, device=x.device)
     if y.numel() == 0:
         return y
-    tile = pick(tiles_for(block, x.dtype), rows, block)
+    tile = next(tile for tile in tiles_for(block, x.dtype) if tile.rows <= max(rows, FEW_ROWS))
     launch_kernel(
         block_sparse_linear_kernel,
         (triton.cdiv(rows, tile.rows) * (len(row_pointer) - 1),),
@@ -110,8 +113,8 @@ def launch(
 def tiles_for(block: int, dtype: torch.dtype) -> tuple[Tile, ...]:
     """For many rows and for few; float32, which no tensor core takes, fills the registers sooner."""
     if dtype == torch.float32:
-        return (Tile(16, block, block, 8, 2),)
-    return Tile(128, block, block, block // 8, 3), Tile(16, block, block, 4, 4)
+        return (Tile(FEW_ROWS, block, block, 8, 2),)
+    return Tile(128, block, block, block // 8, 3), Tile(FEW_ROWS, block, block, 4, 4)
 
 
 def forms() -> list[Form]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..aot import Form
 from ..blocks import activate, tile_of
 from ..integer_linear.triton_kernel import sums_of_columns
+from ..kept import kept_with
 from ..launching import given, launch_kernel
 from ..spreading import spread_codes, spread_form
 from ..tiles import Tile, is_hopper, pick
@@ -155,7 +157,7 @@ def convolve(
     tile = tile_for(rows, columns, channels, is_hopper(codes.device))
     taps = kernel_size[0] * kernel_size[1]
     sums = codes if zero_point is None else sums_of_columns(weight, channels * taps, weight_bits, channels * taps)
-    weight = spread_codes(weight, channels * taps, weight_bits, taps)
+    weight = weight_by_taps(weight, channels, taps, weight_bits)
     launch_kernel(
         integer_conv2d_kernel,
         (tile.programs(rows, columns),),
@@ -191,6 +193,12 @@ def convolve(
         warps=tile.warps,
         stages=tile.stages,
     )
+
+
+def weight_by_taps(weight: Tensor, channels: int, taps: int, bits: int) -> Tensor:
+    """int8 [O, taps * C] from packed codes: kept with those of 8 bits, and made by every call from fewer, which save memory."""
+    make = partial(spread_codes, weight, channels * taps, bits, taps)
+    return kept_with(weight, ("taps", taps), make) if bits == 8 else make()
 
 
 def tile_for(rows: int, columns: int, channels: int, hopper: bool) -> Tile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
+from torch.sparse import to_sparse_semi_structured
 
 from ..kept import kept_with
 from .pack import unpack_semi_structured
@@ -20,20 +20,12 @@ def launch(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) ->
     if not takes(x, values):
         return semi_structured_linear_reference(x, values, positions, bias)
     # Making cuSPARSELt's form takes longer than the product.
-    weight = kept_with(values, "cuSPARSELt", lambda: compressed(unpack_semi_structured(values, positions)))
+    weight = kept_with(
+        values, "cuSPARSELt", lambda: to_sparse_semi_structured(unpack_semi_structured(values, positions))
+    )
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))
     return y.contiguous().view(*x.shape[:-1], len(values))
-
-
-def compressed(weight: Tensor) -> Tensor:
-    """cuSPARSELt's form of a weight, whose products are written as rows: otherwise they would be turned afterwards."""
-    before = SparseSemiStructuredTensor._FUSE_TRANSPOSE
-    SparseSemiStructuredTensor._FUSE_TRANSPOSE = True
-    try:
-        return to_sparse_semi_structured(weight)
-    finally:
-        SparseSemiStructuredTensor._FUSE_TRANSPOSE = before
 
 
 def takes(x: Tensor, values: Tensor) -> bool:

@@ -78,6 +78,7 @@ def test_advice_quotes_what_was_recorded(tables: ModuleType) -> None:
         ("learning", "docs/beside-peers.md"),
         ("cpu", "docs/kernels.md"),
         ("cpu-avx512vnni", "docs/kernels.md"),
+        ("gpu", "docs/kernels.md"),
         ("fusion", "docs/kernels.md"),
         ("feedback", "docs/ilf.md"),
         ("steps", "docs/steps.md"),
