@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in less than 9 minutes: `bench/gpu.sh DIR` writes correctness.json, kernels.json, denoisers.json and
-# pipelines.json. `bench/gpu.sh DIR SECONDS PART...` runs some of the parts, `tiles` among them, in another time. It runs from a checkout: torch and triton have to be installed, this package need not be. PYTHON names the interpreter.
+# pipelines.json; `bench/gpu.sh DIR SECONDS PART...` runs some of the parts, `tiles` among them, in another time.
+# It runs from a checkout: torch and triton have to be installed, this package need not be. PYTHON names the interpreter.
 # Ends with 1 where a result is wrong or a row has failed; what was measured is in DIR all the same.
 set -u
 

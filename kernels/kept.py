@@ -46,7 +46,7 @@ def memory_is_lent(device: torch.device) -> bool:
     """Whether what is allocated on a GPU now may belong to a CUDA graph, as that of torch.compile's `reduce-overhead`."""
     if torch.cuda.is_current_stream_capturing():
         return True
-    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    trees: Any = sys.modules.get("torch._inductor.cudagraph_trees")
     manager = None if trees is None else trees.get_manager(device.index, create_if_none_exists=False)
     return manager is not None and manager.path_state is not trees.ExecutionState.NONE
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ..checks import check_fp8, linear_depth
@@ -24,8 +22,8 @@ def fp8_linear(
     return _operation(x, weight, weight_scale, activation_scale, bias)
 
 
-def _check(x: Tensor, *rest: Any) -> None:
-    check_fp8(linear_depth(x), *rest, x.shape[:-1])
+def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    check_fp8(linear_depth(x), weight, weight_scale, scale, bias, x.shape[:-1])
 
 
 _operation = define_op(__name__, fp8_linear_reference, like_rows, check=_check)
