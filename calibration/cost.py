@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from diffpress.export.runtime import BufferedLinear, named_packed_layers
-from diffpress.export.runtime.memory import free_bytes as free_of_machine
+from diffpress.export.runtime.memory import free_bytes as free_of_device
 
 from .conditions import Condition
 from .sampling import Sampling, denoiser_of, device_of, sample
@@ -105,10 +105,7 @@ def weight_bytes(pipeline: Any) -> int:
 
 def free_bytes(pipeline: Any) -> int:
     """Memory of the pipeline's device that is free, or is taken by the pipeline itself."""
-    device = device_of(denoiser_of(pipeline))
-    if device.type == "cuda":
-        return weight_bytes(pipeline) + torch.cuda.mem_get_info(device)[0]
-    return weight_bytes(pipeline) + free_of_machine()
+    return weight_bytes(pipeline) + free_of_device(device_of(denoiser_of(pipeline)))
 
 
 def parameter_count(model: nn.Module) -> int:

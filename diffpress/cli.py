@@ -71,13 +71,15 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Make MODEL smaller by a recipe, measure the result, and save it with the proof beside it."""
-    from .defaults import check_device, check_recipe_fits
+    from diffpress.export.devices import check_device
+
+    from .defaults import check_recipe_fits
     from .models import resolve
     from .recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or (), seed)
     source = resolve(model)
-    check_device(device)
+    check_device(device, "--device ")
     if only_estimate:
         from .estimate import estimate
 

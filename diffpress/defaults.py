@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from diffpress.calibration.conditions import call_parameters, check_texts, kind
 from diffpress.calibration.sampling import Sampling
 from diffpress.export.artifact import is_artifact
@@ -41,15 +39,6 @@ def check_recipe_fits(source: PipelineFolder, recipe: Recipe) -> None:
     asked = Sampling(recipe.sampling.steps, recipe.sampling.guidance_scale)
     check_sampling(source, asked, "sampling.steps", "sampling.guidance_scale")
     check_texts(kind(pipeline_class(source)), recipe.record.prompts)
-
-
-def check_device(device: str) -> None:
-    """Raises UserError for a device that this machine has not."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} cannot be used here: {reason}") from error
 
 
 def _trained_steps(folder: PipelineFolder) -> int | None:

@@ -65,7 +65,8 @@ def examine() -> dict[str, str]:
     findings |= {name: _version(name) for name in PACKAGES}
     findings["kernels"] = ", ".join(f"{answering_kernels(device)} on {device}" for device in ("cpu", "cuda"))
     findings["integer products of the references"] = _products()
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
         for bits in (8, 4, 3, 2):
             findings[f"quantized layers W{bits}A8 on {device}"] = _try(partial(_quantized, bits, device))
             findings[f"weight-only layers W{bits} on {device}"] = _try(partial(_weight_only, bits, device))
@@ -74,17 +75,20 @@ def examine() -> dict[str, str]:
         findings[f"norms into codes on {device}"] = _try(partial(_codes, device))
         findings[f"int8 attention on {device}"] = _try(partial(_attention, device))
     findings |= _onnxruntime()
-    return findings | _times()
+    for device in devices:
+        findings |= _times(device)
+    return findings
 
 
-def _times() -> dict[str, str]:
-    """What layers of a few forms take here, packed and in floats."""
+def _times(device: str) -> dict[str, str]:
+    """What layers of a few forms take there, packed and in floats."""
+    place = "" if device == "cpu" else f" on {device}"
     try:
-        times = layer_times(TYPICAL)
+        times = layer_times(TYPICAL, torch.device(device))
     except Exception as error:
-        return {"times of layers": _failed(error)}
+        return {f"times of layers{place}": _failed(error)}
     return {
-        form.words(): f"{times[form].packed_ms:.3g} ms, {times[form].floats_ms:.3g} in floats"
+        f"{form.words()}{place}": f"{times[form].packed_ms:.3g} ms, {times[form].floats_ms:.3g} in floats"
         f"{': expanded at load' if loses(times[form]) else ''}"
         for form in TYPICAL
     }

@@ -58,9 +58,9 @@ class Artifact:
     speed: Speed | None = None
     """How it compares with the original on this machine; None where the artifact was there already."""
 
-    def load(self, prefer: Preference = "speed") -> Any:
-        """Its pipeline, after every digest has matched. Raises UserError for another preference than "speed" or "memory"."""
-        return load(self.path, prefer=prefer)
+    def load(self, prefer: Preference = "speed", device: str | None = None) -> Any:
+        """Its pipeline, as `diffpress.load` gives it."""
+        return load(self.path, prefer=prefer, device=device)
 
 
 def compress_by_name(

@@ -12,6 +12,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from .devices import check_device
 from .edits import Edit, edits_of, store_edits
 from .errors import ArtifactError, ModelFileError, UserError
 from .folder import PipelineFolder
@@ -139,22 +140,29 @@ def _form(tensor: Tensor) -> str:
 
 
 def load(
-    path: str | Path, dtype: torch.dtype = torch.float32, prefer: Preference = "speed"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    prefer: Preference = "speed",
+    device: str | torch.device | None = None,
 ) -> diffusers.DiffusionPipeline:
-    """The pipeline of an artifact, after every digest has matched.
+    """The pipeline of an artifact on `device`, the CPU if that is None, after every digest has matched.
 
-    On a CPU some packed layers are slower than layers of floats. With `prefer="speed"` their weights are expanded, as far as
+    Some packed layers are slower there than layers of floats. With `prefer="speed"` their weights are expanded, as far as
     half of the free memory goes; inputs are not rounded there. With `prefer="memory"` all stay as they are stored, and compute
-    the same numbers on every machine. Raises ArtifactError where a digest does not match, UserError for another preference.
+    the same numbers on every machine. A pipeline that is moved afterwards is packed again: where there is a GPU, name the
+    device here. Raises ArtifactError where a digest does not match, UserError for another preference or no such device.
     """
     if prefer not in get_args(Preference):
         raise UserError(f'prefer must be "speed" or "memory", not {prefer!r}.')
+    check_device(device)
     path = Path(path)
     manifest = read_manifest(path)
     check_files(path, manifest.files)
     pipeline = load_pipeline(PipelineFolder(path, str(path)), dtype)
+    if device is not None:
+        pipeline.to(device)
     if prefer == "speed":
-        expand_(pipeline, manifest.layers)
+        expand_(pipeline, manifest.layers, stays=device is not None)
     return pipeline
 
 

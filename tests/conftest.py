@@ -46,7 +46,7 @@ def packed_layers_win(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(times, "time_form", lambda _form: Times(packed_ms=1, floats_ms=2))
+        patch.setattr(times, "time_form", lambda _form, _device: Times(packed_ms=1, floats_ms=2))
         yield
 
 
@@ -58,7 +58,7 @@ def floats_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from diffpress.export.runtime import Times, times
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(times, "time_form", lambda _form: Times(packed_ms=2, floats_ms=1))
+    monkeypatch.setattr(times, "time_form", lambda _form, _device: Times(packed_ms=2, floats_ms=1))
     monkeypatch.delenv("DIFFPRESS_KERNELS", raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
 

@@ -18,7 +18,7 @@ from diffpress.kernels.library import CHOICE, only_reference
 from diffpress.kernels.processor import fast_dtype
 
 from .forms import LayerForm, LayerUse, form_of
-from .memory import free_bytes
+from .memory import CPU, free_bytes
 from .packed import PackedLayer
 from .times import Times, layer_times
 
@@ -92,35 +92,45 @@ def choose(candidates: Mapping[str, Candidate], times: Mapping[LayerForm, Times]
     return frozenset(chosen)
 
 
-def why_not() -> str:
-    """Why layers of this machine are left as they are; empty where they need not be."""
+def why_not(device: torch.device, stays: bool) -> str:
+    """Why layers on a device are left as they are; empty where they need not be. `stays`: nobody will move them."""
     if only_reference():
         return f"{CHOICE}=reference asks for what the references answer"
-    return "there is a GPU, where pipelines are moved to" if torch.accelerator.is_available() else ""
+    moved = device.type == "cpu" and not stays and torch.accelerator.is_available()
+    return "there is a GPU, where pipelines are moved to (`load` takes a device)" if moved else ""
 
 
 def decide(
-    layers: Mapping[str, PackedLayer], uses: Mapping[str, LayerUse], dtype: torch.dtype, held_bytes: int = 0
+    layers: Mapping[str, PackedLayer],
+    uses: Mapping[str, LayerUse],
+    dtype: torch.dtype,
+    held_bytes: int = 0,
+    device: torch.device = CPU,
+    stays: bool = False,
 ) -> Expansion:
-    """What to do with `layers`, of which `uses` are known, loaded in `dtype`; `held_bytes` are still to be loaded."""
-    size = fast_dtype(torch.empty(0, dtype=dtype)).itemsize
+    """What to do with `layers` on a `device`, where they stay or from where they may be moved, loaded in `dtype`.
+
+    Their `uses` are known; `held_bytes` are still to be loaded.
+    """
+    size = (fast_dtype(torch.empty(0, dtype=dtype)) if device.type == "cpu" else dtype).itemsize
     candidates = {
         name: Candidate(form, uses[name].calls, size * math.prod(layer.float_shape))
         for name, layer in layers.items()
         if name in uses and (form := form_of(layer, uses[name], dtype)) is not None
     }
-    others, reason = len(layers) - len(candidates), why_not()
+    others, reason = len(layers) - len(candidates), why_not(device, stays)
     if reason:
         return Expansion(candidates, {}, frozenset(), others, reason)
-    times = layer_times(own.form for own in candidates.values())
-    budget = int(SHARE * max(0, free_bytes() - held_bytes))
+    times = layer_times((own.form for own in candidates.values()), device)
+    budget = int(SHARE * max(0, free_bytes(device) - held_bytes))
     return Expansion(candidates, times, choose(candidates, times, budget), others)
 
 
-def expand_(pipeline: Any, uses: Mapping[str, LayerUse]) -> Expansion:
-    """Expand the layers of a loaded `pipeline` that are faster so; those of other devices stay as they are."""
-    layers = {name: layer for name, layer in layers_of(pipeline) if layer.weight.device.type == "cpu"}
-    expansion = decide(layers, uses, pipeline.dtype)
+def expand_(pipeline: Any, uses: Mapping[str, LayerUse], stays: bool = False) -> Expansion:
+    """Expand the layers of a loaded `pipeline` that are faster so where it is, and where it `stays` if that is the CPU."""
+    layers = dict(layers_of(pipeline))
+    device = next((layer.weight.device for layer in layers.values()), CPU)
+    expansion = decide(layers, uses, pipeline.dtype, device=device, stays=stays)
     for name in expansion.expanded:
         layers[name].expand_(pipeline.dtype)
     return expansion

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import torch
+
+CPU = torch.device("cpu")
 
 GROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
@@ -14,8 +17,10 @@ GROUPS = (
 can be dropped."""
 
 
-def free_bytes() -> int:
-    """What is free of the machine's memory, and of the container's that we are in."""
+def free_bytes(device: torch.device = CPU) -> int:
+    """What is free of a GPU's memory, or of the machine's and of the container's that we are in."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
     return min([psutil.virtual_memory().available, *(own for group in GROUPS if (own := _left(*group)) is not None)])
 
 

@@ -83,7 +83,7 @@ class PackedLayer(nn.Module):
 
         What is stored stays beside. Whoever moves or casts the layer later has it packed again. See `expansion.py`.
         """
-        weight = self._float_weight().to(dtype).to(fast_dtype(torch.empty(0, dtype=dtype)))
+        weight = self._float_weight().to(dtype).to(fast_dtype(self.weight.new_empty(0, dtype=dtype)))
         self.floats = weight.view(self.float_shape)
 
     def _float_weight(self) -> Tensor:

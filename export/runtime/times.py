@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +21,16 @@ from diffpress.kernels.answering import machine_words
 from ..errors import OutputError
 from ..publishing import replacing
 from .forms import LayerForm
+from .memory import CPU
 
 logger = logging.getLogger(__name__)
 
 ROUNDS, SECONDS = 3, 0.2
 """Alternations that a form is timed in, at least, and how long: short layers need many, for others use the machine too."""
+
+
+CALLS = 10
+"""Of a layer on a GPU, that are timed together."""
 
 
 class Times(NamedTuple):
@@ -35,14 +40,14 @@ class Times(NamedTuple):
     floats_ms: float
 
 
-def layer_times(forms: Iterable[LayerForm]) -> dict[LayerForm, Times]:
-    """The times of all `forms`; what this machine has not timed before is timed now."""
-    machine, file = machine_key(), cache_file()
+def layer_times(forms: Iterable[LayerForm], device: torch.device = CPU) -> dict[LayerForm, Times]:
+    """The times of all `forms` on a device; what this machine has not timed before is timed now."""
+    machine, file = machine_key(device), cache_file()
     known, wanted = _known(machine, file), set(forms)
     missing = sorted((form for form in wanted if form.key() not in known), key=LayerForm.key)
     if missing:
         logger.info("timing %d forms of layers, once on this machine", len(missing))
-        known |= {form.key(): time_form(form) for form in missing}
+        known |= {form.key(): time_form(form, device) for form in missing}
         if file is not None:
             _keep(file, machine, known)
     return {form: known[form.key()] for form in wanted}
@@ -50,9 +55,9 @@ def layer_times(forms: Iterable[LayerForm]) -> dict[LayerForm, Times]:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def time_form(form: LayerForm) -> Times:
+def time_form(form: LayerForm, device: torch.device = CPU) -> Times:
     """The shorter of several times of either way, taken in alternation."""
-    packed, x = form.layer(), form.input()
+    packed, x = form.layer().to(device), form.input().to(device)
     floats = copy.deepcopy(packed)
     floats.expand_(form.dtype)
     runs: tuple[Callable[[], object], ...] = (lambda: packed(x), lambda: floats(x))
@@ -62,19 +67,28 @@ def time_form(form: LayerForm) -> Times:
     times: list[tuple[float, ...]] = []
     start = time.perf_counter()
     while len(times) < ROUNDS or time.perf_counter() - start < SECONDS:
-        times.append(tuple(map(_milliseconds, runs)))
+        times.append(tuple(_milliseconds(run, device) for run in runs))
     return Times(*map(min, zip(*times, strict=True)))
 
 
-def _milliseconds(run: Callable[[], object]) -> float:
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of one call. A GPU computes while the processor prepares the next, as in a model: it is waited for after several."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    wait = partial(torch.get_device_module(device).synchronize, device)
+    wait()
     start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
+    for _ in range(CALLS):
+        run()
+    wait()
+    return 1e3 * (time.perf_counter() - start) / CALLS
 
 
-def machine_key() -> str:
+def machine_key(device: torch.device = CPU) -> str:
     """All that times depend on beside the form."""
-    parts = (machine_words(), torch.backends.cpu.get_cpu_capability(), f"torch {torch.__version__}")
+    parts = (machine_words(str(device)), torch.backends.cpu.get_cpu_capability(), f"torch {torch.__version__}")
     return ", ".join((*parts, f"diffpress {version('diffpress')}"))
 
 

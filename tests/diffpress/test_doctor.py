@@ -60,7 +60,7 @@ def test_it_says_what_layers_take_packed_and_in_floats(floats_win: None, monkeyp
     found = doctor.examine()
     for way in ("linear [1024, 512] x 512", "linear [1, 1024] x 1024", "conv 3x3 [1, 256, 16, 16] x 256"):
         assert found[f"W4A8 {way}"] == "2 ms, 1 in floats: expanded at load"
-    monkeypatch.setattr(doctor, "layer_times", lambda forms: {form: Times(1, 2) for form in forms})
+    monkeypatch.setattr(doctor, "layer_times", lambda forms, _device: {form: Times(1, 2) for form in forms})
     assert doctor.examine()["W8A8 linear [1024, 512] x 512"] == "1 ms, 2 in floats"
-    monkeypatch.setattr(doctor, "layer_times", lambda forms: 1 / 0)
+    monkeypatch.setattr(doctor, "layer_times", lambda *_: 1 / 0)
     assert doctor.examine()["times of layers"] == "fails: ZeroDivisionError: division by zero"

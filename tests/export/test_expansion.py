@@ -144,6 +144,37 @@ def test_nothing_is_decided_where_references_or_a_gpu_answer(
     assert found.reason
 
 
+def test_a_pipeline_that_stays_on_the_cpu_is_decided_there_beside_a_gpu(
+    artifact: Path, floats_win: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert expanded(load(artifact)) == set()
+    assert expanded(load(artifact, device="cpu"))
+
+
+def test_layers_are_timed_and_their_memory_is_counted_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def layer_times(forms: Any, device: torch.device) -> dict[LayerForm, Times]:
+        asked.append(device)
+        return {form: Times(2.0, 1.0) for form in forms}
+
+    monkeypatch.setattr(expansion, "layer_times", layer_times)
+    monkeypatch.setattr(expansion, "free_bytes", lambda device: asked.append(device) or 10**6)
+    layers = {"a": pack_layer(nn.Linear(8, 8), W8A8, StepClock(STEPS))}
+    gpu = torch.device("cuda", 1)
+    found = decide(layers, {"a": LayerUse(input=(3, 8), calls=1)}, torch.float16, device=gpu)
+    assert asked == [gpu, gpu]
+    assert found.expanded == {"a"}
+    # Halves stay halves there: a CPU with AVX2 alone would multiply them as float32.
+    assert found.size_bytes == 8 * 8 * 2
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="device nowhere cannot be used here"):
+        load(tmp_path / "nowhere", device="nowhere")
+
+
 def image(pipeline: Any) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
@@ -217,11 +248,11 @@ def plain_layer(layer: PackedLayer) -> nn.Module:
 
 def test_memory_is_not_exceeded(artifact: Path, floats_win: None, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [4 * layer.columns * len(layer.weight) for _, layer in layers_of(load(artifact, prefer="memory"))]
-    monkeypatch.setattr(expansion, "free_bytes", lambda: sum(sizes))
+    monkeypatch.setattr(expansion, "free_bytes", lambda _device: sum(sizes))
     pipeline = load(artifact)
     taken = sum(layer.floats.nbytes for _, layer in layers_of(pipeline) if layer.floats is not None)
     assert 0 < taken <= sum(sizes) / 2
-    monkeypatch.setattr(expansion, "free_bytes", lambda: 0)
+    monkeypatch.setattr(expansion, "free_bytes", lambda _device: 0)
     assert expanded(load(artifact)) == set()
 
 

@@ -25,7 +25,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[LayerForm]:
     """The forms that were timed, in a process that has a cache folder of its own and knows nothing yet."""
     found: list[LayerForm] = []
 
-    def time_form(form: LayerForm) -> Times:
+    def time_form(form: LayerForm, _device: torch.device) -> Times:
         found.append(form)
         return Times(1.0 + form.shape[0], 2.0)
 
