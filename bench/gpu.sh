@@ -30,6 +30,8 @@ export PYTHONPATH="$links:$root/bench/gpu:$root/bench"
 unset TRITON_INTERPRET DIFFPRESS_KERNELS DIFFPRESS_BENCH_DEADLINE
 
 workers=$(($(nproc) / 2))
+# Threads of many processes that wait for one another by spinning take the processors from those that work.
+export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2
 status=0
 while [ $# -gt 0 ]; do
     # Each part begins no row after its share of what is left; the time limit is there for a row that hangs.
