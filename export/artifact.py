@@ -148,8 +148,8 @@ def load(
     """The pipeline of an artifact on `device`, the CPU if that is None, after every digest has matched.
 
     Some packed layers are slower there than layers of floats. With `prefer="speed"` their weights are expanded, as far as
-    half of the free memory goes; inputs are not rounded there. With `prefer="memory"` all stay as they are stored, and compute
-    the same numbers on every machine. A pipeline that is moved afterwards is packed again: where there is a GPU, name the
+    half of the free memory goes; inputs are not rounded there. With `prefer="memory"` all stay as they are stored, and multiply
+    the same integers on every machine. A pipeline that is moved afterwards is packed again: where there is a GPU, name the
     device here. Raises ArtifactError where a digest does not match, UserError for another preference or no such device.
     """
     if prefer not in get_args(Preference):

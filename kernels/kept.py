@@ -14,11 +14,11 @@ Made = TypeVar("Made")
 
 
 class Kept(NamedTuple):
-    """Something made from a weight, and from which state of it."""
+    """What was made from one state of a weight, by its form."""
 
-    address: int
-    version: int
-    value: Any
+    state: tuple[int, int]
+    """Address and version."""
+    forms: dict[Hashable, Any]
 
 
 _kept = WeakTensorKeyDictionary()
@@ -28,18 +28,24 @@ def kept_with(weight: Tensor, form: Hashable, make: Callable[[], Made]) -> Made:
     """What `make` makes of `weight` in some `form`: by the first call, and anew where the tensor has changed.
 
     Tensors of inference mode do not say whether they change: theirs is made by every call. So it is by calls that a CUDA
-    graph lends its memory to, which is not to be held longer.
+    graph lends its memory to, which is not to be held longer; a graph goes on with what was kept when it was recorded. What
+    is kept must not hold the weight.
     """
     if weight.is_inference():
         return make()
-    forms: dict[Hashable, Kept] = _kept.setdefault(weight, {})
-    kept, state = forms.get(form), (weight.data_ptr(), weight._version)
-    if kept is None or kept[:2] != state:
+    kept, state = _kept.get(weight), (weight.data_ptr(), weight._version)
+    if kept is None or kept.state != state:
+        kept = Kept(state, {})
+    if form not in kept.forms:
         if weight.is_cuda and memory_is_lent(weight.device):
             return make()
-        kept = forms[form] = Kept(*state, make())
-    value: Made = kept.value
-    return value
+        kept.forms[form] = make()
+        if weight.is_cuda:
+            # Other streams will read it.
+            torch.cuda.current_stream(weight.device).synchronize()
+        _kept[weight] = kept
+    made: Made = kept.forms[form]
+    return made
 
 
 def memory_is_lent(device: torch.device) -> bool:
@@ -52,5 +58,6 @@ def memory_is_lent(device: torch.device) -> bool:
 
 
 def all_kept_with(weight: Tensor) -> list[Any]:
-    """What was made of `weight` so far."""
-    return [kept.value for kept in _kept.get(weight, {}).values()]
+    """What is kept with `weight` so far."""
+    kept = _kept.get(weight)
+    return [] if kept is None else list(kept.forms.values())

@@ -11,8 +11,8 @@ import torch
 SHALLOWEST = 16
 """Smallest depth of a tile that tensor cores take."""
 AT_ONCE = 264
-"""Programs that run at the same time: two on each multiprocessor of an H100. It does not depend on the GPU that is there, so
-that every GPU adds up in the same order."""
+"""Programs that run at the same time: two on each multiprocessor of an H100. Taken for every GPU, so that it has no part in how
+sums are cut."""
 LOADING = 32
 """How many products of a tile take as long as it takes to load one number of x or of the weight."""
 

@@ -178,10 +178,12 @@ def _by_workers(arguments: argparse.Namespace, path: Path, deadline: float) -> l
     environment = {**os.environ, DEADLINE: str(deadline)}
     command = [sys.executable, *sys.argv, "--seed", str(arguments.seed)]
     shares = [f"{worker}/{arguments.workers}" for worker in range(arguments.workers)]
+    files = [path.with_suffix(f".{worker}.json") for worker in range(arguments.workers)]
+    for file in files:
+        file.unlink(missing_ok=True)
     workers = [subprocess.Popen([*command, "--share", share], env=environment) for share in shares]
     for worker in workers:
         worker.wait()
-    files = [path.with_suffix(f".{worker}.json") for worker in range(arguments.workers)]
     done = [row for file in files if file.exists() for row in json.loads(file.read_text())["rows"]]
     for file in files:
         file.unlink(missing_ok=True)

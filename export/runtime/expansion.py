@@ -96,6 +96,8 @@ def why_not(device: torch.device, stays: bool) -> str:
     """Why layers on a device are left as they are; empty where they need not be. `stays`: nobody will move them."""
     if only_reference():
         return f"{CHOICE}=reference asks for what the references answer"
+    if device.type not in ("cpu", "cuda"):
+        return f"layers are not timed on {device.type}"
     moved = device.type == "cpu" and not stays and torch.accelerator.is_available()
     return "there is a GPU, where pipelines are moved to (`load` takes a device)" if moved else ""
 

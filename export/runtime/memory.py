@@ -18,9 +18,10 @@ can be dropped."""
 
 
 def free_bytes(device: torch.device = CPU) -> int:
-    """What is free of a GPU's memory, or of the machine's and of the container's that we are in."""
-    if device.type != "cpu":
-        return int(torch.get_device_module(device).mem_get_info(device)[0])
+    """What is free of a GPU's memory, torch's cache counted, or of the machine's and of the container's that we are in."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
     return min([psutil.virtual_memory().available, *(own for group in GROUPS if (own := _left(*group)) is not None)])
 
 

@@ -77,7 +77,7 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
         start = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - start)
-    wait = partial(torch.get_device_module(device).synchronize, device)
+    wait = partial(torch.cuda.synchronize, device)
     wait()
     start = time.perf_counter()
     for _ in range(CALLS):

@@ -12,7 +12,7 @@ from ..blocks import tile_of
 from ..launching import given, launch_kernel
 from ..quantization import FP8_MAX
 from ..quantize_rows.triton_kernel import WIDEST, row_tile
-from ..tiles import Tile, pick
+from ..tiles import Tile, is_hopper, pick
 from .reference import fp8_linear_reference
 
 TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 128, 4, 3))
@@ -46,7 +46,7 @@ def fp8_rows_kernel(
     place = m.to(tl.int64)[:, None] * K + k[None, :]
     value = tl.load(x_pointer + place, mask=inside, other=0).to(tl.float32)
     scale = tl.load(scale_pointer + m, mask=m_mask, other=1)[:, None] if ROW_SCALES else tl.load(scale_pointer)
-    value = round_to_fp8(tl.clamp(tl.div_rn(value, scale), -LARGEST, LARGEST))
+    value = round_to_fp8(tl.clamp(tl.div_rn(value, scale), -LARGEST, LARGEST, tl.PropagateNan.ALL))
     tl.store(y_pointer + place, value.to(y_pointer.dtype.element_ty), mask=inside)
 
 
@@ -104,7 +104,7 @@ def launch(x: Tensor, weight: Tensor, weight_scale: Tensor, activation_scale: Te
         return y
     codes = to_fp8_rows(x.reshape(rows, depth), activation_scale)
     if torch_multiplies(x, weight):
-        scales = activation_scale.view(-1, 1).expand(rows, 1).contiguous(), weight_scale.view(1, -1)
+        scales = activation_scale.view(-1, 1).expand(rows, 1).contiguous(), weight_scale.contiguous().view(1, -1)
         bias = None if bias is None else bias.to(x.dtype)
         return torch._scaled_mm(codes, weight.t(), *scales, bias, out_dtype=x.dtype).view(y.shape)
     tile = pick(TILES, rows, columns)
@@ -155,15 +155,8 @@ def to_fp8_rows(x: Tensor, scale: Tensor) -> Tensor:
 
 def torch_multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether torch has a product of float8 with a scale for every row and column here, which is faster than ours."""
-    fits = x.dtype == torch.bfloat16 and all(side % ALIGNED == 0 for side in weight.shape) and weight.is_contiguous()
-    many = x.shape[:-1].numel() > ROWS
-    return (
-        x.is_cuda
-        and torch.version.hip is None
-        and fits
-        and many
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    )
+    fits = all(number % ALIGNED == 0 for number in (*weight.shape, weight.data_ptr())) and weight.is_contiguous()
+    return is_hopper(x.device) and x.dtype == torch.bfloat16 and fits and x.shape[:-1].numel() > ROWS
 
 
 def multiplies_fp8(device: torch.device) -> bool:

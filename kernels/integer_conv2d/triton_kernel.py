@@ -177,10 +177,14 @@ def convolve(
         channels,
         out_height,
         out_width,
-        *kernel_size,
-        *stride,
-        *padding,
-        *dilation,
+        KH=kernel_size[0],
+        KW=kernel_size[1],
+        STRIDE_Y=stride[0],
+        STRIDE_X=stride[1],
+        PAD_Y=padding[0],
+        PAD_X=padding[1],
+        STEP_Y=dilation[0],
+        STEP_X=dilation[1],
         HAS_ZERO=zero_point is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
@@ -198,7 +202,8 @@ def convolve(
 def weight_by_taps(weight: Tensor, channels: int, taps: int, bits: int) -> Tensor:
     """int8 [O, taps * C] from packed codes: kept with those of 8 bits, and made by every call from fewer, which save memory."""
     make = partial(spread_codes, weight, channels * taps, bits, taps)
-    return kept_with(weight, ("taps", taps), make) if bits == 8 else make()
+    # Of one tap or one channel they lie so already.
+    return kept_with(weight, ("taps", taps), make) if bits == 8 and taps > 1 < channels else make()
 
 
 def tile_for(rows: int, columns: int, channels: int, hopper: bool) -> Tile:

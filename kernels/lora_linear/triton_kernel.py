@@ -1,4 +1,4 @@
-"""Triton kernel of `lora_linear`: that of `weight_only_linear`, which reads x once for both branches."""
+"""Triton kernel of `lora_linear`: that of `weight_only_linear`, which reads few rows of x once for both branches."""
 
 from __future__ import annotations
 

@@ -29,4 +29,4 @@ def weight_only_conv2d_reference(
     codes = unpack_codes(weight, shape[1] * shape[2] * shape[3], weight_bits)
     weights = dequantize_groups(codes, weight_scale, group_size).to(x.dtype).to(dtype).view(shape)
     offset = None if bias is None else bias.to(x.dtype).to(dtype)
-    return F.conv2d(x.to(dtype), weights, offset, stride, padding, dilation).to(x.dtype)
+    return F.conv2d(x.to(dtype), weights, offset, stride, padding, dilation).to(x.dtype).contiguous()

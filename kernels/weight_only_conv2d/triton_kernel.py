@@ -26,4 +26,6 @@ def launch(
     """Compute `weight_only_conv2d` on the device of its arguments, which are known to fit."""
     shape = torch.Size((len(weight), x.shape[1], *kernel_size))
     weights = spread_floats(weight, weight_scale, shape[1:].numel(), weight_bits, group_size, x.dtype).view(shape)
-    return F.conv2d(x, weights, None if bias is None else bias.to(x.dtype), stride, padding, dilation)
+    # In the dtype of x, whatever autocast makes of products.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x, weights, None if bias is None else bias.to(x.dtype), stride, padding, dilation).contiguous()

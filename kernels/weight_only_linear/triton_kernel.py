@@ -159,7 +159,7 @@ def launch_beside(
     weight_bits: int,
     group_size: int,
 ) -> Tensor:
-    """The same, with a low-rank branch in the same pass. Where there are few tiles, several programs share each."""
+    """The same, with a low-rank branch; of few rows in the same pass, where several programs share each of few tiles."""
     rows, depth, columns = x.shape[:-1].numel(), x.shape[-1], len(weight)
     if rows >= MANY_ROWS:
         return _multiply(branch, x, spread_floats(weight, weight_scale, depth, weight_bits, group_size, x.dtype), bias)
@@ -171,7 +171,7 @@ def launch_beside(
     deep = tile_depth(tile, group_size) or tile.depth
     tiles = tile.programs(rows, columns)
     span = columns_of_a_part(tiles, depth, deep)
-    parts = triton.cdiv(depth, span)
+    parts = max(1, triton.cdiv(depth, span))
     sums = y if parts == 1 else torch.empty(parts, rows, columns, device=x.device)
     bias = None if bias is None else bias.to(x.dtype)
     launch_kernel(
@@ -219,11 +219,13 @@ def launch_beside(
 
 
 def _multiply(branch: Branch | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    if branch is None:
-        return y
-    low = F.linear(x, branch.down) * branch.scale
-    return torch.addmm(y.view(-1, len(weight)), low.view(-1, len(branch.down)), branch.up.t()).view(y.shape)
+    # In the dtype of x, whatever autocast makes of products.
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        if branch is None:
+            return y
+        low = F.linear(x, branch.down) * branch.scale
+        return torch.addmm(y.view(-1, len(weight)), low.view(-1, len(branch.down)), branch.up.t()).view(y.shape)
 
 
 def tiles_for(dtype: torch.dtype, group_size: int, rank: int) -> tuple[Tile, ...]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffpress.kernels import fp8_linear
-from diffpress.kernels.fp8_linear.triton_kernel import launch
+from diffpress.kernels import fp8_linear, to_fp8
+from diffpress.kernels.fp8_linear.triton_kernel import launch, to_fp8_rows
 
 SHAPES = [((1,), 1, 1), ((63,), 63, 100), ((2, 7), 100, 33), ((), 17, 9), ((0,), 8, 4), ((5,), 1000, 6)]
 """Leading sizes, K, N."""
@@ -97,3 +97,12 @@ def test_what_does_not_fit_is_named(position: int, value: object, message: str) 
     given[position] = value
     with pytest.raises(ValueError, match=message):
         fp8_linear(*given)
+
+
+def test_float8_of_rows_is_that_of_torch() -> None:
+    x = torch.randn(33, 100, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.linspace(-5, 3, 33)[:, None]
+    x[0, :6] = torch.tensor([float("nan"), 1e6, -1e6, 0.0, 2.0**-10, 3 * 2.0**-10])
+    scale = torch.full((33,), 0.5)
+    assert torch.equal(
+        to_fp8_rows(x, scale).float().nan_to_num(1000), to_fp8(x, scale[:, None]).float().nan_to_num(1000)
+    )

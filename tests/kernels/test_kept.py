@@ -25,7 +25,7 @@ def test_it_is_made_once_for_every_form_and_state() -> None:
     assert len(all_kept_with(weight)) == 2
     weight.neg_()
     assert kept_with(weight, "a", Made) is not first
-    assert len(all_kept_with(weight)) == 2
+    assert len(all_kept_with(weight)) == 1
 
 
 def test_it_goes_with_its_weight() -> None:
@@ -59,11 +59,16 @@ def test_the_memory_of_a_graph_is_not_held(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(kept, "_kept", {})
     weight, lent = OnGPU(), True
     monkeypatch.setattr(kept, "memory_is_lent", lambda _device: lent)
+    waited: list[torch.device] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append(weight.device))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream)
     assert kept_with(weight, "a", Made) is not kept_with(weight, "a", Made)
     lent = False
     first = kept_with(weight, "a", Made)
     lent = True
     assert kept_with(weight, "a", Made) is first
+    # Once, so that other streams may read it.
+    assert waited == [weight.device]
 
 
 def test_memory_is_lent_while_a_graph_is_recorded_and_after_it_ran(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.language import constexpr
 
 from diffpress.kernels import launching
 from diffpress.kernels.launching import launch_kernel
@@ -16,6 +17,10 @@ class Kernel:
 
     __name__ = "kernel"
     arg_names = ("x", "y", "N", "scale", "A", "B")
+
+    @staticmethod
+    def fn(x: Any, y: Any, N: Any, scale: Any, A: constexpr, B: constexpr) -> None:  # noqa: N803
+        """What is compiled."""
 
     def __init__(self) -> None:
         self.compiled: list[dict[str, Any]] = []
@@ -72,6 +77,18 @@ def test_what_triton_compiles_anew_is_compiled_anew(kernel: Kernel, other: dict[
     assert len(kernel.compiled) == 2
 
 
-def test_constants_come_in_the_order_of_the_kernel(kernel: Kernel) -> None:
-    with pytest.raises(TypeError, match=r"kernel ends with \('A', 'B'\), not \['B', 'A'\]"):
-        launch_kernel(kernel, (7,), torch.zeros(4), torch.zeros(4), 32, 0.5, B=True, A=3)
+def test_constants_come_by_name_and_in_the_order_of_the_kernel(kernel: Kernel) -> None:
+    x = torch.zeros(4)
+    with pytest.raises(TypeError, match=r"kernel ends with the constants \['A', 'B'\], not \['B', 'A'\]"):
+        launch_kernel(kernel, (7,), x, x, 32, 0.5, B=True, A=3)
+    # By its place a constant would be taken for a number that may change.
+    with pytest.raises(TypeError, match=r"not \['B'\]"):
+        launch_kernel(kernel, (7,), x, x, 32, 0.5, 3, B=True)
+
+
+def test_amd_compiles_for_the_length_of_what_is_pointed_to(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    launch(kernel, torch.zeros(4))
+    monkeypatch.setattr(launching, "LONGEST_BUFFER", 8)
+    launch(kernel, torch.zeros(4))
+    assert len(kernel.compiled) == 2

@@ -78,6 +78,20 @@ def test_weights_alone_of_many_rows(bias: bool) -> None:
     assert ((found - expected).abs() <= 2 * 101 * 2.0**-24 * magnitude).all()
 
 
+@pytest.mark.parametrize("rows", [16, MANY_ROWS])
+def test_autocast_leaves_the_dtype_alone(rows: int) -> None:
+    x, weight, scale = torch.ones(rows, 96), pack_codes(codes_of(4, 40, 96), 4), torch.ones(40, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert launch_weight_only(x, weight, scale, None, 4, 64).dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [3, MANY_ROWS])
+def test_without_columns_the_bias_is_left(rows: int) -> None:
+    weight, bias = torch.zeros(40, 0, dtype=torch.uint8), torch.arange(40.0)
+    found = launch_weight_only(torch.ones(rows, 0), weight, torch.ones(40, 0), bias, 4, 64)
+    assert torch.equal(found, bias.expand(rows, 40))
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_convolutions_of_weights_alone(kernel: int) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -85,4 +99,9 @@ def test_convolutions_of_weights_alone(kernel: int) -> None:
     weight, scale = pack_codes(codes_of(4, 10, depth), 4), torch.rand(10, -(-depth // 64), generator=generator)
     sizes = ([kernel] * 2, [1, 2], [kernel // 2] * 2, [1, 1])
     given = (x, weight, scale, torch.randn(10, generator=generator), *sizes, 4, 64)
-    assert torch.equal(launch_conv2d(*given), weight_only_conv2d(*given))
+    found, expected = launch_conv2d(*given), weight_only_conv2d(*given)
+    assert torch.equal(found, expected)
+    # As what is told to the compiler.
+    last = (x.to(memory_format=torch.channels_last), *given[1:])
+    assert launch_conv2d(*last).is_contiguous()
+    assert weight_only_conv2d(*last).is_contiguous()
