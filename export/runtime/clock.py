@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diffpress.kernels import code_range
+
+from .forwards import parameter_names
 
 TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio")
 """What denoisers call the argument that tells the time step."""
@@ -34,6 +36,8 @@ class StepClock:
             raise ValueError(f"timesteps must fall strictly, or rise, got {list(self.timesteps)}")
         # The device is named because clocks are made while a model is built empty, on the meta device.
         self.first = torch.eye(1, len(self.timesteps), device="cpu")[0]
+        known = torch.tensor(self.timesteps, device="cpu").tolist()
+        self._steps = {timestep: step for step, timestep in enumerate(known)}
         self._thread = threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -52,12 +56,27 @@ class StepClock:
     @property
     def position(self) -> float:
         """Of this thread among the steps, counted from 0; between two of them where the time step is."""
+        step = getattr(self._thread, "step", None)
+        if step is not None:
+            return float(step)
         weights = self.weights.double().cpu()
         return float(weights @ torch.arange(len(weights), dtype=torch.double))
 
     def set(self, timestep: Tensor | float) -> None:
         """Move to `timestep` (of a tensor, its first entry); between known steps tables are interpolated, outside them held."""
-        self.weights = step_weights(self.timesteps, torch.as_tensor(timestep).flatten()[0])
+        step = self._known_step(timestep)
+        if step is None:
+            self.weights = step_weights(self.timesteps, torch.as_tensor(timestep).flatten()[0])
+        else:
+            self._thread.weights, self._thread.step = self.first.roll(step), step
+
+    def _known_step(self, timestep: Tensor | float) -> int | None:
+        """The step that has all the weight, where a look at `timestep` costs nothing: every call of a denoiser asks."""
+        if torch.compiler.is_compiling():
+            return None
+        if type(timestep) is Tensor and timestep.is_cpu:
+            return self._steps.get(timestep.flatten()[0].float().item())
+        return None if isinstance(timestep, Tensor) else self._steps.get(float(np.float32(timestep)))
 
     def follow(self, denoiser: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Set by the time step of a call of `denoiser` that is about to begin: a forward pre-hook."""
@@ -116,16 +135,16 @@ def _monotone(timesteps: Sequence[float]) -> bool:
 
 def timestep_name(denoiser: nn.Module) -> str | None:
     """What `denoiser` calls the argument that tells the time step; None where it has none that we know."""
-    names = inspect.signature(denoiser.forward).parameters
+    names = parameter_names(denoiser.forward)
     return next((name for name in TIMESTEPS if name in names), None)
 
 
 def find_timestep(denoiser: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor | float | None:
     """The time step among the arguments of one call of `denoiser`, a tensor of one entry, or [B] of equal ones; None where
-    there is none. Raises TypeError where its forward does not take the arguments.
+    there is none.
     """
-    bound = inspect.signature(denoiser.forward).bind(*arguments, **options).arguments
-    return next((bound[name] for name in TIMESTEPS if name in bound), None)
+    given = dict(zip(parameter_names(denoiser.forward), arguments, strict=False)) | options
+    return next((given[name] for name in TIMESTEPS if name in given), None)
 
 
 def attach_clock_(denoiser: nn.Module, clock: StepClock) -> RemovableHandle:

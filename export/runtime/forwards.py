@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 Forward = Callable[..., Any]
@@ -15,6 +18,21 @@ Wrap = Callable[[Forward], Forward]
 
 NOTHING = object()
 """Stands where an instance has no forward of its own, and the one of its class answers."""
+
+_NAMES: WeakKeyDictionary[Callable[..., Any], tuple[str, ...]] = WeakKeyDictionary()
+"""By the function that answers in the end: a signature takes longer than the forward of a small layer."""
+
+
+def parameter_names(forward: Forward) -> tuple[str, ...]:
+    """What the forward of an instance calls its arguments, in their order."""
+    # A compiler that follows this must not tie its graph to one object of a bound method: it reads the signature once anyway.
+    if torch.compiler.is_compiling():
+        return tuple(inspect.signature(forward).parameters)
+    function = inspect.unwrap(forward)
+    function = getattr(function, "__func__", function)
+    if function not in _NAMES:
+        _NAMES[function] = tuple(inspect.signature(forward).parameters)
+    return _NAMES[function]
 
 
 def own_forward(module: nn.Module) -> Forward | Any:

@@ -62,6 +62,15 @@ def test_every_step_of_a_long_table_is_one_hot() -> None:
         assert torch.equal(clock.weights, torch.eye(50)[index])
 
 
+@pytest.mark.parametrize("given", [0.9, torch.tensor(0.9), torch.tensor([0.9, 0.9], dtype=torch.double)], ids=repr)
+def test_a_known_step_is_looked_up_not_interpolated(given: Tensor | float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = StepClock([1.0, 0.9, 0.1])
+    monkeypatch.setattr("diffpress.export.runtime.clock.step_weights", lambda *_: pytest.fail("interpolated"))
+    clock.set(given)
+    assert clock.weights.tolist() == [0.0, 1.0, 0.0]
+    assert clock.position == 1
+
+
 def test_time_steps_between_zero_and_one() -> None:
     clock = StepClock([1.0, 0.75, 0.25])
     clock.set(0.5)
