@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffpress.export.runtime.inheritance import IMAGE
+from diffpress.export.runtime.forecast import IMAGE
 from diffpress.export.runtime.runs import Features
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from itertools import compress
 from math import log10
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from diffpress.calibration.trajectory import Progress
 from diffpress.export.edits import Attach
 from diffpress.export.errors import RecipeError, UnsupportedModelError
 from diffpress.export.runtime import Unit
+from diffpress.export.runtime.rows import looked_at
 
 from ..changes import Changes, Note
 from ..options import Inherit
@@ -55,7 +57,9 @@ def estimate(subject: Subject, options: Inherit, running: Running) -> Cost:
     seconds = images * options.images / subject.batch * running.steps * running.step_seconds
     units, costs = _units_of(subject, _short_run(subject), 1, options)
     disk_bytes = running.steps * sum(4 * options.order + 2 * 2 * sum(unit.channels) for unit in units)
-    return Cost({"steps": seconds}, disk_bytes, {"cache_bytes": _cache_bytes(costs, options.order)})
+    return Cost(
+        {"steps": seconds}, disk_bytes, {"cache_bytes": _cache_bytes(costs, options.order, [True] * len(units))}
+    )
 
 
 def run(subject: Subject, options: Inherit, folder: StageFolder, report: Report) -> Changes:
@@ -107,7 +111,7 @@ def _ranked(
 def _changes(subject: Subject, budget: Budget, ranked: Sequence[tuple[Candidate, float]], fitted: Fitted) -> Changes:
     best = ranked[0][0]
     edit = Attach(component=subject.component, module=PART, settings=fitted.plan)
-    held = _cache_bytes(budget.costs, best.forecast.order)
+    held = _cache_bytes(budget.costs, best.forecast.order, looked_at(fitted.plan))
     reason = f"{budget.speedup(best.cells):.2f} times fewer multiplications, {held / 1e6:.1f} MB of features an image"
     tensors = {f"{PART}.{name}": tensor.contiguous() for name, tensor in fitted.tensors.items()}
     history = [{"speedup": budget.speedup(own.cells), "psnr_db": -10 * log10(found)} for own, found in ranked]
@@ -163,6 +167,6 @@ def _check_reach(budget: Budget, options: Inherit) -> None:
         )
 
 
-def _cache_bytes(costs: Costs, order: int) -> int:
-    """Of an image's features."""
-    return sum(costs.feature_bytes) * (order + 1)
+def _cache_bytes(costs: Costs, order: int, kept: Sequence[bool]) -> int:
+    """Of an image's features, of the units that are `kept`."""
+    return sum(compress(costs.feature_bytes, kept)) * (order + 1)

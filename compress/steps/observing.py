@@ -40,7 +40,7 @@ def observe_features(
     for start in range(0, len(wanted), subject.batch):
         clock = StepClock(timesteps)
         part = _Observed(plan, clock)
-        part.moments = moments
+        part.moments, part.keeps = moments, (True,) * len(units)
         with overlaid(subject.model, part.wraps(subject.model), clock):
             sample(subject.pipeline, wanted[start : start + subject.batch], subject.sampling)
         moments.forget()

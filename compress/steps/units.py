@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffpress.calibration.cost import operation_formulas
-from diffpress.export.runtime.inheritance import IMAGE, SHORTCUT, shortcut_of, tensors_of
+from diffpress.export.runtime.forecast import IMAGE
+from diffpress.export.runtime.inheritance import SHORTCUT, shortcut_of, tensors_of
 from diffpress.export.runtime.step_plan import Unit
 
 from ..options import Level
@@ -70,14 +71,14 @@ def find_units(
     """
     names = {name for name, _ in model.named_modules() if bool(name) != (level == "whole")}
     with (
-        _watching(model, names) as seen,
+        watching(model, names) as seen,
         FlopCounterMode(display=False, custom_mapping=operation_formulas()) as counter,
     ):
         calls[0]()
     macs = {name: _macs(counter, model, name) for name in seen}
     blocks = names if level == "whole" else set(_chosen(model, seen, macs, level))
     chosen = [name for name in seen if name in blocks]
-    with _watching(model, set(chosen)) as again:
+    with watching(model, set(chosen)) as again:
         calls[1]()
     units = [_unit(name, model.get_submodule(name), seen[name], again[name]) for name in chosen]
     if level == "stack":
@@ -230,7 +231,7 @@ def _are_skips(value: Any, inputs: Mapping[str, Tensor]) -> bool:
 
 
 @contextmanager
-def _watching(model: nn.Module, names: set[str]) -> Iterator[dict[str, Seen]]:
+def watching(model: nn.Module, names: set[str]) -> Iterator[dict[str, Seen]]:
     seen: dict[str, Seen] = {}
 
     def look(name: str, parameters: list[str], _module: nn.Module, arguments: Any, options: Any, output: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .clock import StepClock
 from .feedback_plan import HELD, LOOPED, FeedbackPlan
-from .forwards import Forward, Wrap
+from .forwards import Forward, Wrap, parameter_names
 from .packed import PackedLayer, float_form
 from .part import RuntimePart
 from .runs import Arguments, Computed, Features, Run, hold
@@ -103,8 +103,8 @@ class Feedback(RuntimePart):
 
     def wraps(self, model: nn.Module) -> dict[str, Wrap]:
         """What lies around the denoiser itself and its looped blocks, by name."""
-        signature = inspect.signature(model.forward)
-        found: dict[str, Wrap] = {"": lambda forward: _Call(forward, self, signature)}
+        names = parameter_names(model.forward)
+        found: dict[str, Wrap] = {"": lambda forward: _Call(forward, self, names)}
         for index, name in enumerate(self.plan.looped):
             found[name] = self._block_wrap(index, model.get_submodule(name))
         return found
@@ -147,8 +147,8 @@ class Feedback(RuntimePart):
 class _Call:
     """The forward of the denoiser."""
 
-    def __init__(self, forward: Forward, feedback: Feedback, signature: inspect.Signature) -> None:
-        self.__wrapped__, self.feedback, self.signature = forward, feedback, signature
+    def __init__(self, forward: Forward, feedback: Feedback, names: Sequence[str]) -> None:
+        self.__wrapped__, self.feedback, self.names = forward, feedback, names
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if self.feedback.frame is not None:
@@ -163,7 +163,7 @@ class _Call:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Run, Tensor | None]:
-        return self.feedback.begin(Arguments.of(self.signature, arguments, options))
+        return self.feedback.begin(Arguments.of(self.names, arguments, options))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, run: Run, answer: Tensor) -> None:

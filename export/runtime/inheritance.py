@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .clock import StepClock
-from .forwards import Forward, Wrap
+from .forecast import forecast
+from .forwards import Forward, Wrap, parameter_names
+from .outlines import outline
 from .part import RuntimePart
+from .rows import Flags, Row, Rows, looked_at
 from .runs import Arguments, Computed, Features, Run, hold
-from .step_plan import COMPUTED, UNUSED, StepPlan, Unit, forecast_weights, rows_at
-
-IMAGE = 4
-"""Axes from which on a feature is a map, whose channels are the second; others have them last."""
-
+from .step_plan import UNUSED, StepPlan, Unit
 
 SHORTCUT = "conv_shortcut"
 """What a resnet calls the layer that its input goes through before it is added."""
@@ -30,22 +26,26 @@ SHORTCUT = "conv_shortcut"
 class Frame:
     """What the units need to know, and leave, during one call of the denoiser."""
 
-    computes: tuple[bool, ...]
+    computes: Flags
     """Per unit."""
-    unused: tuple[bool, ...]
-    """Per unit, whether anything of the right shape does."""
-    weights: Tensor
-    """[units, kept] of past features in a forecast."""
-    past: list[list[Features]]
-    """Per unit that inherits its past features, the latest first."""
-    correction: Tensor | None
-    """[2, channels] by which forecasts are multiplied, and what is added then."""
+    weights: Mapping[int, Sequence[Tensor]]
+    """Of past features, each a number, by unit that is forecast."""
+    past: Mapping[int, Sequence[Features]]
+    """Its past features, the latest first."""
+    corrections: Sequence[Tensor] | None = None
+    """Per unit [2, channels] by which its forecasts are multiplied, and what is added then."""
     made: dict[int, Features] = field(default_factory=dict)
     """By units that computed."""
     entries: dict[int, list[Any]] = field(default_factory=dict)
     """What units that compute add to."""
     shortcuts: dict[int, Tensor] = field(default_factory=dict)
     """What the shortcuts of units gave."""
+    skips: Flags = ()
+    """Per module that may be skipped."""
+    known: Mapping[int, Any] = field(default_factory=dict)
+    """Outlines of what such modules gave at earlier calls."""
+    outlines: dict[int, Any] = field(default_factory=dict)
+    """Of what they give at this one."""
 
 
 class Inheritance(RuntimePart):
@@ -61,12 +61,15 @@ class Inheritance(RuntimePart):
     def __init__(self, plan: StepPlan, clock: StepClock) -> None:
         super().__init__(clock)
         self.plan = plan
-        self.cells, self.inheriting = plan.cells, plan.inheriting
+        self.rows = Rows(plan)
+        self.keeps = looked_at(plan)
+        skips = skipped_modules(plan)
+        self.skippable = list(dict.fromkeys(name for names in skips for name in names))
+        self.skips = [tuple(name in names for name in self.skippable) for names in skips]
         self.register_buffer("damping", torch.zeros(len(plan.steps), len(plan.units), plan.order))
-        neutral = torch.tensor([1.0, 0.0]).view(1, 2, 1).repeat(len(self.inheriting), 1, plan.channels)
+        neutral = torch.tensor([1.0, 0.0]).view(1, 2, 1).repeat(len(plan.inheriting), 1, plan.channels)
         self.register_buffer("correction", neutral.half() if plan.corrected else None)
-        ends = np.cumsum([0, *(sum(unit.channels) for unit in plan.units)]).tolist()
-        self.places = list(pairwise(ends))
+        self.channels = [sum(unit.channels) for unit in plan.units]
 
     @classmethod
     def around(cls, plan: StepPlan, model: nn.Module, clock: StepClock) -> Self:
@@ -75,14 +78,20 @@ class Inheritance(RuntimePart):
 
     def wraps(self, model: nn.Module) -> dict[str, Wrap]:
         """What lies around the denoiser itself, its units and their shortcuts, by name."""
-        signature = inspect.signature(model.forward)
+        names = parameter_names(model.forward)
         found: dict[str, Wrap] = {}
         for index, unit in enumerate(self.plan.units):
-            for name in unit.modules:
+            # A unit of which no step looks at a forecast is computed, or skipped.
+            for name in unit.modules if self.keeps[index] else ():
                 found |= self._module_wraps(index, unit, name, model.get_submodule(name))
+        for index, name in enumerate(self.skippable):
+            found[name] = self._skip_wrap(index, found.get(name, _as_it_is))
         # A unit may be the denoiser itself.
-        inner = found.get("", lambda forward: forward)
-        return {**found, "": lambda forward: _Call(inner(forward), self, signature)}
+        inner = found.get("", _as_it_is)
+        return {**found, "": lambda forward: _Call(inner(forward), self, names)}
+
+    def _skip_wrap(self, index: int, inner: Wrap) -> Wrap:
+        return lambda forward: _Skippable(inner(forward), self, index)
 
     def _module_wraps(self, index: int, unit: Unit, name: str, module: nn.Module) -> dict[str, Wrap]:
         found: dict[str, Wrap] = {name: lambda forward: _Unit(forward, self, index, unit, name, module)}
@@ -101,43 +110,42 @@ class Inheritance(RuntimePart):
         """Remember what was computed."""
         frame, self.frame = self.frame, None
         if frame is not None and run in self.runs.live:
+            run.outlines.update(frame.outlines)
             for index, features in frame.made.items():
                 held = tuple(hold(y, self.plan.storage) for y in features)
                 run.remember(index, Computed(run.position, held), self.plan.kept)
 
     def _frame(self, run: Run, position: float, last: float | None) -> Frame:
-        steps, kept = len(self.plan.steps), self.plan.kept
-        row = min(round(position), steps - 1)
-        planned = np.any(self.cells[rows_at(position, last, steps)], axis=0)
-        computes = tuple(bool(cell) or index not in run.past for index, cell in enumerate(planned.tolist()))
-        damping = self.damping[row].tolist()
-        weights, past = [], []
-        for index, cell in enumerate(computes):
-            history = [] if cell else run.past[index]
-            places = [computed.position for computed in history]
-            weights.append(forecast_weights(position, places, damping[index], kept))
-            features = [tuple(y.tensor() for y in computed.features) for computed in history]
-            # Always as many different ones, so that what is compiled for one call serves the next.
-            past.append(
-                features + [tuple(y.detach() for y in features[-1]) for _ in range(len(features), kept) if features]
+        places = {index: [computed.position for computed in history] for index, history in run.past.items()}
+        row = self.rows.at(position, last, places, self.damping[self.rows.step(position)].tolist())
+        skips = (False,) * len(self.skippable) if row.pattern is None else self.skips[row.pattern]
+        past = {index: self._past(run, index) for index in row.weights}
+        frame = Frame(row.computes, self._weights(row, run.sample.device), past, skips=skips, known=run.outlines)
+        if self.correction is not None and row.correction is not None and past:
+            frame.corrections = (
+                self.correction[row.correction].to(run.sample.device, torch.float32).split(self.channels, 1)
             )
-        device = run.sample.device
-        pattern = self.plan.patterns[self.plan.steps[row]]
-        as_planned = computes == tuple(cell == COMPUTED for cell in pattern)
-        unused = tuple(as_planned and cell == UNUSED for cell in pattern)
-        return Frame(computes, unused, torch.tensor(weights).to(device), past, self._correction(row, device))
+        return frame
 
-    def _correction(self, row: int, device: torch.device) -> Tensor | None:
-        if self.correction is None or row not in self.inheriting:
-            return None
-        return self.correction[self.inheriting.index(row)].to(device)
+    def _weights(self, row: Row, device: torch.device) -> dict[int, tuple[Tensor, ...]]:
+        """One tensor for all, taken apart: to move each number by itself would take as long as a small forecast."""
+        if not row.weights:
+            return {}
+        numbers = torch.tensor(list(row.weights.values())).to(device)
+        return {unit: own.unbind() for unit, own in zip(row.weights, numbers.unbind(), strict=True)}
+
+    def _past(self, run: Run, index: int) -> list[Features]:
+        """Always as many different ones, so that what is compiled for one call serves the next."""
+        features = [tuple(y.tensor() for y in computed.features) for computed in run.past[index]]
+        missing = self.plan.kept - len(features)
+        return features + [tuple(y.detach() for y in features[-1]) for _ in range(missing)]
 
 
 class _Call:
     """The forward of the denoiser."""
 
-    def __init__(self, forward: Forward, inheritance: Inheritance, signature: inspect.Signature) -> None:
-        self.__wrapped__, self.inheritance, self.signature = forward, inheritance, signature
+    def __init__(self, forward: Forward, inheritance: Inheritance, names: Sequence[str]) -> None:
+        self.__wrapped__, self.inheritance, self.names = forward, inheritance, names
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         run = self._begin(arguments, options)
@@ -147,7 +155,7 @@ class _Call:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Run:
-        return self.inheritance.begin(Arguments.of(self.signature, arguments, options))
+        return self.inheritance.begin(Arguments.of(self.names, arguments, options))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, run: Run) -> None:
@@ -165,6 +173,20 @@ class Shortcut(NamedTuple):
         if self.layer is not None:
             x = self.layer(x) if known is None else known
         return x if self.factor == 1 else x / self.factor
+
+
+def _as_it_is(forward: Forward) -> Forward:
+    return forward
+
+
+def skipped_modules(plan: StepPlan) -> list[tuple[str, ...]]:
+    """Per pattern; where the plan knows of none these are its unused units."""
+    if plan.skipped:
+        return list(plan.skipped)
+    return [
+        tuple(name for unit, cell in zip(plan.units, row, strict=True) if cell == UNUSED for name in unit.modules)
+        for row in plan.patterns
+    ]
 
 
 def shortcut_of(module: nn.Module) -> Shortcut:
@@ -188,6 +210,23 @@ class _Shortcut:
         return output
 
 
+class _Skippable:
+    """The forward of a module that is not called where nobody looks at what it gives."""
+
+    def __init__(self, forward: Forward, inheritance: Inheritance, index: int) -> None:
+        self.__wrapped__, self.inheritance, self.index = forward, inheritance, index
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        frame = self.inheritance.frame
+        if frame is not None and frame.skips[self.index]:
+            return frame.known[self.index]
+        output = self.__wrapped__(*arguments, **options)
+        # One does for a whole run, but a graph that is compiled for its first call must serve the others.
+        if frame is not None and (torch.compiler.is_compiling() or self.index not in frame.known):
+            frame.outlines[self.index] = outline(output)
+        return output
+
+
 class _Unit:
     """The forward of a unit's module: computed, or left out; the last one remembers what was added, or forecasts it."""
 
@@ -196,7 +235,7 @@ class _Unit:
     ) -> None:
         self.__wrapped__, self.inheritance, self.index, self.unit = forward, inheritance, index, unit
         self.first, self.last = name == unit.modules[0], name == unit.modules[-1]
-        self.names = list(inspect.signature(forward).parameters)
+        self.names = parameter_names(forward)
         self.structure: Callable[..., Any] | None = None
         self.shortcut = shortcut_of(module)
 
@@ -206,8 +245,6 @@ class _Unit:
             return self.__wrapped__(*arguments, **options)
         if frame.computes[self.index]:
             return self._computed(frame, arguments, options)
-        if frame.unused[self.index]:
-            return self._given_back(list(frame.past[self.index][0]))
         identity = self._identity(None, arguments, options)
         return self._given_back(self._forecast(frame, identity) if self.last else identity)
 
@@ -236,29 +273,12 @@ class _Unit:
         return [None if name is None else self.shortcut(given[name], shortcut) for name in self.unit.adds_to]
 
     def _forecast(self, frame: Frame, identity: list[Any]) -> list[Tensor]:
-        weights, past = frame.weights[self.index], frame.past[self.index]
-        made = [_combined(weights, list(tensors)) for tensors in zip(*past, strict=True)]
-        if frame.correction is not None:
-            start, end = self.inheritance.places[self.index]
-            own = frame.correction[:, start:end].split(self.unit.channels, 1)
-            made = [_corrected(y, scale_shift.to(y.dtype)) for y, scale_shift in zip(made, own, strict=True)]
-        return [y if x is None else x + y for y, x in zip(made, identity, strict=True)]
-
-
-def _combined(weights: Tensor, past: list[Tensor]) -> Tensor:
-    """The sum of `past`, whose weights make one."""
-    first, *rest = past
-    if not rest:
-        return first
-    if len(rest) == 1:
-        return torch.lerp(first, rest[0], weights[1].to(first.dtype))
-    return first + sum(w.to(first.dtype) * (other - first) for w, other in zip(weights[1:], rest, strict=True))
-
-
-def _corrected(y: Tensor, correction: Tensor) -> Tensor:
-    """`y` [..., C] or [B, C, ...] by `correction` [2, C]."""
-    scale, shift = correction.view(2, -1, *[1] * (y.ndim - 2)) if y.ndim >= IMAGE else correction
-    return torch.addcmul(shift, y, scale)
+        weights = frame.weights[self.index]
+        corrections: Sequence[Tensor | None] = [None] * len(identity)
+        if frame.corrections is not None:
+            corrections = frame.corrections[self.index].split(self.unit.channels, 1)
+        past = zip(*frame.past[self.index], strict=True)
+        return [forecast(x, weights, y, own) for x, y, own in zip(identity, past, corrections, strict=True)]
 
 
 def tensors_of(output: Any) -> tuple[Tensor, ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -67,6 +66,8 @@ class Run:
     """Per unit, the latest first."""
     output_type: type = tuple
     """What the denoiser wrapped its answer in, the latest time."""
+    outlines: dict[int, Any] = field(default_factory=dict)
+    """Of what modules gave that later calls may skip."""
 
     def remember(self, unit: int, computed: Computed, count: int) -> None:
         """As the latest of `count` that are kept of the unit."""
@@ -81,9 +82,10 @@ class Arguments(NamedTuple):
     """All other arguments that a run keeps, by name."""
 
     @classmethod
-    def of(cls, signature: inspect.Signature, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Arguments:
-        """The first tensor is the sample."""
-        bound = dict(_flat(signature.bind(*arguments, **options).arguments))
+    def of(cls, names: Sequence[str], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Arguments:
+        """By the names of its arguments, in their order; the first tensor is the sample."""
+        given = dict(zip(names, arguments, strict=False)) | dict(options)
+        bound = dict(_flat({name: given[name] for name in names if name in given} | given))
         sample = next(name for name, value in bound.items() if isinstance(value, Tensor))
         stays = {
             name: value

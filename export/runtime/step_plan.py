@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, floor
+from math import ceil, floor, prod
 from typing import Literal, Self
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 COMPUTED, INHERITED, UNUSED = "#", ".", "-"
-"""Cells of a plan, as its patterns spell them; an unused one is inherited, but nothing that is left looks at it."""
+"""Cells of a plan, as its patterns spell them; an unused one is left out, as nothing that is left looks at it."""
 BETWEEN = 1e-3
 """Share of a step within which a position counts as that of the step."""
 Storage = Literal["computed", "bfloat16", "int8"]
@@ -53,6 +53,8 @@ class StepPlan(BaseModel):
     """The different rows: one character a unit, `#` where it is computed, `.` where it is inherited, `-` where nobody looks."""
     steps: tuple[int, ...] = Field(min_length=1)
     """Which pattern each step has. The first step is computed in full."""
+    skipped: tuple[tuple[str, ...], ...] = ()
+    """Per pattern: modules, or units as a whole, that are not called, as nobody looks at what they give."""
     order: Literal[0, 1, 2] = 1
     """Highest order of the forecast: 0 holds the last feature, 1 continues its line, 2 its parabola."""
     corrected: bool = False
@@ -68,6 +70,8 @@ class StepPlan(BaseModel):
             raise ValueError(f"steps must name one of {len(self.patterns)} patterns")
         if set(self.patterns[self.steps[0]]) != {COMPUTED}:
             raise ValueError("the first step has nothing to inherit")
+        if self.skipped and len(self.skipped) != len(self.patterns):
+            raise ValueError("each pattern needs what it skips")
         return self
 
     @classmethod
@@ -108,7 +112,7 @@ class StepPlan(BaseModel):
         return self.order + 1
 
 
-def rows_of(cells: NDArray[np.bool_]) -> list[str]:
+def rows_of(cells: NDArray[np.bool_] | Sequence[Sequence[bool]]) -> list[str]:
     """As patterns are spelt: a row computes where `cells` [steps, units] are true."""
     return ["".join(COMPUTED if cell else INHERITED for cell in row) for row in cells]
 
@@ -135,20 +139,16 @@ def forecast_weights(position: float, history: Sequence[float], damping: Sequenc
 
     Newton's divided differences, each term but the first times its `damping`; what the history is too short for is left out.
     """
-    weights = np.zeros(count)
-    weights[0] = 1
+    weights = [1.0] + [0.0] * (count - 1)
     reach = 1.0
     for degree in range(1, min(count, len(history))):
         reach *= position - history[degree - 1]
-        weights[: degree + 1] += damping[degree - 1] * reach * _divided_difference(history[: degree + 1])
-    return weights.tolist()
-
-
-def _divided_difference(places: Sequence[float]) -> NDArray[np.float64]:
-    """Coefficients of the values at `places` in their divided difference."""
-    own = np.array(places)[:, None] - np.array(places)[None, :]
-    np.fill_diagonal(own, 1)
-    return 1 / own.prod(1)
+        known = history[: degree + 1]
+        for index, place in enumerate(known):
+            weights[index] += (
+                damping[degree - 1] * reach * (1 / prod(place - other for other in known if other != place))
+            )
+    return weights
 
 
 def last_of_run(position: float, last: float | None, steps: int) -> bool:
