@@ -265,6 +265,11 @@ class Inherit(BaseModel):
         description="how many times fewer multiply-accumulates the denoiser makes for an image; what can be reached at most "
         "is said where this is more",
     )
+    budget: Literal["macs", "latency"] = Field(
+        default="macs",
+        description="what `speedup` counts: multiply-accumulates (`macs`), or what an image takes on this machine, with all "
+        "that its pipeline does (`latency`)",
+    )
     schedule: Literal["fitted", "uniform", "early", "late", "centre"] = Field(
         default="fitted",
         description="what is computed when: `fitted` by trials, or all units at the same steps, spread evenly (`uniform`) or "

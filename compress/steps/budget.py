@@ -1,4 +1,4 @@
-"""What plans cost: multiply-accumulates of the denoiser over one image."""
+"""What plans cost over one image: multiply-accumulates of the denoiser, or nanoseconds."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Budget:
         """Where every step is computed."""
         return self.steps * self.costs.total
 
-    def macs(self, cells: Cells) -> int:
+    def cost(self, cells: Cells) -> int:
         """Of a plan."""
         return self.steps * self.costs.rest + int((cells @ np.array(self.costs.units)).sum())
 
     def speedup(self, cells: Cells) -> float:
         """Of a plan over the whole."""
-        return self.whole / self.macs(cells)
+        return self.whole / self.cost(cells)
 
     @property
     def fastest(self) -> float:
@@ -44,4 +44,4 @@ class Budget:
 
     def allows(self, cells: Cells, speedup: float) -> bool:
         """Whether a plan is as fast as asked."""
-        return self.macs(cells) * speedup <= self.whole * (1 + 1e-9)
+        return self.cost(cells) * speedup <= self.whole * (1 + 1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import compress
 from math import log10
@@ -25,6 +26,7 @@ from ..stage_folder import StageFolder
 from .budget import Budget
 from .candidates import Candidate, by_hand, forecastings
 from .forecasts import Forecasts
+from .latency import in_nanoseconds, kept_in_nanoseconds
 from .observing import observe_features
 from .schedules import BENDS
 from .search import search
@@ -46,7 +48,10 @@ MANY_STEPS = 1000
 
 def check(subject: Subject, options: Inherit) -> None:
     """Raises UnsupportedModelError where nothing can be inherited, RecipeError where the speed-up is out of reach."""
-    _, costs = _units_of(subject, _short_run(subject), 1, options)
+    calls = _short_run(subject)
+    units, costs = _units_of(subject, calls, 1, options)
+    if options.budget == "latency":
+        costs = in_nanoseconds(subject, calls, units, options.order, costs)
     _check_reach(Budget(costs, _steps_of(subject) or MANY_STEPS), options)
 
 
@@ -71,7 +76,11 @@ def run(subject: Subject, options: Inherit, folder: StageFolder, report: Report)
     # Guidance in two calls keeps features of both.
     images = subject.trajectories.images(first) * len(calls) / len(recorded)
     units, costs = _units_of(subject, calls[middle - 1 :], images, options)
-    budget = Budget(costs, len(subject.timesteps))
+    counted = Budget(costs, len(subject.timesteps))
+    budget = counted
+    if options.budget == "latency":
+        measure = partial(_timed, subject, units, options.order, costs)
+        budget = replace(counted, costs=kept_in_nanoseconds(folder.path / "latency.json", measure))
     _check_reach(budget, options)
     seen = subject.conditions(options.images)
     moments = observe_features(subject, units, seen, WINDOW, partial(report, "steps, looking at features"))
@@ -79,7 +88,11 @@ def run(subject: Subject, options: Inherit, folder: StageFolder, report: Report)
     ranked = _ranked(subject, options, units, budget, forecasts, folder.path, partial(report, "steps"))
     fitted = fit(units, forecasts, ranked[0][0], options.cache)
     plan = with_unused(fitted.plan, subject.model, partial(replay, subject.model, calls[middle]), subject.timesteps)
-    return _changes(subject, budget, ranked, fitted._replace(plan=plan))
+    return _changes(subject, counted, budget, ranked, fitted._replace(plan=plan))
+
+
+def _timed(subject: Subject, units: Sequence[Unit], order: int, costs: Costs) -> Costs:
+    return in_nanoseconds(subject, _short_run(subject), units, order, costs)
 
 
 def _ranked(
@@ -108,13 +121,18 @@ def _ranked(
     return search(trials, budget, options.speedup, options.trials, ways, options.patterns, subject.seed, notify)
 
 
-def _changes(subject: Subject, budget: Budget, ranked: Sequence[tuple[Candidate, float]], fitted: Fitted) -> Changes:
+def _changes(
+    subject: Subject, counted: Budget, budget: Budget, ranked: Sequence[tuple[Candidate, float]], fitted: Fitted
+) -> Changes:
+    """`counted` are multiplications, `budget` what was to be saved."""
     best = ranked[0][0]
     edit = Attach(component=subject.component, module=PART, settings=fitted.plan)
-    held = _cache_bytes(budget.costs, best.forecast.order, looked_at(fitted.plan))
-    reason = f"{budget.speedup(best.cells):.2f} times fewer multiplications, {held / 1e6:.1f} MB of features an image"
+    held = _cache_bytes(counted.costs, best.forecast.order, looked_at(fitted.plan))
+    reason = f"{counted.speedup(best.cells):.2f} times fewer multiplications, {held / 1e6:.1f} MB of features an image"
+    if budget is not counted:
+        reason += f", {budget.speedup(best.cells):.2f} times faster where it was fitted"
     tensors = {f"{PART}.{name}": tensor.contiguous() for name, tensor in fitted.tensors.items()}
-    history = [{"speedup": budget.speedup(own.cells), "psnr_db": -10 * log10(found)} for own, found in ranked]
+    history = [{"speedup": counted.speedup(own.cells), "psnr_db": -10 * log10(found)} for own, found in ranked]
     return Changes((edit,), tensors, {PART: Note(reason, format=edit.words())}, tuple(history))
 
 
@@ -160,10 +178,14 @@ def _steps_of(subject: Subject) -> int | None:
 def _check_reach(budget: Budget, options: Inherit) -> None:
     if budget.rows(options.speedup) < 1:
         rest = budget.costs.rest / budget.costs.total
+        kept = (
+            "multiplications are always computed" if options.budget == "macs" else "time is taken whatever is inherited"
+        )
+        of = "the denoiser's" if options.budget == "macs" else "an image's"
         raise RecipeError(
             f"steps.speedup {options.speedup:g}: {budget.fastest:.2f} is the most that can be reached here, and only by "
-            f"computing nothing after the first step: {rest:.0%} of the denoiser's multiplications are always computed. Give "
-            "less; up to half of that most keeps images close."
+            f"computing nothing after the first step: {rest:.0%} of {of} {kept}. Give less; up to half of that most keeps "
+            "images close."
         )
 
 

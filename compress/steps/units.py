@@ -37,7 +37,9 @@ class Seen:
 
 @dataclass(frozen=True)
 class Costs:
-    """Multiply-accumulates of one call of the denoiser, and the memory of what it leaves to later ones."""
+    """Multiply-accumulates of one call of the denoiser, or nanoseconds of one step, and the memory of what it leaves to
+    later ones.
+    """
 
     units: tuple[int, ...]
     """That inheriting each saves."""

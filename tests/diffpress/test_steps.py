@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,20 @@ def test_plain_diffusers_draws_what_was_measured_for_other_steps_and_twice_alike
         assert all(torch.equal(image, images[0]) for image in images)
 
 
+def test_a_speed_up_may_be_one_of_time(tiny_class: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that take next to no time save nothing of it: many more steps are inherited than multiplications ask for."""
+    times = lambda *given: replace(given[-1], units=(600,), total=1000)  # noqa: E731
+    monkeypatch.setattr("diffpress.compress.steps.inherit.in_nanoseconds", times)
+    out = made(tiny_class, tmp_path / "artifact", {**RECIPE, "steps": {**RECIPE["steps"], "budget": "latency"}})
+    manifest = read_manifest(out)
+    (edit,) = manifest.edits
+    # 6 steps of 1,000 over 1.3 are 4,615: four steps of 400 beside what is computed leave room for no more than three.
+    assert edit.settings.cells.sum() == 3  # type: ignore[union-attr]
+    (reason,) = (row.reason for row in manifest.plan if row.module == "step_plan")
+    assert "times fewer multiplications" in reason
+    assert "1.43 times faster where it was fitted" in reason
+
+
 @pytest.mark.long
 def test_a_killed_search_continues_to_the_same_bytes(planned, tiny_text, digests, tmp_path, monkeypatch) -> None:
     """Tried plans are not tried again."""
@@ -117,6 +132,10 @@ def test_every_level_and_storage_goes_the_whole_way(request, tmp_path: Path, lev
     ("own", "words"),
     [
         ({"speedup": 50}, r"steps.speedup 50: [\d.]+ is the most that can be reached here"),
+        (
+            {"speedup": 50, "budget": "latency"},
+            r"[\d.]+ is the most that can be reached here.* of an image's time is taken whatever is inherited",
+        ),
         ({"cache_mb": 1e-6}, r"has no blocks that could be inherited in cache_mb 1e-06. Give more"),
     ],
 )

@@ -21,9 +21,9 @@ BUDGET = Budget(Costs((30, 20, 40), 100, (8, 8, 8), 4), 20)
 
 def test_what_a_plan_costs_is_counted_cell_by_cell() -> None:
     cells = np.zeros((20, 3), dtype=bool)
-    assert BUDGET.macs(cells) == 20 * 10
+    assert BUDGET.cost(cells) == 20 * 10
     cells[0], cells[3, 1] = True, True
-    assert BUDGET.macs(cells) == 20 * 10 + 90 + 20
+    assert BUDGET.cost(cells) == 20 * 10 + 90 + 20
     assert BUDGET.speedup(cells) == 2000 / 310
     assert BUDGET.fastest == 2000 / (200 + 90)
 
