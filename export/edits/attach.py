@@ -50,8 +50,8 @@ class Attach(EditBase):
     def owns(self, tensor: str) -> bool:
         return tensor.startswith(f"{self.module}.")
 
-    def why_not_exported(self) -> str:
-        return "graphs keep nothing from one step to the next"
+    def why_not_exported(self) -> str | None:
+        return self.settings.why_not_exported()
 
     def exact(self) -> frozenset[str]:
         """Tables over steps, and scales."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from ..artifact import is_artifact, open_pipeline
 from ..engines.engine import REASONS, Engine
@@ -17,21 +19,42 @@ from ..errors import UnsupportedModelError
 from ..folder import PipelineFolder
 from ..manifest import list_files, read_manifest
 from ..outputs import check_output, check_space
-from ..portable.manifest import EXPORT, ExportManifest, Graph, Port
+from ..portable.manifest import (
+    EXPORT,
+    SCHEMA,
+    UNPLANNED,
+    ExportManifest,
+    Graph,
+    Port,
+    SchedulerTable,
+    StepPlanTables,
+)
 from ..portable.tables import STANDARD_STEPS, build_tables
 from ..publishing import publish, staging
-from .check import Agreement, check_graph
+from ..runtime import Inheritance
+from .check import Agreement, check_graph, larger
 from .kinds import Kind, defaults, kind_of, latent_shape
 from .part import Part, multiplies_codes
 from .passes import widen_weights_
+from .planned_calls import inheritance_of, plan_tables, planned_rows
 from .selftest import run_self_test, write_self_test
 from .trace import OPSET
 from .worst_case import write_worst_case
 from .write import write_graph
+from .write_plan import write_planned
 
 PACKAGES = ("diffpress", "diffusers", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
 TEST_STEPS = 4
 """Steps of the self test: few, and enough to see the scheduler's table at work."""
+
+
+class Checked(NamedTuple):
+    """A graph that was written, and how it agreed."""
+
+    part: Part
+    agreement: Agreement
+    data: str
+    """The file of its weights."""
 
 
 def ignore(done: int, total: int) -> None:
@@ -91,15 +114,22 @@ def _write(
     integers = any(multiplies_codes(part) for part in parts)
     worst_case = _try_engine(folder, engine) if integers else None
     # The last of the steps is comparing an image with torch's.
-    total, checked = len(parts) + 1, {}
+    total, plan = len(parts) + 1, None
+    checked: list[Checked] = []
     for done, part in enumerate(parts):
         progress(done, total)
-        checked[part.name] = (part, _write_part(part, folder, engine))
-    graphs = {name: _describe(part, agreement) for name, (part, agreement) in checked.items()}
+        inheritance = inheritance_of(part.module)
+        if inheritance is None:
+            checked.append(_write_part(part, folder, engine))
+        else:
+            own, plan = _write_planned(part, inheritance, schedules, folder, engine)
+            checked += own
+    graphs = {own.part.name: _describe(own) for own in checked}
     progress(len(parts), total)
     denoiser = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
     guidance = None if kind.first_half is None else own_guidance if guidance_scale is None else guidance_scale
     manifest = ExportManifest(
+        schema_version=UNPLANNED if plan is None else SCHEMA,
         pipeline=type(pipeline).__name__,
         opset=OPSET,
         format="int8" if integers else "float32",
@@ -118,7 +148,10 @@ def _write(
         steps=steps,
         guidance_scale=guidance,
         schedules=schedules,
-        self_test=write_self_test(kind, pipeline, checked, folder, min(schedules), guidance),
+        step_plan=plan,
+        self_test=write_self_test(
+            kind, pipeline, _rounding(checked), folder, _telling_steps(schedules, plan), guidance
+        ),
         files=list_files(folder, (EXPORT,)),
     )
     manifest = run_self_test(manifest, folder, engine)
@@ -140,25 +173,60 @@ def _left_out(pipeline: Any, parts: list[Part]) -> tuple[str, ...]:
     return tuple(sorted(name for name, model in models.items() if id(model) not in used))
 
 
-def _write_part(part: Part, folder: Path, engine: Engine) -> Agreement:
+def _write_part(part: Part, folder: Path, engine: Engine) -> Checked:
     """One graph on disk, checked against torch."""
     widen_weights_(part.module)
     places = write_graph(part, folder, engine.form)
-    return check_graph(part, folder / f"{part.name}.onnx", places, engine)
+    return Checked(part, check_graph(part, folder / f"{part.name}.onnx", places, engine), f"{part.name}.onnx.data")
 
 
-def _describe(part: Part, agreement: Agreement) -> Graph:
+def _write_planned(
+    part: Part, inheritance: Inheritance, schedules: dict[int, SchedulerTable], folder: Path, engine: Engine
+) -> tuple[list[Checked], StepPlanTables]:
+    """The graphs of a denoiser with a step plan, checked against torch, and what runs of them do at which call."""
+    widen_weights_(part.module)
+    rows = {steps: planned_rows(inheritance, table.timesteps) for steps, table in schedules.items()}
+    planned = write_planned(part, inheritance, chain(*rows.values()), folder, engine.form)
+    checked = [
+        Checked(own.part, check_graph(own.part, folder / f"{name}.onnx", own.places, engine), f"{part.name}.onnx.data")
+        for name, own in planned.graphs.items()
+    ]
+    return checked, plan_tables(planned, rows, len(inheritance.plan.inheriting))
+
+
+def _rounding(checked: Sequence[Checked]) -> list[tuple[nn.Module, dict[str, float]]]:
+    """How far engines were off in what pieces are given, the worst of all graphs over the same weights."""
+    found: dict[str, tuple[nn.Module, dict[str, float]]] = {}
+    for own in checked:
+        module, worst = found.get(own.data, (own.part.module, {}))
+        found[own.data] = (module, larger(worst, own.agreement.rounding))
+    return list(found.values())
+
+
+def _telling_steps(schedules: dict[int, SchedulerTable], plan: StepPlanTables | None) -> int:
+    """The fewest steps whose run asks as many graphs as any."""
+    if plan is None:
+        return min(schedules)
+    return min(schedules, key=lambda steps: (-len({call.graph for call in plan.calls[steps]}), steps))
+
+
+def _describe(checked: Checked) -> Graph:
     """What the manifest says of a graph."""
-    file = f"{part.name}.onnx"
+    part, agreement = checked.part, checked.agreement
     with torch.no_grad():
-        output = part.module(*part.example(1, torch.Generator().manual_seed(0)).values())
+        outputs = part.answer(part.example(1, torch.Generator().manual_seed(0)))
     return Graph(
-        file=file,
-        data=f"{file}.data",
+        file=f"{part.name}.onnx",
+        data=checked.data,
         format="int8" if multiplies_codes(part) else "float32",
         inputs=tuple(item.port() for item in part.inputs),
-        outputs=(Port(name=part.output, dtype="float32", shape=("batch", *output.shape[1:])),),
+        outputs=tuple(_output_port(name, value) for name, value in outputs.items()),
         max_abs_error=agreement.max_abs_error,
         relative_error=agreement.relative_error,
         tolerance=agreement.tolerance,
     )
+
+
+def _output_port(name: str, value: Tensor) -> Port:
+    shape = ("batch", *value.shape[1:]) if value.ndim else ()
+    return Port(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=shape)

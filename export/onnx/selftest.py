@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..engines.engine import Engine
 from ..errors import ArtifactError
 from ..portable.manifest import ExportManifest, SelfTest, write_export
 from ..portable.pipeline import PortablePipeline
 from ..portable.verify import self_test_error
-from .check import Agreement
 from .edges import at_edges
 from .kinds import Kind, torch_image
-from .part import Part
 
 IMAGE = "selftest.npy"
 SEED = 0
@@ -29,12 +28,12 @@ FLOAT_LIMIT = 1 / 4 / 255
 def write_self_test(
     kind: Kind,
     pipeline: Any,
-    parts: Mapping[str, tuple[Part, Agreement]],
+    rounding: Iterable[tuple[nn.Module, Mapping[str, float]]],
     folder: Path,
     steps: int,
     guidance_scale: float | None,
 ) -> SelfTest:
-    """Store the image that torch makes, and how far off another engine's may be, given how its parts agreed.
+    """Store the image that torch makes, and how far off another engine's may be, given how its modules agreed.
 
     Twice what becomes of it where every code at an edge is the other one (see `edges`): engines may choose half of them
     as torch does, and what the others do does not cancel.
@@ -42,8 +41,8 @@ def write_self_test(
     image = torch_image(kind, pipeline, kind.example, SEED, steps, guidance_scale)
     np.save(folder / IMAGE, image.numpy())
     with ExitStack() as stack:
-        for part, agreement in parts.values():
-            stack.enter_context(at_edges(part.module, agreement.rounding))
+        for module, own in rounding:
+            stack.enter_context(at_edges(module, own))
         other = torch_image(kind, pipeline, kind.example, SEED, steps, guidance_scale)
     moved = float((other - image).square().mean().sqrt())
     return SelfTest(

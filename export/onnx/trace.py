@@ -33,18 +33,18 @@ class Place(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """A graph whose first output is the module's; the others, by name, are what its pieces are given and give."""
+    """A graph whose first outputs are the module's; the others, by name, are what its pieces are given and give."""
 
     model: ir.Model
     places: list[Place]
 
 
 class _Watched(nn.Module):
-    """A module that gives, behind its own output, the inputs and outputs of all its pieces."""
+    """A module that gives, behind its own outputs, the inputs and outputs of all its pieces."""
 
-    def __init__(self, module: nn.Module, output: str) -> None:
+    def __init__(self, module: nn.Module, outputs: Sequence[str]) -> None:
         super().__init__()
-        self.module, self.output = module, output
+        self.module, self.outputs = module, outputs
         self.names: dict[int, str] = {}
         self.places: list[Place] = []
 
@@ -65,26 +65,28 @@ class _Watched(nn.Module):
             return output
 
         with answering(self.module, watch):
-            output = self.module(*arguments)
-        return output, *self._others(output, seen)
+            given = self.module(*arguments)
+        outputs = (given,) if isinstance(given, Tensor) else tuple(given)
+        return *outputs, *self._others(outputs, seen)
 
-    def _others(self, output: Tensor, seen: list[Tensor]) -> list[Tensor]:
-        """All that pieces give and are given but the module's own output, which a last piece may give."""
-        own = self.names.pop(id(output), None)
+    def _others(self, outputs: tuple[Tensor, ...], seen: list[Tensor]) -> list[Tensor]:
+        """All that pieces give and are given but the module's own outputs, which a piece may give or be given too."""
+        own = {self.names.pop(id(value), None): name for value, name in zip(outputs, self.outputs, strict=True)}
         self.places = [
-            Place(place.piece, place.inputs, self.output) if place.output == own else place for place in self.places
+            Place(place.piece, tuple(own.get(name, name) for name in place.inputs), own.get(place.output, place.output))
+            for place in self.places
         ]
-        return [value for value in seen if value is not output]
+        return [value for value in seen if id(value) in self.names]
 
 
 def trace(part: Part) -> Traced:
     """The graph of a part, its batch left open. Raises UnsupportedModelError where torch cannot trace it."""
-    watched = _Watched(part.module, part.output)
+    watched = _Watched(part.module, part.outputs)
     with clocks_kept(part.module), _quiet():
         example = tuple(part.example(TRACED_BATCH, torch.Generator().manual_seed(0)).values())
         with torch.no_grad():
             watched(*example)
-        outputs = [part.output, *watched.names.values()]
+        outputs = [*part.outputs, *watched.names.values()]
         model = _onnx(part.name, watched, part.inputs, example, outputs)
     return Traced(model, watched.places)
 
@@ -94,7 +96,7 @@ def _onnx(
 ) -> ir.Model:
     # `forward` takes its inputs in one tuple. Given a name alone, torch finds out which batches a model takes; a `Dim` that
     # says too many is traced twice (diffusers copies before it enlarges 64 images and more).
-    dynamic = (tuple(None if item.choices else {0: "batch"} for item in inputs),)
+    dynamic = (tuple({0: "batch"} if item.has_batch else None for item in inputs),)
     try:
         program = torch.onnx.export(
             module,

@@ -6,16 +6,21 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..digests import File, compare_files, inside, read_manifest_file
 from ..engines.engine import Form
 from ..errors import ArtifactError
 
 EXPORT = "export.json"
-SCHEMA = 2
-"""2 says in which form products of codes are written and why, and has a graph that tries an engine; all of 1 is as it was."""
+SCHEMA = 3
+"""3 may have a step plan. 2 says in which form products of codes are written and why, and has a graph that tries an engine;
+all of 1 is as it was."""
+UNPLANNED = 2
+"""What exports without a step plan are written as."""
 ANEW = "export anew"
+FORECAST, CORRECTION = "forecast", "correction"
+"""Inputs of graphs: what past features weigh [units, kept], and which row of the tables corrects what they give."""
 
 
 class _Data(BaseModel):
@@ -76,6 +81,45 @@ class SchedulerTable(_Data):
     """Per call, the next sample as weights of the first sample and of all outputs so far."""
 
 
+class Kept(_Data):
+    """A tensor that graphs of the denoiser give, and others are given at later calls of a run."""
+
+    name: str
+    """Of the output; `NAME.past1` is the input that takes the latest, `NAME.past2` the one before it."""
+    dtype: Literal["float32", "int8"]
+    shape: tuple[int | str, ...]
+    """As of a port."""
+    count: int = Field(ge=1)
+    """How many are kept, the latest ones."""
+    bytes: int
+    """Of all that is kept for one image; guidance takes two."""
+
+
+class PlannedCall(_Data):
+    """One call of the denoiser."""
+
+    graph: str
+    """The component that answers it."""
+    forecast: tuple[tuple[float, ...], ...]
+    """The input of that name, where the graph has one: what past features weigh [units, kept]. Empty where all is computed."""
+    correction: int
+    """The same: which row of the tables in the graph corrects forecasts."""
+
+
+class StepPlanTables(_Data):
+    """What is computed at which call, and what is kept for later ones.
+
+    A call's graph is asked with the denoiser's inputs and those of `forecast`, `correction` and past tensors that it has.
+    What it gives behind its output is kept. Where fewer of a tensor have been given yet, the oldest stands for those before.
+    """
+
+    kept: tuple[Kept, ...]
+    bytes: int
+    """Of all that is kept for one image."""
+    calls: dict[int, tuple[PlannedCall, ...]]
+    """Per number of steps, as the schedules."""
+
+
 class SelfTest(_Data):
     """One image that torch made of the source pipeline."""
 
@@ -94,7 +138,7 @@ class SelfTest(_Data):
 class ExportManifest(_Data):
     """Everything an export says of itself."""
 
-    schema_version: int = SCHEMA
+    schema_version: int = UNPLANNED
     pipeline: str
     """Class name of the source pipeline."""
     opset: int
@@ -124,13 +168,16 @@ class ExportManifest(_Data):
     """Used where the caller names none; guidance is off at 1 and below."""
     schedules: dict[int, SchedulerTable]
     """Per number of steps."""
+    step_plan: StepPlanTables | None = None
+    """Where some steps inherit from others."""
     self_test: SelfTest
     files: dict[str, File]
 
 
 def write_export(folder: Path, manifest: ExportManifest) -> None:
     """Write `export.json`, keys sorted."""
-    text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1)
+    unsaid = {"step_plan"} if manifest.step_plan is None else set()
+    text = json.dumps(manifest.model_dump(mode="json", exclude=unsaid), sort_keys=True, indent=1)
     (folder / EXPORT).write_text(text + "\n", encoding="utf-8")
 
 
@@ -146,6 +193,8 @@ def read_export(folder: Path) -> ExportManifest:
         raise ArtifactError(f"{folder} is no ONNX export of diffpress: it has no {EXPORT}.")
     manifest = read_manifest_file(path, ExportManifest, SCHEMA, ANEW)
     _check_names(folder, manifest)
+    if manifest.step_plan is not None:
+        _check_plan(folder, manifest, manifest.step_plan)
     return manifest
 
 
@@ -159,6 +208,19 @@ def _check_names(folder: Path, manifest: ExportManifest) -> None:
     unlisted = sorted(named - manifest.files.keys())
     if unlisted:
         raise ArtifactError(f"{folder}: {EXPORT} uses {unlisted[0]} but lists no digest of it. Export again.")
+
+
+def _check_plan(folder: Path, manifest: ExportManifest, plan: StepPlanTables) -> None:
+    """Every call has a graph whose inputs there is something for, and runs begin with one that takes up nothing."""
+    known = {f"{own.name}.past{count}" for own in plan.kept for count in range(1, own.count + 1)}
+    first = {port.name for port in manifest.components["denoiser"].inputs}
+    for steps, table in manifest.schedules.items():
+        calls = plan.calls.get(steps, ())
+        graphs = {call.graph for call in calls} & manifest.components.keys()
+        more = {port.name for name in graphs for port in manifest.components[name].inputs} - first
+        sound = len(calls) == len(table.timesteps) and graphs == {call.graph for call in calls}
+        if not sound or calls[0].graph != "denoiser" or more - known - {FORECAST, CORRECTION}:
+            raise ArtifactError(f"{folder}: the step plan in {EXPORT} does not fit {steps} steps. Export again.")
 
 
 def check_files(folder: Path, manifest: ExportManifest) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..engines.engine import Array, Engine, Session
 from ..errors import UserError
 from .conditions import conditioner_of
+from .denoiser import Denoiser
 from .manifest import ExportManifest, SchedulerTable, check_files, read_export
 from .noise import torch_noise
 from .sampler import sample_by_table
@@ -32,7 +33,7 @@ class PortablePipeline:
             return engine.open(folder / components[name].file, threads)
 
         self._conditioner = conditioner_of(folder, self.manifest, open_graph)
-        self._denoiser = open_graph("denoiser")
+        self._denoiser = Denoiser(self.manifest, open_graph)
         self._decoder = open_graph("decoder") if "decoder" in components else None
 
     def generate(
@@ -54,30 +55,32 @@ class PortablePipeline:
         """Images [B, H, W, C] in 0..1, one for each condition and seed (see `generate`)."""
         if len(conditions) != len(seeds) or not seeds:
             raise UserError(f"Give as many seeds as conditions, and at least one: {len(conditions)} and {len(seeds)}.")
+        steps = self.manifest.steps if steps is None else steps
         table, guidance = self._table(steps), self._guidance(guidance_scale)
         inputs = self._conditioner.encode(conditions)
         if guidance > 1:
             inputs = self._join(inputs, self._conditioner.encode_null(len(seeds)))
         noise = np.concatenate([torch_noise((1, *self.manifest.latent_shape), seed) for seed in seeds])
 
+        answer = self._denoiser.begin(steps)
+
         def denoise(sample: Floats, timestep: float) -> Floats:
             now = np.array([timestep], np.float32)
             doubled = np.concatenate([sample, sample]) if guidance > 1 else sample
-            output = _only(self._denoiser.run({"sample": doubled, "timestep": now, **inputs}))
+            output = answer({"sample": doubled, "timestep": now, **inputs})
             return self._guide(output, guidance) if guidance > 1 else output
 
         return self._decode(sample_by_table(noise, table, denoise))
 
-    def _table(self, steps: int | None) -> SchedulerTable:
+    def _table(self, steps: int) -> SchedulerTable:
         known = self.manifest.schedules
-        wanted = self.manifest.steps if steps is None else steps
-        if wanted not in known:
+        if steps not in known:
             have = ", ".join(str(count) for count in sorted(known))
             raise UserError(
-                f"This export has no schedule of {wanted} steps. Use one of {have}; another number needs an export of a "
+                f"This export has no schedule of {steps} steps. Use one of {have}; another number needs an export of a "
                 "pipeline that was compressed for it (`sampling.steps` in the recipe)."
             )
-        return known[wanted]
+        return known[steps]
 
     def _guidance(self, scale: float | None) -> float:
         if self.manifest.first_half is None:

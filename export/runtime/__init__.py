@@ -16,13 +16,15 @@ from .feedback import Feedback
 from .feedback_plan import FeedbackPlan
 from .forms import LayerForm, LayerUse
 from .forwards import NOTHING, Forward, Wrap, own_forward, set_forward
-from .inheritance import Inheritance, tensors_of
+from .inheritance import Frame, Inheritance, tensors_of
 from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, why_not_packable
 from .part import RuntimePart
-from .step_plan import StepPlan, Unit
+from .runs import INT8_MAX, hold
+from .step_plan import Row, StepPlan, Unit, last_of_run, row_of
 from .times import Times, layer_times
 
 __all__ = [
+    "INT8_MAX",
     "NOTHING",
     "TIMESTEPS",
     "Attention",
@@ -33,6 +35,7 @@ __all__ = [
     "Feedback",
     "FeedbackPlan",
     "Forward",
+    "Frame",
     "Inheritance",
     "Int8Attention",
     "LayerForm",
@@ -41,6 +44,7 @@ __all__ = [
     "PackedEmbedding",
     "PackedLayer",
     "PackedLinear",
+    "Row",
     "RuntimePart",
     "StepClock",
     "StepPlan",
@@ -55,6 +59,8 @@ __all__ = [
     "expand_",
     "factorize_layer",
     "find_timestep",
+    "hold",
+    "last_of_run",
     "layer_times",
     "layers_of",
     "loses",
@@ -62,6 +68,7 @@ __all__ = [
     "own_forward",
     "pack_layer",
     "quantize_attention_",
+    "row_of",
     "set_forward",
     "step_weights",
     "tensors_of",

@@ -55,6 +55,10 @@ class FeedbackPlan(BaseModel):
         loop = f"feedback around blocks {self.first} to {self.last} at {looped} steps" if looped else "no feedback"
         return f"step plan, {loop}, {held} of {len(self.steps)} held"
 
+    def why_not_exported(self) -> str:
+        """Why graphs cannot hold it yet."""
+        return "graphs have no inner loop, and hold no answers"
+
     def exact(self) -> tuple[str, ...]:
         """Tensors of the part whose dtype no loader may change."""
         return ("scales", "damping")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -46,6 +47,8 @@ class Frame:
     """Outlines of what such modules gave at earlier calls."""
     outlines: dict[int, Any] = field(default_factory=dict)
     """Of what they give at this one."""
+    stands: bool = False
+    """Whether it was given from outside, and no run is looked for."""
 
 
 class Inheritance(RuntimePart):
@@ -115,6 +118,25 @@ class Inheritance(RuntimePart):
                 held = tuple(hold(y, self.plan.storage) for y in features)
                 run.remember(index, Computed(run.position, held), self.plan.kept)
 
+    def all_computed(self) -> Frame:
+        """The frame of a call in which every unit computes."""
+        return Frame((True,) * len(self.plan.units), {}, {}, skips=(False,) * len(self.skippable))
+
+    def corrections(self) -> Tensor:
+        """[inheriting steps + 1, 2, channels]; the last one is for steps that nothing is to be corrected at."""
+        assert self.correction is not None
+        neutral = torch.tensor([1.0, 0.0]).view(1, 2, 1).to(self.correction)
+        return torch.cat([self.correction, neutral.expand(1, 2, self.plan.channels)])
+
+    @contextmanager
+    def standing_in(self, frame: Frame) -> Iterator[Frame]:
+        """Calls of the denoiser do what `frame` says while the context lasts, whatever step it is."""
+        self.frame = replace(frame, stands=True)
+        try:
+            yield self.frame
+        finally:
+            self.frame = None
+
     def _frame(self, run: Run, position: float, last: float | None) -> Frame:
         places = {index: [computed.position for computed in history] for index, history in run.past.items()}
         row = self.rows.at(position, last, places, self.damping[self.rows.step(position)].tolist())
@@ -148,6 +170,9 @@ class _Call:
         self.__wrapped__, self.inheritance, self.names = forward, inheritance, names
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
+        frame = self.inheritance.frame
+        if frame is not None and frame.stands:
+            return self.__wrapped__(*arguments, **options)
         run = self._begin(arguments, options)
         output = self.__wrapped__(*arguments, **options)
         self._end(run)

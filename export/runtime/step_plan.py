@@ -102,6 +102,9 @@ class StepPlan(BaseModel):
         """What the report calls it."""
         return f"step plan, {len(self.patterns)} patterns of {len(self.units)} units"
 
+    def why_not_exported(self) -> None:
+        """Graphs can hold it."""
+
     def exact(self) -> tuple[str, ...]:
         """Tensors of the part whose dtype no loader may change."""
         return ("damping", "correction") if self.corrected else ("damping",)

@@ -6,12 +6,23 @@ import onnx_ir as ir
 
 from ...engines.engine import Form
 from .center_weights import CenterWeights
+from .forecast_features import ForecastFeatures
+from .hold_features import HoldFeatures
 from .lay_weights_out import LayWeightsOut
 from .narrow_weights import NarrowWeights
 from .simplify import Simplify
 from .widen_weights import widen_weights_
 
-__all__ = ["CenterWeights", "LayWeightsOut", "NarrowWeights", "Simplify", "passes_for", "widen_weights_"]
+__all__ = [
+    "CenterWeights",
+    "ForecastFeatures",
+    "HoldFeatures",
+    "LayWeightsOut",
+    "NarrowWeights",
+    "Simplify",
+    "passes_for",
+    "widen_weights_",
+]
 
 
 def passes_for(form: Form) -> list[ir.passes.InPlacePass]:
