@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..runtime import AttentionOverride, Int8Attention, PackedLayer, why_not_int8
+from ..runtime import AttentionOverride, Int8Attention, PackedLayer, own_forward, set_forward, why_not_int8
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Piece:
     owner: PackedLayer | Int8Attention
     compute: Callable[..., Tensor]
     """What torch answers."""
+
+
+def module_of(piece: str) -> str:
+    """The module of a piece, by the piece's name."""
+    return piece.partition("#")[0]
 
 
 Answer = Callable[[Piece, tuple[Tensor, ...]], Tensor]
@@ -51,17 +57,14 @@ def answering(module: nn.Module, answer: Answer) -> Iterator[None]:
 
 
 def _take_layer(layer: PackedLayer, name: str, piece: Callable[..., Piece], answer: Answer) -> Callable[[], None]:
-    compute = layer.forward
+    compute, before = layer.forward, own_forward(layer)
 
     def forward(x: Tensor) -> Tensor:
         return answer(piece(name, layer, compute), (x,))
 
-    layer.forward = forward  # type: ignore[method-assign]
-
-    def give_back() -> None:
-        del layer.forward
-
-    return give_back
+    set_forward(layer, forward)
+    # A step plan may lie around it.
+    return partial(set_forward, layer, before)
 
 
 def _take_attention(

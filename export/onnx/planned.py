@@ -38,7 +38,7 @@ class PlannedDenoiser(nn.Module):
         count = len(arguments) - len(self.taken)
         taken = dict(zip(self.taken, arguments[count:], strict=True))
         (inheritance,) = self._inheritance
-        with inheritance.standing_in(self._frame(inheritance, taken, len(arguments[0]))) as frame:
+        with inheritance.standing_in(self._frame(inheritance, taken, arguments[0].shape[0])) as frame:
             output = self.module(*arguments[:count])
         if not torch.compiler.is_exporting():
             self.sizes = {name: size for own in self.given for name, size in _sizes(frame, own).items()}
