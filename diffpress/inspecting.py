@@ -10,7 +10,7 @@ from diffpress.export.artifact import expansion_here, is_artifact, verify
 from diffpress.export.edits import step_plans
 from diffpress.export.errors import ArtifactError, UserError
 from diffpress.export.manifest import Manifest, read_manifest
-from diffpress.export.portable.manifest import is_export, read_export
+from diffpress.export.portable.manifest import ExportManifest, is_export, read_export
 from diffpress.export.runtime import Expansion, StepPlan
 from diffpress.kernels.answering import machine_words
 
@@ -44,13 +44,25 @@ def inspect_folder(path: Path) -> dict[str, Any]:
     if is_export(path):
         export = read_export(path)
         rows = [(name, f"{file.size_bytes:,}", file.sha256[:16]) for name, file in sorted(export.files.items())]
-        return {**export.model_dump(mode="json"), "tables": [(f"export {path}", ("file", "bytes", "sha256"), rows)]}
+        files: Table = (f"export {path}", ("file", "bytes", "sha256"), rows)
+        return {**export.model_dump(mode="json"), "tables": [files, *_planned_calls(export)]}
     _require_artifact(path)
     manifest = read_manifest(path)
     # Nothing is known of what an older artifact's layers are given.
     here = expansion_here(path, manifest) if manifest.layers else None
     data = manifest.model_dump(mode="json") | {"here": _here(here) if here else None}
     return {**data, "tables": _tables(path, manifest, here)}
+
+
+def _planned_calls(export: ExportManifest) -> list[Table]:
+    """Which graph of the denoiser answers at which steps of a run as the export makes it unasked."""
+    plan = export.step_plan
+    if plan is None:
+        return []
+    graphs = [call.graph for call in plan.calls[export.steps]]
+    rows = [(name, ranges(step for step, own in enumerate(graphs, 1) if own == name)) for name in dict.fromkeys(graphs)]
+    title = f"step plan, {len(plan.kept)} tensors kept, {plan.bytes / 1e6:.1f} MB for an image"
+    return [(title, ("graph", f"at steps of {export.steps}"), rows)]
 
 
 def _here(expansion: Expansion) -> dict[str, Any]:

@@ -117,9 +117,10 @@ def parse_recipe(data: dict[str, Any], where: str = "given") -> Recipe:
         raise RecipeError(f"recipe {where}: " + "; ".join(_explained(error.errors()))) from error
     if all(getattr(recipe, stage, None) is None for stage in STAGES):
         raise RecipeError(f"recipe {where} changes nothing: give it a stage such as `quantize: {{method: ptq}}`.")
-    if recipe.steps is not None and recipe.export:
+    if recipe.steps is not None and recipe.steps.method != "inherit" and recipe.export:
         raise RecipeError(
-            f"recipe {where}: export = {recipe.export}: step plans cannot be exported yet. Leave out export, or steps."
+            f"recipe {where}: export = {recipe.export}: steps.method {recipe.steps.method} cannot be exported yet, graphs "
+            "have no inner loop. Leave out export, or take `method: inherit`."
         )
     return recipe
 

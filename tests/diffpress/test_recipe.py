@@ -38,9 +38,10 @@ def test_presets_that_spend_less_a_step_are_of_their_speed_up():
         assert recipe.sampling == load_recipe("balanced").sampling
 
 
-def test_a_step_plan_is_not_exported_yet():
-    with pytest.raises(RecipeError, match="step plans cannot be exported yet"):
-        parse_recipe({"steps": {"method": "inherit"}, "export": ["onnx"]})
+def test_a_step_plan_is_exported_and_feedback_is_not_yet():
+    assert parse_recipe({"steps": {"method": "inherit"}, "export": ["onnx"]}).export == ["onnx"]
+    with pytest.raises(RecipeError, match="feedback cannot be exported yet"):
+        parse_recipe({"steps": {"method": "feedback"}, "export": ["onnx"]})
 
 
 def test_file_and_preset_give_the_same_recipe(tmp_path: Path):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import IdentityEliminationPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ...portable.manifest import CORRECTION, FORECAST
 from ..features import Feature
@@ -38,8 +38,7 @@ class ForecastFeatures(ir.passes.InPlacePass):
         writer = _Writer(graph, self.units)
         for feature in self.features:
             self.replaced.add(writer.replace_(feature, outputs[feature.name]))
-        for step in (IdentityEliminationPass(), RemoveUnusedNodesPass()):
-            step(model)
+        RemoveUnusedNodesPass()(model)
         graph.inputs[:] = [value for value in graph.inputs if value.uses() or value.name not in writer.added]
         return ir.passes.PassResult(model, True)
 
@@ -60,7 +59,8 @@ class _Writer:
         assert given is not None
         self.place = given.producer()
         forecast = self._forecast(feature, value)
-        answer = forecast if identity is None else self._node("Add", identity, forecast)
+        # An input of the graph keeps its name.
+        answer = self._node("Identity", forecast) if identity is None else self._node("Add", identity, forecast)
         answer.shape, answer.type = given.shape, given.type
         given.replace_all_uses_with(answer, replace_graph_outputs=True)
         # By its name outputs of the graph are asked for, and pieces find what they are given.
