@@ -43,7 +43,9 @@ def inspect_folder(path: Path) -> dict[str, Any]:
     """The manifest, with tables for people under `tables`."""
     if is_export(path):
         export = read_export(path)
-        rows = [(name, f"{file.size_bytes:,}", file.sha256[:16]) for name, file in sorted(export.files.items())]
+        rows: list[tuple[str, ...]] = [
+            (name, f"{file.size_bytes:,}", file.sha256[:16]) for name, file in sorted(export.files.items())
+        ]
         files: Table = (f"export {path}", ("file", "bytes", "sha256"), rows)
         return {**export.model_dump(mode="json"), "tables": [files, *_planned_calls(export)]}
     _require_artifact(path)

@@ -28,6 +28,8 @@ class Input:
     """Whether the first axis is the batch; not with `choices`."""
     dtype: Literal["float32", "int8"] = "float32"
     """Of what is no whole number below another."""
+    spread: float = 1.0
+    """Standard deviation of normal random numbers."""
 
     @property
     def has_batch(self) -> bool:
@@ -43,7 +45,7 @@ class Input:
             return torch.randint(self.below, shape, generator=generator)
         if self.dtype == "int8":
             return torch.randint(-INT8_MAX, INT8_MAX + 1, shape, generator=generator, dtype=torch.int8)
-        return torch.randn(shape, generator=generator)
+        return self.spread * torch.randn(shape, generator=generator)
 
     def port(self) -> Port:
         """How the manifest describes it."""

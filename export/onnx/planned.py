@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..portable.manifest import CORRECTION, FORECAST
-from ..runtime import Frame, Inheritance, hold
+from ..runtime import INT8_MAX, Frame, Inheritance, hold
 from .features import Feature
 from .part import Input, Part, Size
 
@@ -95,7 +95,8 @@ def _inputs(inheritance: Inheritance, features: Sequence[Feature]) -> dict[str, 
     for own in features:
         for count in range(1, own.kept + 1):
             known.append(Input(own.past(count), own.shape, dtype="int8" if own.storage == "int8" else "float32"))
-            known.append(Input(f"{own.scale}.past{count}", (), batched=False))
+            # With codes of up to 127 features are about as large as other random inputs.
+            known.append(Input(f"{own.scale}.past{count}", (), batched=False, spread=1 / INT8_MAX))
     return {item.name: item for item in known}
 
 

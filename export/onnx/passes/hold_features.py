@@ -37,7 +37,7 @@ def _held(graph: ir.Graph, feature: Feature, value: ir.Value) -> list[ir.Value]:
         rounded = _cast(graph, _cast(graph, value, ir.DataType.BFLOAT16), ir.DataType.FLOAT)
         rounded.name, rounded.shape = feature.name, value.shape
         return [rounded]
-    tiny, most = _constant(graph, "tiny", np.finfo(np.float32).tiny), _constant(graph, "largest_code", INT8_MAX)
+    tiny, most = _constant(graph, "tiny", float(np.finfo(np.float32).tiny)), _constant(graph, "largest_code", INT8_MAX)
     largest = _node(graph, "ReduceMax", _node(graph, "Abs", value), keepdims=0)
     scale = _node(graph, "Max", _node(graph, "Div", largest, most), tiny)
     codes = _cast(graph, _node(graph, "Round", _node(graph, "Div", value, scale)), ir.DataType.INT8)

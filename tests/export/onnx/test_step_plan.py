@@ -167,23 +167,25 @@ def test_the_self_test_asks_every_graph_of_a_run(exported: Exported) -> None:
     assert len(asked) == max(len({call.graph for call in calls}) for calls in manifest.step_plan.calls.values())
 
 
-@pytest.mark.parametrize(
-    ("storage", "packed"), [("int8", True), pytest.param("bfloat16", False, marks=pytest.mark.long)]
-)
-def test_features_are_held_in_fewer_bits(
-    one_block: Path, pack_all: Any, tmp_path: Path, storage: str, packed: bool
+def packed_source(folder: Path, original: Path, pack_all: Any, storage: str) -> PipelineFolder:
+    """A denoiser in integers with a plan that is fitted to it, features held in `storage`."""
+    plain, known = PipelineFolder(original, "plain"), timesteps(original)
+    edits, tensors = pack_all(load_pipeline(plain).unet, "unet", 8, 8, STEPS)
+    plan, own = attached("unet", PARTS_OF_UNET, order=2, corrected=True, storage=storage)
+    write_pipeline(folder / "source", plain, [*edits, plan], {"unet": {**tensors, **own}}, known)
+    return PipelineFolder(folder / "source", "source")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("storage", "dtype"), [("int8", "int8"), ("bfloat16", "float32")])
+def test_packed_layers_and_held_features(
+    one_block: Path, pack_all: Any, tmp_path: Path, storage: str, dtype: str
 ) -> None:
-    original, known = PipelineFolder(one_block, "plain"), timesteps(one_block)
-    edits, tensors = pack_all(load_pipeline(original).unet, "unet", 8, 8, STEPS) if packed else ([], {})
-    plan, own = attached("unet", PARTS_OF_UNET, order=1, storage=storage)
-    write_pipeline(tmp_path / "source", original, [*edits, plan], {"unet": {**tensors, **own}}, known)
-    source = PipelineFolder(tmp_path / "source", "source")
+    source = packed_source(tmp_path, one_block, pack_all, storage)
     manifest = export_onnx(source, tmp_path / "export", steps=STEPS)
     assert manifest.step_plan is not None
-    assert {tensor.dtype for tensor in manifest.step_plan.kept if "scale" not in tensor.name} == {
-        "int8" if storage == "int8" else "float32"
-    }
-    expected = torch_images(source, STEPS, batch_size=2)
+    assert {tensor.dtype for tensor in manifest.step_plan.kept if "scale" not in tensor.name} == {dtype}
+    expected = torch_images(source, STEPS)
     found = PortablePipeline(tmp_path / "export", ONNXRUNTIME, threads=1).generate_batch(["", ""], [11, 12], STEPS)
     error = float(np.sqrt(np.square(found - expected).mean()))
     assert error <= manifest.self_test.tolerance
@@ -196,9 +198,10 @@ class Written(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def written(planned: Planned, tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """The graphs of the denoiser alone."""
-    pipeline, known = load_pipeline(planned.source), timesteps(planned.source.path)
+def written(one_block: Path, pack_all: Any, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """The graphs of a denoiser alone, in integers, with features in integers."""
+    source = packed_source(tmp_path_factory.mktemp("packed"), one_block, pack_all, "int8")
+    pipeline, known = load_pipeline(source), timesteps(source.path)
     parts = KINDS[type(pipeline).__name__].parts(pipeline, tuple(known))
     part = next(own for own in parts if own.name == "denoiser")
     inheritance = inheritance_of(part.module)
@@ -268,9 +271,11 @@ def test_a_plan_that_does_not_fit_is_refused(exported: Exported, tmp_path: Path,
 def test_feedback_is_refused_before_anything_is_read(one_block: Path, tmp_path: Path) -> None:
     settings = FeedbackPlan(blocks="blocks", first=0, last=1, copied=1, carries=("hidden_states",), steps="#@")
     edit = Attach(component="transformer", module="feedback", settings=settings)
-    shutil.copy(one_block / "model_index.json", tmp_path)
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(one_block / "model_index.json", source)
     fields: dict[str, Any] = {key: {} for key in ("versions", "recipe", "source", "metrics", "files")}
-    write_manifest(tmp_path, Manifest(fingerprint="", timesteps=[2.0, 1.0], edits=[edit], plan=[], **fields))
+    write_manifest(source, Manifest(fingerprint="", timesteps=[2.0, 1.0], edits=[edit], plan=[], **fields))
     with pytest.raises(UnsupportedModelError, match=r"graphs have no inner loop.* Compress without it"):
-        export_onnx(PipelineFolder(tmp_path, "looped"), tmp_path / "out")
+        export_onnx(PipelineFolder(source, "looped"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
