@@ -64,7 +64,8 @@ def _planned_calls(export: ExportManifest) -> list[Table]:
     graphs = [call.graph for call in plan.calls[export.steps]]
     rows = [(name, ranges(step for step, own in enumerate(graphs, 1) if own == name)) for name in dict.fromkeys(graphs)]
     title = f"step plan, {len(plan.kept)} tensors kept, {plan.bytes / 1e6:.1f} MB for an image"
-    return [(title, ("graph", f"at steps of {export.steps}"), rows)]
+    table: Table = (title, ("graph", f"at steps of {export.steps}"), rows)
+    return [table]
 
 
 def _here(expansion: Expansion) -> dict[str, Any]:
