@@ -62,7 +62,8 @@ def _planned_calls(export: ExportManifest) -> list[Table]:
     if plan is None:
         return []
     graphs = [call.graph for call in plan.calls[export.steps]]
-    rows = [(name, ranges(step for step, own in enumerate(graphs, 1) if own == name)) for name in dict.fromkeys(graphs)]
+    asked = {name: ranges(step for step, own in enumerate(graphs, 1) if own == name) for name in dict.fromkeys(graphs)}
+    rows: list[tuple[str, ...]] = [*asked.items()]
     title = f"step plan, {len(plan.kept)} tensors kept, {plan.bytes / 1e6:.1f} MB for an image"
     table: Table = (title, ("graph", f"at steps of {export.steps}"), rows)
     return [table]
