@@ -191,7 +191,7 @@ def _write_planned(
         Checked(own.part, check_graph(own.part, folder / f"{name}.onnx", own.places, engine), f"{part.name}.onnx.data")
         for name, own in planned.graphs.items()
     ]
-    return checked, plan_tables(planned, rows, len(inheritance.plan.inheriting))
+    return checked, plan_tables(planned, rows, inheritance.plan)
 
 
 def _rounding(checked: Sequence[Checked]) -> list[tuple[nn.Module, dict[str, float]]]:

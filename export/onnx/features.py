@@ -49,8 +49,10 @@ def features_of(part: Part, inheritance: Inheritance) -> list[Feature]:
     with torch.no_grad(), inheritance.standing_in(inheritance.all_computed()) as frame:
         part.answer(part.example(BATCH, torch.Generator().manual_seed(0)))
     found = []
-    for index, unit in enumerate(inheritance.plan.units):
-        for place, (tensor, argument) in enumerate(zip(frame.made[index], unit.adds_to, strict=True)):
+    # Units of which no step looks at a forecast leave none.
+    for index, made in sorted(frame.made.items()):
+        unit = inheritance.plan.units[index]
+        for place, (tensor, argument) in enumerate(zip(made, unit.adds_to, strict=True)):
             if len(tensor) != BATCH:
                 raise UnsupportedModelError(
                     f"{part.name} cannot be exported: what {unit.modules[-1]} gives is {tuple(tensor.shape)} for {BATCH} "
@@ -73,7 +75,7 @@ def _tables(
     if inheritance.correction is None:
         return None
     channels = inheritance.plan.units[unit].channels
-    start = inheritance.places[unit][0] + sum(channels[:place])
+    start = sum(inheritance.channels[:unit]) + sum(channels[:place])
     rows = inheritance.corrections()[:, :, start : start + channels[place]].numpy(force=True)
     # Maps have their channels first, others last: numpy fills up from the left.
     rows = rows.reshape(*rows.shape, *[1] * (len(shape) - 1 if len(shape) >= 3 else 0))

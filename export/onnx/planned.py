@@ -45,13 +45,20 @@ class PlannedDenoiser(nn.Module):
         return output, *(held for own in self.given for held in _held(own, frame.made[own.unit][own.place]))
 
     def _frame(self, inheritance: Inheritance, taken: Mapping[str, Tensor], batch: int) -> Frame:
-        units, kept = len(self.computes), inheritance.plan.kept
-        past = [[] if cell else self._past(taken, unit, batch, kept) for unit, cell in enumerate(self.computes)]
-        needed = {own.unit for own in self.features if own.past(1) in taken}
-        unused = tuple(not cell and unit not in needed for unit, cell in enumerate(self.computes))
-        row = taken.get(CORRECTION)
-        correction = None if row is None else inheritance.corrections()[row]
-        return Frame(self.computes, unused, taken.get(FORECAST, torch.ones(units, kept)), past, correction)
+        """What nobody asks for is forecast from nothing."""
+        count, kept = len(self.computes), inheritance.plan.kept
+        weights = taken.get(FORECAST, torch.ones(count, kept))
+        forecast = sorted({own.unit for own in self.features if not self.computes[own.unit]})
+        frame = Frame(
+            self.computes,
+            {unit: weights[unit].unbind() for unit in forecast},
+            {unit: self._past(taken, unit, batch, kept) for unit in forecast},
+            skips=(False,) * len(inheritance.skippable),
+        )
+        if CORRECTION in taken:
+            row = inheritance.corrections()[taken[CORRECTION]].float()
+            frame.corrections = row.split(inheritance.channels, 1)
+        return frame
 
     def _past(self, taken: Mapping[str, Tensor], unit: int, batch: int, kept: int) -> list[tuple[Tensor, ...]]:
         own = [feature for feature in self.features if feature.unit == unit]

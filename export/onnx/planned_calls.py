@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..portable.manifest import Kept, PlannedCall, StepPlanTables
-from ..runtime import Inheritance, Row, StepClock, last_of_run, row_of
+from ..runtime import Inheritance, Row, StepClock, StepPlan, last_of_run
 from .features import Feature
 from .write_plan import PlannedGraphs
 
@@ -22,28 +22,30 @@ def inheritance_of(module: nn.Module) -> Inheritance | None:
 
 def planned_rows(inheritance: Inheritance, timesteps: Sequence[float]) -> list[Row]:
     """What each call of a run at `timesteps` does, as `Inheritance` would find it out call by call."""
-    plan, clock = inheritance.plan, StepClock(inheritance.clock.timesteps)
-    damping = inheritance.damping.numpy(force=True)
-    history: list[list[float]] = [[] for _unit in plan.units]
-    rows, last = [], None
+    plan, clock, rows = inheritance.plan, StepClock(inheritance.clock.timesteps), []
+    places: dict[int, list[float]] = {}
+    last: float | None = None
     for timestep in timesteps:
         clock.set(timestep)
         position = clock.position
         if last is None or position <= last:
-            history, last = [[] for _unit in plan.units], None
-        row = row_of(plan, damping, position, last, history)
-        for places, computes in zip(history, row.computes, strict=True):
-            if computes:
-                places[:] = [position, *places][: plan.kept]
+            places, last = {}, None
+        damping = inheritance.damping[inheritance.rows.step(position)].tolist()
+        row = inheritance.rows.at(position, last, places, damping)
+        for unit, computes in enumerate(row.computes):
+            if computes and inheritance.keeps[unit]:
+                places[unit] = [position, *places.get(unit, ())][: plan.kept]
         rows.append(row)
         last = None if last_of_run(position, last, len(plan.steps)) else position
     return rows
 
 
-def plan_tables(planned: PlannedGraphs, rows: Mapping[int, Sequence[Row]], neutral: int) -> StepPlanTables:
-    """The plan as an export has it; `neutral` is the row of tables that corrects nothing."""
+def plan_tables(planned: PlannedGraphs, rows: Mapping[int, Sequence[Row]], plan: StepPlan) -> StepPlanTables:
+    """The plan as an export has it. The last row of tables corrects nothing."""
     kept = [tensor for feature in planned.kept for tensor in _kept(feature)]
-    calls = {steps: tuple(_call(planned, row, neutral) for row in own) for steps, own in rows.items()}
+    calls = {
+        steps: tuple(_call(planned, row, plan.kept, len(plan.inheriting)) for row in own) for steps, own in rows.items()
+    }
     return StepPlanTables(kept=tuple(kept), bytes=sum(own.bytes for own in kept), calls=calls)
 
 
@@ -56,9 +58,12 @@ def _kept(feature: Feature) -> list[Kept]:
     return [own, Kept(name=feature.scale, dtype="float32", shape=(), count=feature.kept, bytes=4 * feature.kept)]
 
 
-def _call(planned: PlannedGraphs, row: Row, neutral: int) -> PlannedCall:
+def _call(planned: PlannedGraphs, row: Row, kept: int, neutral: int) -> PlannedCall:
+    # What is not forecast here is held, by whoever looks.
+    held = [1.0] + [0.0] * (kept - 1)
+    weights = tuple(tuple(row.weights.get(unit, held)) for unit in range(len(row.computes)))
     return PlannedCall(
         graph=planned.names[row.computes],
-        forecast=() if all(row.computes) else tuple(map(tuple, row.weights)),
+        forecast=() if all(row.computes) else weights,
         correction=neutral if row.correction is None else row.correction,
     )

@@ -19,8 +19,9 @@ from .forwards import NOTHING, Forward, Wrap, own_forward, set_forward
 from .inheritance import Frame, Inheritance, tensors_of
 from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, why_not_packable
 from .part import RuntimePart
+from .rows import Row
 from .runs import INT8_MAX, hold
-from .step_plan import Row, StepPlan, Unit, last_of_run, row_of
+from .step_plan import StepPlan, Unit, last_of_run
 from .times import Times, layer_times
 
 __all__ = [
@@ -68,7 +69,6 @@ __all__ = [
     "own_forward",
     "pack_layer",
     "quantize_attention_",
-    "row_of",
     "set_forward",
     "step_weights",
     "tensors_of",

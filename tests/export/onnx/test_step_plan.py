@@ -246,8 +246,10 @@ def test_calls_do_what_torch_finds_out_call_by_call(
     rows = planned_rows(inheritance, pipeline.scheduler.timesteps.tolist())
     assert [row.computes for row in rows] == [frame.computes for frame in frames]
     for row, frame in zip(rows, frames, strict=True):
-        np.testing.assert_array_equal(np.array(row.weights, np.float32), frame.weights.numpy())
-        assert (row.correction is None) == (frame.correction is None)
+        assert {unit: np.float32(own).tolist() for unit, own in row.weights.items()} == {
+            unit: torch.stack(list(own)).tolist() for unit, own in frame.weights.items()
+        }
+        assert (row.correction is not None and len(row.weights) > 0) == (frame.corrections is not None)
 
 
 @pytest.mark.parametrize(
