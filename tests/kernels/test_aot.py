@@ -13,6 +13,10 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench" / "aot.py"
 
 
+TARGETS = {"sm_90": ("IGMMA", "IMMA"), "gfx942": ("v_mfma_i32", "v_smfma_i32")}
+"""How products of bytes begin there."""
+
+
 def compiled(*arguments: str) -> list[dict[str, Any]]:
     """The rows of the benchmark, which has to end well."""
     command = [sys.executable, BENCH, "--json", *arguments]
@@ -22,12 +26,12 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
 
 
 def test_the_products_run_on_tensor_cores() -> None:
-    rows = compiled("--kernels", "integer_linear", "--targets", "sm_90", "gfx942")
+    rows = compiled("--kernels", "quantized_conv2d", "--targets", *TARGETS)
     assert {row["target"] for row in rows} == {"sm_90", "gfx942"}
-    assert all(
-        "IGMMA" in row["instruction"] or "IMMA" in row["instruction"] for row in rows if row["target"] == "sm_90"
-    )
-    assert all("mfma_i32" in row["instruction"] for row in rows if row["target"] == "gfx942")
+    for target, names in TARGETS.items():
+        products = [row for row in rows if row["target"] == target and row["form"].startswith("3x3")]
+        assert len(products) == 2
+        assert all(row["instruction"].startswith(names) for row in products)
     assert all(row["spills"] == 0 and row["registers"] > 0 for row in rows)
 
 
