@@ -98,9 +98,11 @@ class StepClock:
 
         Each layer asks for its own while it runs: before that its tensors may be on another device, or on disk.
         """
-        step = getattr(self._thread, "step", None)
-        if step is not None and not torch.compiler.is_compiling() and table.is_cpu:
-            return table[step : step + 1]
+        # The compiler is asked for first: a step that it sees is compiled in, and each becomes a graph of its own.
+        if not torch.compiler.is_compiling() and table.is_cpu:
+            step = getattr(self._thread, "step", None)
+            if step is not None:
+                return table[step : step + 1]
         return (table * self.weights.to(table.device)).sum(-1, keepdim=True)
 
     def select_code(self, table: Tensor) -> Tensor:
