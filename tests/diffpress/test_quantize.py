@@ -71,7 +71,8 @@ def test_learning_continues_to_the_same_bytes(learned, one_block, digests, tmp_p
         pass
 
     def kill(stage: str, done: int, total: int) -> None:
-        if stage.startswith("learn") and done == 17:
+        # Between two checkpoints, and before learning that gets nowhere may stop by itself.
+        if stage.startswith("learn") and done == 13:
             raise Killed
 
     source, out = PipelineFolder(one_block, "tiny"), tmp_path / "artifact"
