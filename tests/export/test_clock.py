@@ -167,3 +167,18 @@ def test_every_thread_is_at_its_own_step() -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(entries, range(4)))
     assert found == [[TABLE[(start + call) % 3].item() for call in range(30)] for start in range(4)]
+
+
+def test_one_graph_of_a_block_serves_every_step() -> None:
+    """The clock is set outside of blocks that are compiled one by one."""
+    model, graphs = Denoiser(), []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model.forward, backend=backend, fullgraph=True, dynamic=False)
+    for timestep, expected in zip((981, 500, 20, 260), (1.0, 2.0, 8.0, 5.0), strict=True):
+        model.clock.set(timestep)
+        assert compiled(torch.zeros(1)).item() == expected
+    assert len(graphs) == 1
