@@ -24,9 +24,9 @@ def launch_kernel(
     Triton finds out anew with every launch what a kernel was compiled for, which takes a processor longer than a GPU takes for
     a small layer. What it looks at is the key here.
     """
-    with _on(arguments[0].device):
-        key = (kernel, torch.cuda.current_device() if arguments[0].is_cuda else None, warps, stages)
-        key = (*key, *map(_form, arguments), *constants.values())
+    device = arguments[0].device
+    with _on(device):
+        key = (kernel, device, warps, stages, *map(_form, arguments), *constants.values())
         compiled = _compiled.get(key)
         if compiled is not None:
             compiled[(*grid, 1, 1)](*arguments, *constants.values())

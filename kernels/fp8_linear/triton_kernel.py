@@ -99,14 +99,15 @@ def launch(x: Tensor, weight: Tensor, weight_scale: Tensor, activation_scale: Te
     if x.is_cuda and not multiplies_fp8(x.device):
         return fp8_linear_reference(x, weight, weight_scale, activation_scale, bias)
     rows, depth, columns = x.shape[:-1].numel(), x.shape[-1], len(weight)
-    y = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
+    shape = torch.Size((*x.shape[:-1], columns))
+    if shape.numel() == 0:
+        return x.new_empty(shape)
     codes = to_fp8_rows(x.reshape(rows, depth), activation_scale)
     if torch_multiplies(x, weight):
         scales = activation_scale.view(-1, 1).expand(rows, 1).contiguous(), weight_scale.contiguous().view(1, -1)
         bias = None if bias is None else bias.to(x.dtype)
-        return torch._scaled_mm(codes, weight.t(), *scales, bias, out_dtype=x.dtype).view(y.shape)
+        return torch._scaled_mm(codes, weight.t(), *scales, bias, out_dtype=x.dtype).view(shape)
+    y = x.new_empty(shape)
     tile = pick(TILES, rows, columns)
     launch_kernel(
         fp8_linear_kernel,
