@@ -35,6 +35,11 @@ def leads(spec: Spec) -> bool:
     return OPERATIONS[spec.op][0].get(spec.model, (spec.shape,))[0] == spec.shape
 
 
+def fuses(spec: Spec) -> bool:
+    """Whether the compiler has something to fuse, and is asked: without an activation it would call what torch calls."""
+    return spec.form.activation != "none" and leads(spec)
+
+
 def memo_key(spec: Spec, name: str) -> tuple[Any, ...]:
     """Baselines of linear layers and convolutions do not depend on which of our operations stands beside them."""
     own = None if isinstance(spec.shape, Linear | Conv) else spec.op
@@ -50,8 +55,7 @@ def _linear(spec: Spec, source: Source) -> Baselines:
         return partial(_activated_linear, x, weight, bias, form.activation)
 
     found: Baselines = {"torch": layer}
-    if form.activation != "none" and leads(spec):
-        # Without an activation the compiler has nothing to fuse: it would call what torch calls.
+    if fuses(spec):
         found["torch compiled"] = lambda: _compiled(layer())
     if form.cores == "int8":
         found["cuBLASLt int8"] = lambda: _int_mm(shape, source)
@@ -120,11 +124,9 @@ def _conv(spec: Spec, source: Source) -> Baselines:
         return partial(_activated_conv, x, weight, bias, spec.form.activation, **window)
 
     found: Baselines = {"cuDNN channels last": layer}
-    return (
-        found
-        if spec.form.activation == "none" or not leads(spec)
-        else {**found, "torch compiled": lambda: _compiled(layer())}
-    )
+    if fuses(spec):
+        found["torch compiled"] = lambda: _compiled(layer())
+    return found
 
 
 def _activated_conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str, *, stride: int, padding: int) -> Tensor:
