@@ -164,28 +164,16 @@ def tiny_class(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DDIMPipeline making one-channel 8x8 images without being asked for anything."""
-    import torch
-    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-
-    torch.manual_seed(2)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        norm_num_groups=4,
-    )
-    pipeline = DDIMPipeline(unet, DDIMScheduler(timestep_spacing="trailing", clip_sample=False))
-    return _saved(pipeline, tmp_path_factory.mktemp("tiny-pixels") / "pipeline")
+    return _pixel_pipeline(tmp_path_factory.mktemp("tiny-pixels"), levels=2)
 
 
 @pytest.fixture(scope="session")
 def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a single block each way."""
+    return _pixel_pipeline(tmp_path_factory.mktemp("one-block"), levels=1)
+
+
+def _pixel_pipeline(folder: Path, levels: int) -> Path:
     import torch
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
@@ -194,16 +182,16 @@ def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sample_size=8,
         in_channels=1,
         out_channels=1,
-        block_out_channels=(8,),
+        block_out_channels=(8, 16)[:levels],
         layers_per_block=1,
-        down_block_types=("AttnDownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        add_attention=False,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D")[-levels:],
+        up_block_types=("AttnUpBlock2D", "UpBlock2D")[-levels:],
+        add_attention=levels > 1,
         attention_head_dim=8,
         norm_num_groups=4,
     )
     pipeline = DDIMPipeline(unet, DDIMScheduler(timestep_spacing="trailing", clip_sample=False))
-    return _saved(pipeline, tmp_path_factory.mktemp("one-block") / "pipeline")
+    return _saved(pipeline, folder / "pipeline")
 
 
 def _autoencoder(channels: int) -> AutoencoderKL:
