@@ -12,6 +12,7 @@ from triton import JITFunction
 
 LONGEST_BUFFER = 2**31 - 1
 """Bytes that AMD's GPUs reach with offsets of 32 bits."""
+IS_HIP = torch.version.hip is not None
 _compiled: dict[Hashable, Any] = {}
 """Kernels, by what they are compiled for."""
 
@@ -58,8 +59,8 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 def _form(argument: Any) -> Hashable:
     """What Triton compiles an argument for: its type, whether it is aligned, 1, or a multiple of 16; for AMD its length too."""
     if isinstance(argument, Tensor):
-        short = torch.version.hip is None or argument.untyped_storage().size() <= LONGEST_BUFFER
-        return argument.dtype, argument.data_ptr() % 16 == 0, short
+        aligned = argument.data_ptr() % 16 == 0
+        return argument.dtype, aligned, not IS_HIP or argument.untyped_storage().size() <= LONGEST_BUFFER
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     return float

@@ -10,6 +10,7 @@ from torch import Tensor
 from .aot import Form
 from .blocks import weight_tile
 from .launching import launch_kernel
+from .tiles import ceil_div
 
 ROWS, COLUMNS = 16, 256
 """Of a weight, that one program writes out."""
@@ -66,7 +67,7 @@ def _spread(
     spread = torch.empty(len(weight), depth, dtype=dtype, device=weight.device)
     launch_kernel(
         spread_kernel,
-        (triton.cdiv(len(weight), ROWS), triton.cdiv(depth, COLUMNS)),
+        (ceil_div(len(weight), ROWS), ceil_div(depth, COLUMNS)),
         weight.contiguous(),
         weight if scale is None else scale.contiguous(),
         spread,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diffpress.kernels import code_range
 
+from .entries import StepEntries, is_plain
 from .forwards import parameter_names
 
 TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio")
@@ -51,7 +53,10 @@ class StepClock:
 
     @weights.setter
     def weights(self, value: Tensor) -> None:
-        self._thread.weights, self._thread.step = value, _only_step(value)
+        self._stand_at(value, _only_step(value))
+
+    def _stand_at(self, weights: Tensor, step: int | None) -> None:
+        self._thread.weights, self._thread.step, self._thread.has_moved = weights, step, True
 
     @property
     def position(self) -> float:
@@ -68,7 +73,7 @@ class StepClock:
         if step is None:
             self.weights = step_weights(self.timesteps, torch.as_tensor(timestep).flatten()[0])
         else:
-            self._thread.weights, self._thread.step = self.first.roll(step), step
+            self._stand_at(self.first.roll(step), step)
 
     def _known_step(self, timestep: Tensor | float) -> int | None:
         """The step that has all the weight, where a look at `timestep` costs nothing: every call of a denoiser asks."""
@@ -94,29 +99,58 @@ class StepClock:
             self.weights = before
 
     def select(self, table: Tensor) -> Tensor:
-        """The entry [1] of `table` [steps] for the current step.
+        """The entry [1] of `table` [steps] for the current step; with weights [B, steps] for each of them [B, 1].
 
         Each layer asks for its own while it runs: before that its tensors may be on another device, or on disk.
         """
-        # The compiler is asked for first: a step that it sees is compiled in, and each becomes a graph of its own.
-        if not torch.compiler.is_compiling() and table.is_cpu:
+        plain = is_plain(table) and self.weights.ndim == 1
+        if plain and table.is_cpu:
             step = getattr(self._thread, "step", None)
             if step is not None:
                 return table[step : step + 1]
-        return (table * self.weights.to(table.device)).sum(-1, keepdim=True)
+        return self._entries("values").of(table) if plain else self._weighted(table, keepdim=True)
 
     def select_code(self, table: Tensor) -> Tensor:
         """The same of zero points, whole numbers: an int32 that is a code of eight bits."""
-        return self.select(table).round().clamp(*code_range(8)).to(torch.int32)
+        if is_plain(table) and self.weights.ndim == 1:
+            return self._entries("codes").of(table)
+        return _codes(self.select(table))
+
+    def _entries(self, name: str) -> StepEntries:
+        thread = self._thread
+        if getattr(thread, "has_moved", True):
+            before = [
+                getattr(thread, kind).asked.values() if hasattr(thread, kind) else () for kind in ("values", "codes")
+            ]
+            thread.values = StepEntries(self._weighted, before[0])
+            thread.codes = StepEntries(lambda tables: _codes(self._weighted(tables)), before[1])
+            thread.has_moved = False
+        entries: StepEntries = getattr(thread, name)
+        return entries
+
+    def _weighted(self, tables: Tensor, keepdim: bool = False) -> Tensor:
+        return (tables * self.weights.to(tables.device)).sum(-1, keepdim=keepdim)
+
+
+def _codes(values: Tensor) -> Tensor:
+    return values.round().clamp(*code_range(8)).to(torch.int32)
 
 
 def step_weights(timesteps: Sequence[float], now: Tensor) -> Tensor:
     """Linear interpolation over `timesteps` [S] at the time steps `now` [...]: weights [..., S] that sum to one."""
     now = now.float()[..., None]
-    known = torch.tensor(timesteps, device=now.device)
+    known = (_kept_on_device if now.is_cuda and is_plain(now) else _on_device)(tuple(timesteps), now.device)
     passed = (known[:-1] - now) / (known[:-1] - known[1:])
     position = passed.clamp(0, 1).sum(-1, keepdim=True)
     return (1 - (position - torch.arange(len(known), device=now.device)).abs()).clamp(min=0)
+
+
+def _on_device(timesteps: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(timesteps, device=device)
+
+
+_kept_on_device = functools.lru_cache(maxsize=64)(_on_device)
+"""A copy makes a GPU be waited for, and a CUDA graph that is recorded cannot read from the CPU."""
 
 
 def _only_step(weights: Tensor) -> int | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..aot import Form
 from ..blocks import tile_of
 from ..launching import given, launch_kernel
-from ..tiles import Tile
+from ..tiles import Tile, ceil_div
 
 FEW_ROWS = 16
 """Of the smallest tile."""
@@ -86,7 +86,7 @@ def launch(
     tile = next(tile for tile in tiles_for(block, x.dtype) if tile.rows <= max(rows, FEW_ROWS))
     launch_kernel(
         block_sparse_linear_kernel,
-        (triton.cdiv(rows, tile.rows) * (len(row_pointer) - 1),),
+        (ceil_div(rows, tile.rows) * (len(row_pointer) - 1),),
         x.contiguous(),
         values.contiguous(),
         column_index.contiguous(),

@@ -11,8 +11,8 @@ from ..aot import Form
 from ..blocks import tile_of
 from ..launching import given, launch_kernel
 from ..quantization import FP8_MAX
-from ..quantize_rows.triton_kernel import WIDEST, row_tile
-from ..tiles import Tile, is_hopper, pick
+from ..quantize_rows.triton_kernel import row_tile
+from ..tiles import Tile, ceil_div, is_hopper, pick
 from .reference import fp8_linear_reference
 
 TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 128, 4, 3))
@@ -22,7 +22,8 @@ ROWS, ALIGNED = 16, 16
 TARGETS = ("sm_89", "sm_90", "sm_100", "sm_120")
 """What multiplies float8 of this kind; MI300's has another bias in its exponent."""
 
-
+WIDEST = 4096
+"""Columns of a tile that is made float8."""
 LARGEST = tl.constexpr(FP8_MAX)
 
 
@@ -140,7 +141,7 @@ def to_fp8_rows(x: Tensor, scale: Tensor) -> Tensor:
     tile = row_tile(min(columns, WIDEST))
     launch_kernel(
         fp8_rows_kernel,
-        (triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)),
+        (ceil_div(rows, tile.rows), ceil_div(columns, tile.columns)),
         x.contiguous(),
         scale.contiguous(),
         y,

@@ -15,6 +15,7 @@ from ..launching import given, launch_kernel
 from ..pixels import PixelTile, is_channels_last, pixel_tile
 from ..quantization import code_range
 from ..quantize_rows.triton_kernel import codes_of
+from ..tiles import ceil_div
 
 PROGRAMS = 256
 """How many programs the statistics are spread over where there are few groups: about two for each part of a large GPU."""
@@ -174,7 +175,7 @@ def launch(
     tile, (low, high) = pixel_tile(channels), code_range(bits)
     launch_kernel(
         group_norm_silu_quantize_kernel,
-        (triton.cdiv(pixels, tile.pixels), triton.cdiv(channels, tile.channels), batch),
+        (ceil_div(pixels, tile.pixels), ceil_div(channels, tile.channels), batch),
         x,
         means,
         squares,
@@ -207,9 +208,9 @@ def parts_of(pixels: int, width: int, groups: int) -> Parts:
     """How `groups` groups of `width` channels of so many pixels are cut; the number of parts is a power of two."""
     channels = triton.next_power_of_2(width)
     tile = PixelTile(max(1, min(512, 4096 // channels)), channels)
-    wanted = min(MOST_PARTS, triton.cdiv(PROGRAMS, groups), triton.cdiv(pixels, tile.pixels))
+    wanted = min(MOST_PARTS, ceil_div(PROGRAMS, groups), ceil_div(pixels, tile.pixels))
     number = triton.next_power_of_2(wanted)
-    return Parts(number, triton.cdiv(triton.cdiv(pixels, number), tile.pixels) * tile.pixels, tile)
+    return Parts(number, ceil_div(ceil_div(pixels, number), tile.pixels) * tile.pixels, tile)
 
 
 def forms() -> list[Form]:

@@ -13,7 +13,7 @@ from ..aot import Form
 from ..launching import launch_kernel
 from ..quantize_rows.reference import scales_for
 from ..quantize_rows.triton_kernel import codes_of, largest_scale, round_half_even
-from ..tiles import Tile
+from ..tiles import Tile, ceil_div
 from .reference import LARGEST_CODE, tokens_before_heads
 
 TILES = {64: Tile(128, 64, 64, 4, 3), 128: Tile(128, 64, 128, 8, 2)}
@@ -172,7 +172,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, integer_values: bool = False) -> Ten
         v, v_scale = quantize_values(v, tile.depth)
     launch_kernel(
         int8_attention_kernel,
-        (triton.cdiv(tokens, tile.rows), batch * heads),
+        (ceil_div(tokens, tile.rows), batch * heads),
         q_codes,
         k_codes,
         v,
@@ -204,7 +204,7 @@ def quantize_tokens(x: Tensor, mean: Tensor | None, factor: float, width: int) -
     x = _dense_columns(x)
     launch_kernel(
         quantize_tokens_kernel,
-        (triton.cdiv(tokens, TOKENS), batch * heads),
+        (ceil_div(tokens, TOKENS), batch * heads),
         x,
         x if mean is None else mean,
         codes,
@@ -226,11 +226,11 @@ def quantize_values(v: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """int8 codes [B, H, S.., width] of `v` [B, H, S, D], whose tokens lie beside each other, and scales [B, H, D]."""
     batch, heads, tokens, columns = v.shape
     scales = scales_for(torch.linalg.vector_norm(v, torch.inf, 2, dtype=torch.float32), 8)
-    length = triton.cdiv(tokens, ALIGNED) * ALIGNED
+    length = ceil_div(tokens, ALIGNED) * ALIGNED
     codes = torch.empty(batch, heads, width, length, dtype=torch.int8, device=v.device)
     launch_kernel(
         quantize_values_kernel,
-        (triton.cdiv(length, TOKENS), batch * heads),
+        (ceil_div(length, TOKENS), batch * heads),
         v,
         scales,
         codes,

@@ -11,6 +11,7 @@ from ..aot import Form
 from ..launching import given, launch_kernel
 from ..quantization import code_range
 from ..quantize_rows.triton_kernel import row_tile, store_codes
+from ..tiles import ceil_div
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def launch(
     tile = row_tile(channels)
     launch_kernel(
         norm_modulate_quantize_kernel,
-        (triton.cdiv(batch * tokens, tile.rows),),
+        (ceil_div(batch * tokens, tile.rows),),
         x.contiguous(),
         given(weight, codes),
         given(bias, codes),

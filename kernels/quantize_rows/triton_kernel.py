@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from ..aot import Form
 from ..launching import given, launch_kernel
 from ..quantization import code_range
+from ..tiles import ceil_div
 
-WIDEST = 4096
-"""Columns of a tile where a row need not lie in one."""
+BLOCK = 2048
+"""Numbers that one program rounds where all have one scale."""
 
 
 class RowTile(NamedTuple):
@@ -75,55 +77,93 @@ def store_codes(
 
 
 @triton.jit
-def quantize_rows_kernel(
+def quantize_kernel(
     x_pointer,
     scale_pointer,
     zero_point_pointer,
     codes_pointer,
+    N,
+    HAS_ZERO: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK of N codes, all of one scale."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < N
+    value = tl.load(x_pointer + place, mask=inside, other=0).to(tl.float32)
+    zero_point = tl.load(zero_point_pointer).to(tl.float32) if HAS_ZERO else 0.0
+    tl.store(codes_pointer + place, codes_of(value, tl.load(scale_pointer), zero_point, LOW, HIGH), mask=inside)
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x_pointer,
+    codes_pointer,
     scales_pointer,
     M,
     K,
-    STATIC: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One [BM, BK] tile of the codes; without a given scale it holds whole rows."""
-    m, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BK + tl.arange(0, BK)
+    """Codes of BM rows, which lie in a tile, and a scale for each."""
+    m, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BK)
     m_mask = m < M
     inside = m_mask[:, None] & (k < K)[None, :]
     place = m.to(tl.int64)[:, None] * K + k[None, :]
     value = tl.load(x_pointer + place, mask=inside, other=0).to(tl.float32)
     store_codes(
-        value, m, place, m_mask, inside, scale_pointer, zero_point_pointer, codes_pointer, scales_pointer,
-        STATIC, HAS_ZERO, LOW, HIGH,
+        value, m, place, m_mask, inside, scales_pointer, scales_pointer, codes_pointer, scales_pointer,
+        False, False, LOW, HIGH,
     )  # fmt: skip
 
 
 def launch(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
     """Compute `quantize_rows` on the device of its arguments, which are known to fit."""
+    return _by_rows(x, bits) if scale is None else (quantize_all(x, scale, zero_point, bits), scale.clone())
+
+
+def quantize_all(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """int8 codes of `x` [...], all with the `scale` [1]."""
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    number = codes.numel()
+    if number == 0:
+        return codes
+    low, high = code_range(bits)
+    launch_kernel(
+        quantize_kernel,
+        (ceil_div(number, BLOCK),),
+        x.contiguous(),
+        scale.contiguous(),
+        given(zero_point, codes),
+        codes,
+        number,
+        HAS_ZERO=zero_point is not None,
+        LOW=low,
+        HIGH=high,
+        BLOCK=BLOCK,
+    )
+    return codes
+
+
+def _by_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     if codes.numel() == 0:
-        scales = torch.ones(rows, dtype=torch.float32, device=x.device) if scale is None else scale.clone()
-        return codes, scales
-    scales = torch.empty(rows if scale is None else 1, dtype=torch.float32, device=x.device)
+        return codes, torch.ones(rows, dtype=torch.float32, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     low, high = code_range(bits)
-    tile = row_tile(columns if scale is None else min(columns, WIDEST))
+    tile = row_tile(columns)
     launch_kernel(
         quantize_rows_kernel,
-        (triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)),
+        (ceil_div(rows, tile.rows),),
         x.contiguous(),
-        given(scale, codes),
-        given(zero_point, codes),
         codes,
         scales,
         rows,
         columns,
-        STATIC=scale is not None,
-        HAS_ZERO=zero_point is not None,
         LOW=low,
         HIGH=high,
         BM=tile.rows,
@@ -133,6 +173,7 @@ def launch(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, bits: int
     return codes, scales
 
 
+@cache
 def row_tile(columns: int) -> RowTile:
     """The tile for rows that must lie in one: 16 to 32 numbers a thread where the rows are long enough."""
     width = max(16, triton.next_power_of_2(columns))
@@ -141,21 +182,18 @@ def row_tile(columns: int) -> RowTile:
 
 
 def forms() -> list[Form]:
-    """What is compiled ahead of time: short, usual and the longest rows, and a given scale."""
-    return [_form(columns, False) for columns in (320, 3072, 16384)] + [_form(WIDEST, True)]
+    """What is compiled ahead of time: one scale, and one a row of short, usual and the longest rows."""
+    return [_one_scale(), *map(_row_scales, (320, 3072, 16384))]
 
 
-def _form(columns: int, static: bool) -> Form:
+def _one_scale() -> Form:
+    types = dict(zip(quantize_kernel.arg_names, ("*bf16", "*fp32", "*i32", "*i8", "i32"), strict=False))
+    constants = {"HAS_ZERO": True, "LOW": -128, "HIGH": 127, "BLOCK": BLOCK}
+    return Form(f"one scale {BLOCK}", quantize_kernel, types, constants, 4, 1, None)
+
+
+def _row_scales(columns: int) -> Form:
     tile = row_tile(columns)
-    pointers = ("*bf16", "*fp32", "*i32", "*i8", "*fp32")
-    constants = {
-        "STATIC": static,
-        "HAS_ZERO": static,
-        "LOW": -128,
-        "HIGH": 127,
-        "BM": tile.rows,
-        "BK": tile.columns,
-    }
-    types = dict(zip(quantize_rows_kernel.arg_names, (*pointers, "i32", "i32"), strict=False))
-    name = f"{'given scale' if static else 'scale a row'} {tile.rows}x{tile.columns}"
-    return Form(name, quantize_rows_kernel, types, constants, tile.warps, 1, None)
+    types = dict(zip(quantize_rows_kernel.arg_names, ("*bf16", "*i8", "*fp32", "i32", "i32"), strict=False))
+    constants = {"LOW": -128, "HIGH": 127, "BM": tile.rows, "BK": tile.columns}
+    return Form(f"scale a row {tile.rows}x{tile.columns}", quantize_rows_kernel, types, constants, tile.warps, 1, None)

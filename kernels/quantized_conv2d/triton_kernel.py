@@ -16,6 +16,7 @@ from ..launching import given, launch_kernel
 from ..pixels import is_channels_last, pixel_tile
 from ..quantization import code_range
 from ..quantize_rows.triton_kernel import codes_of
+from ..tiles import ceil_div
 from ..windows import empty_output
 
 WARPS = 4
@@ -82,7 +83,7 @@ def quantize_pixels(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: i
         return codes
     launch_kernel(
         quantize_pixels_kernel,
-        (triton.cdiv(pixels, tile.pixels), triton.cdiv(channels, tile.channels), batch),
+        (ceil_div(pixels, tile.pixels), ceil_div(channels, tile.channels), batch),
         x if last else x.contiguous(),
         scale.contiguous(),
         given(zero_point, codes),

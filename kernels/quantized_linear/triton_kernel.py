@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..integer_linear.triton_kernel import launch as launch_integers
-from ..quantize_rows.triton_kernel import launch as launch_codes
+from ..quantize_rows.triton_kernel import quantize_all
 
 
 def launch(
@@ -19,7 +19,7 @@ def launch(
     activation_bits: int,
 ) -> Tensor:
     """Compute `quantized_linear` on the device of its arguments, which are known to fit."""
-    codes, _ = launch_codes(x, activation_scale, zero_point, activation_bits)
+    codes = quantize_all(x, activation_scale, zero_point, activation_bits)
     return launch_integers(
         codes, weight, weight_scale, activation_scale, zero_point, bias, None, weight_bits, 0, "none", x.dtype
     )

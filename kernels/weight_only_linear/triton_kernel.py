@@ -14,7 +14,7 @@ from ..aot import Form
 from ..blocks import tile_of, weight_tile
 from ..launching import given, launch_kernel
 from ..spreading import MANY_ROWS, spread_floats, spread_form
-from ..tiles import AT_ONCE, Tile, pick, tile_depth
+from ..tiles import AT_ONCE, Tile, ceil_div, pick, tile_depth
 
 TILES = (Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4))
 """For all the rows that there may be here, and for few (see MANY_ROWS)."""
@@ -171,7 +171,7 @@ def launch_beside(
     deep = tile_depth(tile, group_size) or tile.depth
     tiles = tile.programs(rows, columns)
     span = columns_of_a_part(tiles, depth, deep)
-    parts = max(1, triton.cdiv(depth, span))
+    parts = max(1, ceil_div(depth, span))
     sums = y if parts == 1 else torch.empty(parts, rows, columns, device=x.device)
     bias = None if bias is None else bias.to(x.dtype)
     launch_kernel(
@@ -205,7 +205,7 @@ def launch_beside(
     if parts > 1:
         launch_kernel(
             sum_parts_kernel,
-            (triton.cdiv(y.numel(), BLOCK),),
+            (ceil_div(y.numel(), BLOCK),),
             sums,
             given(bias, x),
             y,
@@ -240,7 +240,7 @@ def tiles_for(dtype: torch.dtype, group_size: int, rank: int) -> tuple[Tile, ...
 def columns_of_a_part(tiles: int, depth: int, deep: int) -> int:
     """How many columns of the weight each program sums, a multiple of `deep`, so that all multiprocessors have work."""
     parts = max(1, min(AT_ONCE // tiles, depth // SHORTEST))
-    return max(1, triton.cdiv(depth, parts * deep)) * deep
+    return max(1, ceil_div(depth, parts * deep)) * deep
 
 
 def padded(rank: int) -> int:

@@ -182,3 +182,43 @@ def test_one_graph_of_a_block_serves_every_step() -> None:
         model.clock.set(timestep)
         assert compiled(torch.zeros(1)).item() == expected
     assert len(graphs) == 1
+
+
+def test_layers_of_one_step_are_looked_up_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step asks for each table, a later one for all that the step before asked for."""
+    clock, tables = StepClock(STEPS), [TABLE * factor for factor in (1, 2, 3)]
+    looked_up: list[int] = []
+    weighted = clock._weighted
+    monkeypatch.setattr(clock, "_weighted", lambda stack: (looked_up.append(len(stack)), weighted(stack))[1])
+    for timestep in (740.5, 260.0):
+        clock.set(timestep)
+        alone = [(table * clock.weights).sum(-1, keepdim=True) for table in tables]
+        assert all(map(torch.equal, map(clock.select, tables), alone))
+        codes = [entry.round().clamp(-128, 127).to(torch.int32) for entry in alone]
+        assert all(map(torch.equal, map(clock.select_code, tables), codes))
+    assert looked_up == [1, 1, 1, 1, 1, 1, 3, 3]
+
+
+def test_a_table_that_changes_within_a_step_is_looked_up_anew() -> None:
+    clock, table = StepClock(STEPS), TABLE.clone()
+    clock.set(740.5)
+    assert clock.select(table).tolist() == [1.5]
+    table *= 2
+    assert clock.select(table).tolist() == [3.0]
+    assert clock.select_code(table).tolist() == [3]
+    table += 1
+    assert clock.select_code(table).tolist() == [4]
+
+
+def test_tables_that_cannot_be_stacked_or_are_learned_are_looked_up_alone() -> None:
+    clock, learned = StepClock(STEPS), TABLE.clone().requires_grad_()
+    others = [TABLE, TABLE.double(), learned]
+    for timestep in (740.5, 740.5):
+        clock.set(timestep)
+        assert [clock.select(table).item() for table in others] == [1.5, 1.5, 1.5]
+    clock.select(learned).backward()
+    assert learned.grad is not None
+    assert learned.grad.tolist() == [0.5, 0.5, 0.0]
+    with torch.inference_mode():
+        clock.set(740.5)
+        assert clock.select(TABLE * 2).tolist() == [3.0]
