@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from diffpress.calibration.checkpointing import checkpoint_steps
     from diffpress.export.artifact import load
 
-    from .compiling import compile
+    from .compiling import compile, record_graphs
     from .recipe import Recipe
 
-__all__ = ["Recipe", "__version__", "checkpoint_steps", "compile", "compress", "load"]
+__all__ = ["Recipe", "__version__", "checkpoint_steps", "compile", "compress", "load", "record_graphs"]
 __version__ = _version("diffpress")
 
 register_quantizers()
@@ -27,6 +27,7 @@ _HOMES = {
     "checkpoint_steps": "diffpress.calibration.checkpointing",
     "compile": "diffpress.compiling",
     "load": "diffpress.export.artifact",
+    "record_graphs": "diffpress.compiling",
 }
 
 

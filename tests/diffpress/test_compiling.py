@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiTPipeline, DiTTransformer2DModel
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from diffpress.export.artifact import load_pipeline, write_pipeline
 from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import Manifest, list_files, write_manifest
+from diffpress.export.runtime import RuntimePart, StepClock
 
 STEPS = [1000.0, 667.0, 334.0]
 
@@ -72,3 +74,17 @@ def test_what_is_not_packed_is_refused(whole: bool, tiny_class: Path) -> None:
 def test_what_has_no_denoiser_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"with a unet or transformer.* got \w*Path"):
         diffpress.compile(Path("out"))
+
+
+def test_calls_are_recorded_on_a_gpu_as_a_whole_only(artifact: Path) -> None:
+    pipeline = diffpress.load(artifact)
+    with pytest.raises(UnsupportedModelError, match=r"DiTTransformer2DModel: it lies on cpu. Move it to a GPU first"):
+        diffpress.record_graphs(pipeline)
+    add_hook_to_module(pipeline.transformer.proj_out_2, ModelHook())
+    with pytest.raises(UnsupportedModelError, match="moved between devices while it runs"):
+        diffpress.record_graphs(pipeline.transformer)
+    with pytest.raises(UnsupportedModelError, match=r"diffpress.record_graphs takes a pipeline .* and got str"):
+        diffpress.record_graphs("zoo:digits")
+    pipeline.transformer.plan = RuntimePart(StepClock(STEPS))
+    with pytest.raises(UnsupportedModelError, match="computes other parts at other steps"):
+        diffpress.record_graphs(pipeline)
