@@ -90,6 +90,8 @@ FLUX = Denoiser(
     {},
 )
 DENOISERS = {"SDXL": SDXL, "PixArt": PIXART, "FLUX": FLUX}
+STEPS = torch.linspace(999, 0, 25).tolist()
+"""Time steps that activations have a scale for."""
 PLAIN = "bf16"
 FORMATS = {PLAIN: None, "W8A8": Format(8, 8), "W4A8": Format(4, 8), "w4": Format(4, None, 64)}
 
@@ -114,7 +116,9 @@ def prepared(denoiser: Denoiser, form: Format | None, source: Source) -> tuple[n
 def pack_(model: nn.Module, form: Format) -> int:
     """Put packed layers in the place of every Linear and Conv2d that can be packed; returns how many."""
     runtime, pack = import_module("diffpress.export.runtime"), import_module("diffpress.export.edits").Pack
-    clock = None if form.activation_bits is None else runtime.StepClock([500.0])
+    clock = None if form.activation_bits is None else runtime.StepClock(STEPS)
+    if clock is not None:
+        runtime.attach_clock_(model, clock)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     packable = [(name, layer) for name, layer in layers if runtime.why_not_packable(layer) is None]
     for name, layer in packable:
@@ -146,8 +150,6 @@ def _fill_packed_(layer: nn.Module, source: Source) -> None:
         layer.bias.zero_()
     if layer.activation_scale is not None:
         layer.activation_scale.fill_(4 / 2 ** (layer.edit.activation_bits - 1))
-        # Read in every call: a step that has to come from the CPU would be waited for.
-        layer.clock.weights = layer.clock.weights.to(source.device)
 
 
 def compile_(model: nn.Module, form: Format | None, backend: str = "inductor") -> Iterable[Any]:
@@ -160,45 +162,70 @@ def compile_(model: nn.Module, form: Format | None, backend: str = "inductor") -
 
 
 def median_ms(call: Callable[[], Any]) -> float:
-    """Of a second of calls, after those that compile."""
+    """Of half a second of calls, after those that compile."""
     call()
-    return do_bench(call, warmup=200, rep=1000, return_mode="median")
+    return do_bench(call, warmup=100, rep=500, return_mode="median")
 
 
-def measure(name: str, word: str, seed: int, plain: dict[str, float], rehearse: bool) -> dict[str, Any]:
-    """One row: milliseconds, peak memory, and how much faster than the same model as it is, which came first.
-
-    Rehearsed, it only compiles.
-    """
-    if find_spec("diffusers") is None:
-        return {"skipped": "diffusers is not installed here"}
+def prepare(name: str, word: str, seed: int) -> tuple[nn.Module, Callable[[], Any]]:
+    """The model on the GPU with its clocks, and one call of it."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     model, inputs = prepared(DENOISERS[name], FORMATS[word], Source(seed, "cuda", torch.bfloat16))
-    fusions = compile_(model, FORMATS[word])
-    call = partial(model, **inputs, return_dict=False)
+    return model, partial(model, **inputs, return_dict=False)
+
+
+def measure_calls(name: str, word: str, seed: int, plain: dict[str, float], rehearse: bool) -> dict[str, Any]:
+    """One row: milliseconds as it is called, and as a CUDA graph, with the peak memory of each.
+
+    `speedup` is over 16 bits as a graph, which came first. Rehearsed, it only compiles kernels.
+    """
+    if find_spec("diffusers") is None:
+        return {"skipped": "diffusers is not installed here"}
+    model, call = prepare(name, word, seed)
+    expected = call()[0]
     if rehearse:
-        call()
         return {}
+    called = {"called_ms": median_ms(call), "peak_bytes": torch.cuda.max_memory_allocated()}
+    import_module("diffpress").record_graphs(model)
+    differs = ((call()[0] - expected).norm() / expected.norm()).item()
     took = median_ms(call)
     if word == PLAIN:
         plain[name] = took
-    fused = sum(fusion.norm is not None for fusion in fusions)
-    found = {"ms": took, "peak_bytes": torch.cuda.max_memory_allocated(), "fused_layers": fused}
+    found = {**called, "graph_ms": took, "graph_peak_bytes": torch.cuda.max_memory_allocated(), "differs": differs}
     return {**found, "speedup": plain[name] / took} if name in plain else found
 
 
+def measure_compiled(name: str, word: str, seed: int, rehearse: bool) -> dict[str, Any]:
+    """One row: milliseconds with its blocks compiled, and how many packed layers' norms are fused."""
+    if find_spec("diffusers") is None:
+        return {"skipped": "diffusers is not installed here"}
+    model, call = prepare(name, word, seed)
+    fusions = compile_(model, FORMATS[word])
+    call()
+    if rehearse:
+        return {}
+    compiled = {"compiled_ms": median_ms(call), "fused_layers": sum(fusion.norm is not None for fusion in fusions)}
+    import_module("diffpress").record_graphs(model)
+    return {**compiled, "compiled_graph_ms": median_ms(call)}
+
+
 def rows(seed: int, rehearse: bool = False) -> Iterator[Row]:
-    """Two formats of every model before the others: the time may not suffice for all."""
+    """Two formats of every model before the others, what takes minutes to compile last: the time may not suffice for all."""
     plain: dict[str, float] = {}
     words = list(FORMATS)
     for name, word in (*product(DENOISERS, words[:2]), *product(DENOISERS, words[2:])):
-        yield Row({"model": name, "form": word}, partial(measure, name, word, seed, plain, rehearse))
+        yield Row({"model": name, "form": word}, partial(measure_calls, name, word, seed, plain, rehearse))
+    for name, word in product(DENOISERS, words[:2]):
+        yield Row({"model": name, "form": f"{word}, compiled"}, partial(measure_compiled, name, word, seed, rehearse))
+
+
+def passed(row: dict[str, Any]) -> bool:
+    """A graph computes what was called: only products in 16 bits may be added in another order."""
+    return "error" not in row and row.get("differs", 0) <= torch.finfo(torch.bfloat16).eps
 
 
 if __name__ == "__main__":
-    raise SystemExit(
-        main(__doc__, "denoisers.json", rows, lambda row: "error" not in row, partial(rows, rehearse=True))
-    )
+    raise SystemExit(main(__doc__, "denoisers.json", rows, passed, partial(rows, rehearse=True)))
