@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .exact import ExactTensors
+
 
 class BufferedLinear(nn.Linear):
     """A Linear of float32 whose tensors are buffers: pipelines ask the parameters of a model what to compute in."""
@@ -21,7 +23,7 @@ class BufferedLinear(nn.Linear):
         self.register_buffer("bias", torch.zeros(rows, dtype=torch.float32) if has_bias else None)
 
 
-class FactorizedLinear(nn.Module):
+class FactorizedLinear(ExactTensors):
     """[..., in] to [..., out] by way of `rank` numbers: computed in the dtype of its bias, answered in that of the input."""
 
     def __init__(self, layer: nn.Linear, rank: int) -> None:
@@ -30,6 +32,10 @@ class FactorizedLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.down = BufferedLinear(layer.in_features, rank, False)
         self.up = BufferedLinear(rank, layer.out_features, True)
+
+    def exact_tensors(self) -> tuple[str, ...]:
+        """Those of both, packed or not."""
+        return "down.weight", "up.weight", "up.bias"
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.up.bias is not None

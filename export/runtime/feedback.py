@@ -71,6 +71,8 @@ class Frame:
     position: float = 0.0
     past: Sequence[Computed] = ()
     """What the last looped block gave at earlier steps, the latest first."""
+    scales: Sequence[Tensor] = ()
+    """Of the part, s per looped block."""
     passed: list[Passed] = field(default_factory=list)
     fed: Features = ()
     """g, where there is no first pass."""
@@ -92,6 +94,13 @@ class Feedback(RuntimePart):
         self.plan, self.block = plan, block
         self.register_buffer("scales", torch.zeros(len(plan.looped)))
         self.register_buffer("damping", torch.zeros(len(plan.steps)))
+
+    def exact_tensors(self) -> tuple[str, ...]:
+        return self.plan.exact()
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Scales and damping, asked for by a call: whoever offloads the module has them here meanwhile."""
+        return self.scales.clone(), self.damping.clone()
 
     @classmethod
     def around(cls, plan: FeedbackPlan, model: nn.Module, clock: StepClock) -> Self:
@@ -121,10 +130,14 @@ class Feedback(RuntimePart):
         answers = run.past.get(ANSWER, [])
         cell = self.plan.cell(position, last)
         if cell == HELD and answers:
-            damping = float(self.damping[min(round(position), len(self.damping) - 1)])
-            return run, forecast(position, answers, damping)[0]
-        self.frame = Frame(cell == LOOPED, position, run.past.get(FEATURE, ()))
+            damping = self()[1]
+            factor = float(damping[min(round(position), len(damping) - 1)])
+            return run, forecast(position, answers, factor)[0]
+        self.frame = self._frame(cell == LOOPED, position, run.past.get(FEATURE, ()))
         return run, None
+
+    def _frame(self, loops: bool, position: float, past: Sequence[Computed]) -> Frame:
+        return Frame(loops, position, past, self()[0].unbind() if loops else ())
 
     def end(self, run: Run, answer: Tensor) -> None:
         """Remember what was computed."""
@@ -137,7 +150,7 @@ class Feedback(RuntimePart):
     @contextmanager
     def looping(self, position: float = 0.0, past: Sequence[Computed] = ()) -> Iterator[Frame]:
         """Calls of the denoiser go through the loop while the context lasts, whatever step it is."""
-        self.frame = Frame(True, position, past)
+        self.frame = self._frame(True, position, past)
         try:
             yield self.frame
         finally:
@@ -191,11 +204,11 @@ class _LoopedBlock:
         if not frame.loops:
             return output
         frame.passed.append(passed)
-        if len(frame.passed) < len(self.feedback.scales):
+        if len(frame.passed) < len(frame.scales):
             return output
         g = self._feedback(passed, tensors(output))
         f = self._carried(frame.passed[0])
-        for own, s in zip(frame.passed, self.feedback.scales, strict=True):
+        for own, s in zip(frame.passed, frame.scales, strict=True):
             output = own.with_(**self._named(f, s, g)).asked()
             f = tensors(output)
         return output
@@ -204,8 +217,8 @@ class _LoopedBlock:
         """One pass: g is known before, from a forecast of the last looped block's f by earlier steps."""
         if self.index == 0 and frame.loops and frame.past:
             frame.fed = self._feedback(passed, forecast(frame.position, frame.past))
-        s = self.feedback.scales[self.index]
         if frame.fed:
+            s = frame.scales[self.index]
             passed = passed.with_(**self._named(self._carried(passed), s, frame.fed))
         output = passed.asked()
         frame.feature = tensors(output)

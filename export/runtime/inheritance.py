@@ -74,6 +74,19 @@ class Inheritance(RuntimePart):
         self.register_buffer("correction", neutral.half() if plan.corrected else None)
         self.channels = [sum(unit.channels) for unit in plan.units]
 
+    def exact_tensors(self) -> tuple[str, ...]:
+        return self.plan.exact()
+
+    def forward(self, step: int) -> tuple[list[list[float]], Tensor | None]:
+        """Damping [units, order] of a step, and what corrects its forecasts [2, channels], where anything does.
+
+        They are asked for by a call, as tensors of other modules are: whoever offloads this one has them here meanwhile.
+        """
+        row = self.rows.corrections.get(step)
+        if self.correction is None or row is None:
+            return self.damping[step].tolist(), None
+        return self.damping[step].tolist(), self.correction[row].to(torch.float32, copy=True)
+
     @classmethod
     def around(cls, plan: StepPlan, model: nn.Module, clock: StepClock) -> Self:
         """Every plan is laid around `model` alike."""
@@ -139,14 +152,13 @@ class Inheritance(RuntimePart):
 
     def _frame(self, run: Run, position: float, last: float | None) -> Frame:
         places = {index: [computed.position for computed in history] for index, history in run.past.items()}
-        row = self.rows.at(position, last, places, self.damping[self.rows.step(position)].tolist())
+        damping, correction = self(self.rows.step(position))
+        row = self.rows.at(position, last, places, damping)
         skips = (False,) * len(self.skippable) if row.pattern is None else self.skips[row.pattern]
         past = {index: self._past(run, index) for index in row.weights}
         frame = Frame(row.computes, self._weights(row, run.sample.device), past, skips=skips, known=run.outlines)
-        if self.correction is not None and row.correction is not None and past:
-            frame.corrections = (
-                self.correction[row.correction].to(run.sample.device, torch.float32).split(self.channels, 1)
-            )
+        if correction is not None and past:
+            frame.corrections = correction.to(run.sample.device).split(self.channels, 1)
         return frame
 
     def _weights(self, row: Row, device: torch.device) -> dict[int, tuple[Tensor, ...]]:

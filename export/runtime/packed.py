@@ -25,6 +25,7 @@ from diffpress.kernels import (
 from diffpress.kernels.processor import fast_dtype
 
 from .clock import StepClock
+from .exact import ExactTensors, cast_by
 
 if TYPE_CHECKING:
     from ..edits import Pack
@@ -38,11 +39,15 @@ class Operations(NamedTuple):
     float8: Callable[..., Tensor]
 
 
+FLOATS = "expanded"
+"""What the buffer of an expanded weight is called."""
+EXACT = ("weight", "weight_scale", "activation_scale", "zero_point", "smoothing")
+"""Tensors of a packed layer whose dtype nobody may change."""
 LINEAR = Operations(quantized_linear, weight_only_linear, fp8_linear)
 CONV2D = Operations(quantized_conv2d, weight_only_conv2d, fp8_conv2d)
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(ExactTensors):
     """The tensors of a `Pack` edit, in the shapes said there; `clock` says which entry of the tables over steps holds now."""
 
     weight: Tensor
@@ -51,8 +56,6 @@ class PackedLayer(nn.Module):
     zero_point: Tensor | None
     smoothing: Tensor | None
     bias: Tensor | None
-    floats: Tensor | None
-    """The weight that an expanded layer computes with; it is not stored."""
 
     def __init__(
         self, edit: Pack, clock: StepClock | None, rows: int, columns: int, channels: int = 0, has_bias: bool = False
@@ -73,7 +76,11 @@ class PackedLayer(nn.Module):
         self.register_buffer("smoothing", ones(channels) if edit.smoothed else None)
         # A parameter, for a pipeline asks those of its models which precision to compute in.
         self.register_parameter("bias", nn.Parameter(torch.zeros(rows), requires_grad=False) if has_bias else None)
-        self.register_buffer("floats", None, persistent=False)
+
+    @property
+    def floats(self) -> Tensor | None:
+        """The weight that an expanded layer computes with; it is not stored."""
+        return self._buffers.get(FLOATS)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, {self.columns}, {self.edit.words()}"
@@ -81,10 +88,12 @@ class PackedLayer(nn.Module):
     def expand_(self, dtype: torch.dtype) -> None:
         """From now on compute in floats, as fast as a layer that was never packed; inputs are of `dtype`, and not rounded.
 
-        What is stored stays beside. Whoever moves or casts the layer later has it packed again. See `expansion.py`.
+        What is stored stays beside. Whoever casts the layer later has it expanded in that dtype, whoever moves it to
+        another device has it packed again. See `expansion.py`.
         """
         weight = self._float_weight().to(dtype).to(fast_dtype(self.weight.new_empty(0, dtype=dtype)))
-        self.floats = weight.view(self.float_shape)
+        # A buffer that is there only while it is wanted: accelerate trips over one that is None and not stored.
+        self.register_buffer(FLOATS, weight.view(self.float_shape), persistent=False)
 
     def _float_weight(self) -> Tensor:
         """The weight [rows, columns] in float32, with the factors that the input is smoothed by."""
@@ -103,9 +112,16 @@ class PackedLayer(nn.Module):
         before = self.floats
         super()._apply(fn, recurse)
         after = self.floats
-        if before is not None and after is not None and (before.device, before.dtype) != (after.device, after.dtype):
-            self.floats = None
+        if before is not None and after is not None:
+            if before.device != after.device:
+                delattr(self, FLOATS)
+            elif before.dtype != after.dtype:
+                self.expand_(after.dtype)
         return self
+
+    def exact_tensors(self) -> tuple[str, ...]:
+        """All but the bias."""
+        return EXACT
 
     def compute(self, x: Tensor, operations: Operations, *geometry: Sequence[int]) -> Tensor:
         """The layer's output [..., out] or [B, out, H', W'] from an input [..., in] or [B, in, H, W], smoothed already."""
@@ -134,7 +150,7 @@ class PackedLinear(PackedLayer):
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self._buffers["floats"]
+        weight = self._buffers.get(FLOATS)
         if weight is not None:
             return _in_floats(F.linear, x, weight, self.bias)
         return self.compute(_smoothed(x, self.smoothing), LINEAR)
@@ -152,7 +168,7 @@ class PackedConv2d(PackedLayer):
         self.padding, self.dilation = layer.padding, layer.dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self._buffers["floats"]
+        weight = self._buffers.get(FLOATS)
         if weight is not None:
             return _in_floats(F.conv2d, x, weight, self.bias, self.stride, self.padding, self.dilation)
         smoothing = None if self.smoothing is None else self.smoothing[:, None, None]
@@ -169,12 +185,22 @@ class PackedEmbedding(PackedLayer):
         self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
         self.dtype = layer.weight.dtype
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # There is no input to see it by.
+        self.dtype = cast_by(fn, self.dtype)
+        return super()._apply(fn, recurse)
+
     def forward(self, indices: Tensor) -> Tensor:
         chosen = indices.flatten()
         codes = unpack_codes(self.weight.index_select(0, chosen), self.columns, self.edit.weight_bits)
         assert self.edit.group_size is not None
         values = dequantize_groups(codes, self.weight_scale.index_select(0, chosen), self.edit.group_size)
         return values.to(self.dtype).view(*indices.shape, self.columns)
+
+    def in_floats(self) -> nn.Embedding:
+        """A table that answers alike, and may grow."""
+        rows = self._float_weight().to(self.dtype)
+        return nn.Embedding.from_pretrained(rows)
 
 
 def _in_floats(

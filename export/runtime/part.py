@@ -9,6 +9,7 @@ from typing import Any, Self
 from torch import nn
 
 from .clock import StepClock
+from .exact import ExactTensors
 from .forwards import Wrap
 from .runs import Runs
 
@@ -19,7 +20,7 @@ class _ThreadState(threading.local):
         self.frame: Any = None
 
 
-class RuntimePart(nn.Module):
+class RuntimePart(ExactTensors):
     """A module beside those of a denoiser, whose `wraps` are laid around them; every thread has runs of its own."""
 
     def __init__(self, clock: StepClock) -> None:

@@ -105,15 +105,19 @@ def test_copies_answer_alike(make, kind) -> None:
         assert torch.equal(own(x), layer(x))
 
 
-def test_moved_or_cast_it_is_packed_again(make, kind) -> None:
+def test_moved_it_is_packed_again(make, kind) -> None:
     layer = make("W8A8")
     layer.expand_(torch.float32)
     assert layer.to("cpu").floats is not None
     assert layer.to("meta").floats is None
-    layer = make("W4")
+
+
+def test_cast_it_is_expanded_in_that_dtype(make, kind) -> None:
+    layer, other = make("W8A8"), make("W8A8")
     layer.expand_(torch.float32)
-    layer.bias = None
-    assert layer.to(torch.bfloat16).floats is None
+    other.to(torch.bfloat16).expand_(torch.bfloat16)
+    assert torch.equal(layer.to(torch.bfloat16).floats, other.floats)
+    assert layer.weight_scale.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
