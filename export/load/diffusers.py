@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError
 from ..runtime import PackedEmbedding
+from .calls import answer_calls_
 from .config import EditsConfig
 from .empty import apply_to_empty_, exact_dtypes
 
@@ -31,6 +32,7 @@ class EditsQuantizer(DiffusersQuantizer):
             # Diffusers builds models in float32 and casts what it fills them with, which an embedding reads no input to see.
             if isinstance(layer, PackedEmbedding):
                 layer.dtype = model.dtype
+        answer_calls_(model)
         return model
 
     def check_if_quantized_param(

@@ -11,6 +11,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.quantizers.base import HfQuantizer
 
 from ..ties import ties
+from .calls import answer_calls_
 from .config import EditsConfig
 from .empty import apply_to_empty_, exact_dtypes
 
@@ -25,6 +26,10 @@ class EditsQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         apply_to_empty_(model, self.quantization_config)
         self.exact = exact_dtypes(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        answer_calls_(model)
+        return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         return self.exact.get(converter.target_patterns[0]) or super().get_new_dtype(converter, param, dtype)
