@@ -73,7 +73,7 @@ def _texts(pipeline: Any, wanted: str | Sequence[str], purpose: Purpose) -> list
     if not isinstance(wanted, str):
         texts = list(wanted)
     elif wanted == "builtin":
-        texts = [str(label) for label in _labels(pipeline)] if takes == "label" else _builtin_prompts(purpose)
+        texts = [str(label) for label in _labels(pipeline)] if takes == "label" else builtin_prompts(purpose)
     else:
         texts = _read(Path(wanted))
     if not texts:
@@ -119,5 +119,6 @@ def _read(path: Path) -> list[str]:
     return texts
 
 
-def _builtin_prompts(purpose: Purpose) -> list[str]:
+def builtin_prompts(purpose: Purpose) -> list[str]:
+    """Prompts that come along."""
     return (PROMPTS / f"{purpose}.txt").read_text(encoding="utf-8").splitlines()

@@ -32,19 +32,15 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object and no
 Model = Annotated[str, typer.Argument(help="a pipeline folder, a hub id, or zoo:NAME")]
 Folder = Annotated[Path, typer.Argument(help="an artifact of `compress`, or an export")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the noise")]
+Engine = Annotated[
+    str | None, typer.Option(help="torch, onnx, openvino or openvino:DEVICE; left out: what MODEL is made for")
+]
 Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps; left out: what it was made for")]
 
 
 class Target(str, Enum):  # noqa: UP042  # typer shows the value of a str Enum
     """What an artifact can be exported to."""
 
-    ONNX = "onnx"
-
-
-class Engine(str, Enum):  # noqa: UP042
-    """What runs an image."""
-
-    TORCH = "torch"
     ONNX = "onnx"
 
 
@@ -141,13 +137,13 @@ def run(
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="guidance scale; left out: the default")] = None,
     seed: Seed = 0,
-    engine: Annotated[Engine | None, typer.Option(help="left out: what MODEL is made for")] = None,
+    engine: Engine = None,
 ) -> None:
     """Make one image."""
     from diffpress.export.outputs import check_output_file
     from diffpress.export.publishing import replacing
 
-    from .running import Wanted, run_onnx, run_torch, wanted_engine
+    from .running import TORCH, Wanted, run_export, run_torch, wanted_engine
 
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png.")
@@ -156,10 +152,10 @@ def run(
     if guidance is not None and not isfinite(guidance):
         raise UserError(f"--guidance {guidance} must be a finite number, such as 7.5.")
     wanted = Wanted(None if prompt is None else as_typed(prompt), label, seed, steps, guidance)
-    chosen = wanted_engine(model, engine.value if engine else None)
-    if chosen == "onnx":
+    chosen = wanted_engine(model, engine)
+    if chosen != TORCH:
         check_output_file(out, [Path(model)])
-        image = run_onnx(Path(model), wanted)
+        image = run_export(Path(model), chosen, wanted)
     else:
         from .models import resolve
 
@@ -173,21 +169,23 @@ def run(
 
 @app.command()
 def compare(
-    reference: Annotated[str, typer.Argument(help="the original")],
+    reference: Annotated[str, typer.Argument(help="the original: a pipeline, an artifact or an export")],
     candidate: Annotated[str, typer.Argument(help="what is compared with it")],
+    engine: Annotated[str, typer.Option(help="of exports: onnx, openvino or openvino:DEVICE")] = "onnx",
     count: Annotated[int, typer.Option(min=1, help="pairs of images")] = 16,
     steps: Steps = None,
     seed: Seed = 0,
     report: Annotated[Path | None, typer.Option(help="also write the images and figures to this HTML file")] = None,
     as_json: Json = False,
 ) -> None:
-    """Sample two pipelines with the same prompts and noise, and measure how they differ and what they cost."""
+    """Sample two pipelines or exports with the same prompts and noise, and measure how they differ and what they cost."""
     from .compare import compare_by_name
+    from .pairs import COSTS
 
     with stages() as notify:
-        found = compare_by_name(reference, candidate, count, steps, seed, report, notify)
+        found = compare_by_name(reference, candidate, engine, count, steps, seed, report, notify)
     if as_json:
-        print_json({**found.metrics, **found.cost, "speed": found.speed.data()})
+        print_json({**found.metrics, **dict.fromkeys(COSTS), **found.cost, "speed": found.speed.data()})
     else:
         print_comparison(found.metrics, found.cost)
         print_speed(found.speed)

@@ -11,10 +11,12 @@ from typing import Any
 from diffpress.calibration.sampling import Sampling
 from diffpress.calibration.trajectory import Progress
 from diffpress.export.artifact import is_artifact, open_pipeline
+from diffpress.export.engines.named import engine_named
 from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import read_manifest
 from diffpress.export.outputs import check_output_file
+from diffpress.export.portable.manifest import is_export
 from diffpress.export.publishing import replacing
 
 from .defaults import check_sampling, default_sampling
@@ -67,25 +69,37 @@ def compare(
 def compare_by_name(
     reference: str,
     candidate: str,
+    engine: str,
     count: int,
     steps: int | None,
     seed: int,
     report: Path | None,
     notify: Callable[[str, int, int], None],
 ) -> Comparison:
-    """`diffpress compare`: sampled as the candidate was made for, unless `steps` says otherwise."""
-    first, second = resolve(reference), resolve(candidate)
+    """`diffpress compare`: sampled as the candidate was made for, unless `steps` says otherwise; exports run in `engine`."""
+    progress = partial(notify, "compare")
+    paths = [Path(name) if is_export(Path(name)) else resolve(name).path for name in (reference, candidate)]
     if report is not None:
-        check_output_file(report, [first.path, second.path], "--report")
-    check_comparable(first, second)
-    for folder in (first, second):
-        check_sampling(folder, Sampling(steps))
-    made_for = default_sampling(second)
-    sampling = Sampling(steps or made_for.steps, made_for.guidance_scale)
-    found = compare(first, second, count, sampling, seed, lambda d, t: notify("compare", d, t))
+        check_output_file(report, paths, "--report")
+    if any(map(is_export, paths)):
+        from .compare_exports import compare_exports
+
+        found = compare_exports(reference, candidate, engine_named(engine), count, steps, seed, progress)
+    else:
+        found = _compare_pipelines(resolve(reference), resolve(candidate), count, steps, seed, progress)
     if report is not None:
-        manifest = read_manifest(second.path) if is_artifact(second.path) else None
+        manifest = read_manifest(paths[1]) if is_artifact(paths[1]) else None
         with replacing(report) as file:
             title = f"{reference} and {candidate}"
             write_report(file, title, manifest, found.pairs, found.metrics, found.cost, found.speed)
     return found
+
+
+def _compare_pipelines(
+    first: PipelineFolder, second: PipelineFolder, count: int, steps: int | None, seed: int, progress: Progress
+) -> Comparison:
+    check_comparable(first, second)
+    for folder in (first, second):
+        check_sampling(folder, Sampling(steps))
+    made_for = default_sampling(second)
+    return compare(first, second, count, Sampling(steps or made_for.steps, made_for.guidance_scale), seed, progress)

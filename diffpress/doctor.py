@@ -5,16 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from diffpress.export.edits import Pack
-from diffpress.export.extras import ONNX
 from diffpress.export.runtime import LayerForm, layer_times, loses
 from diffpress.kernels import (
     block_sparse_linear,
@@ -37,7 +33,19 @@ from diffpress.kernels import (
 from diffpress.kernels.answering import answering_kernels
 from diffpress.kernels.processor import why_no_byte_products
 
-PACKAGES = ("diffpress", "torch", "triton", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+from .doctor_engines import ENGINES
+
+PACKAGES = (
+    "diffpress",
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+)
 SIZE = 64
 """Input and output channels of the layers that are tried."""
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1))
@@ -74,7 +82,7 @@ def examine() -> dict[str, str]:
         findings[f"low-rank and sparse layers on {device}"] = _try(partial(_low_rank_and_sparse, device))
         findings[f"norms into codes on {device}"] = _try(partial(_codes, device))
         findings[f"int8 attention on {device}"] = _try(partial(_attention, device))
-    findings |= _onnxruntime()
+    findings |= _engines()
     for device in devices:
         findings |= _times(device)
     return findings
@@ -190,21 +198,11 @@ def _expect(output: Tensor) -> None:
         raise ArithmeticError(f"expected {SIZE}, got {output.flatten()[0].item()}")
 
 
-def _onnxruntime() -> dict[str, str]:
-    """Sums of worst-case codes in every kind of layer, compared with int64."""
-    found: dict[str, str | None] = {}
-
-    def run() -> None:
-        for package in ONNX:
-            import_module(package)
-        from diffpress.export.engines.onnxruntime import ONNXRUNTIME
-        from diffpress.export.engines.worst_case import findings
-        from diffpress.export.onnx.worst_case import write_worst_case
-
-        with TemporaryDirectory() as folder:
-            found.update(findings(ONNXRUNTIME, Path(folder) / write_worst_case(Path(folder), ONNXRUNTIME.form)))
-
-    outcome = _try(run)
-    if outcome != "works":
-        return {"onnxruntime engine": outcome}
-    return {f"{kind} in onnxruntime": "works" if wrong is None else f"fails: {wrong}" for kind, wrong in found.items()}
+def _engines() -> dict[str, str]:
+    """Sums of worst-case codes in every kind of layer, compared with int64, in the engines of exports."""
+    findings: dict[str, str] = {}
+    for name, examined in ENGINES.items():
+        outcome = _try(lambda examined=examined: findings.update(examined()))
+        if outcome != "works":
+            findings[f"{name} engine"] = outcome
+    return findings

@@ -68,17 +68,17 @@ def measure(
     first = reference()
     conditions = list(conditions_of(first))
     machine = machine_words(str(device_of(denoiser_of(first))))
-    ours = _alone(first, conditions, sampling, _half(progress, 0))
+    ours = alone(first, conditions, sampling, _half(progress, 0))
     if both_fit(first, ours.cost["peak_memory_bytes"]):
         second = candidate()
-        theirs = _alone(second, conditions, sampling, _half(progress, 1))
+        theirs = alone(second, conditions, sampling, _half(progress, 1))
         timed = _timed({first: ours, second: theirs}, conditions, sampling)
     else:
         timed = _timed({first: ours}, conditions, sampling)
         del first
         gc.collect()
         second = candidate()
-        theirs = _alone(second, conditions, sampling, _half(progress, 1))
+        theirs = alone(second, conditions, sampling, _half(progress, 1))
         timed = timed.beside(_timed({second: theirs}, conditions, sampling))
     cost: dict[str, Any] = {key: _both(ours.cost[key], theirs.cost[key]) for key in ours.cost}
     packed = {"peak_memory_bytes": cost["peak_memory_bytes"], "latency_ms": _latency(timed.packed)}
@@ -114,7 +114,7 @@ class _Timed(NamedTuple):
         )
 
 
-def _timed(pipelines: Mapping[Any, _Alone], conditions: Sequence[Condition], sampling: Sampling) -> _Timed:
+def _timed(pipelines: Mapping[Any, Alone], conditions: Sequence[Condition], sampling: Sampling) -> _Timed:
     """Times in alternation of pipelines, of which each has been measured alone; their layers are left expanded."""
     packed = _times(list(pipelines), conditions, sampling)
     expansions = [expand_(pipeline, alone.uses) for pipeline, alone in pipelines.items()]
@@ -140,7 +140,7 @@ def both_fit(reference: Any, needed_bytes: int) -> bool:
     return needed_bytes <= SPARE * (free_bytes(reference) - weight_bytes(reference))
 
 
-class _Alone(NamedTuple):
+class Alone(NamedTuple):
     """What is measured of one pipeline without the other."""
 
     side: Side
@@ -149,7 +149,8 @@ class _Alone(NamedTuple):
     """Of one image."""
 
 
-def _alone(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling, progress: Progress | None) -> _Alone:
+def alone(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling, progress: Progress | None) -> Alone:
+    """Measure one pipeline, all of whose layers are packed."""
     side = sample_side(pipeline, conditions, sampling, progress)
     with layer_uses(pipeline) as uses:
         macs = macs_per_image(pipeline, conditions[0], sampling)
@@ -158,7 +159,7 @@ def _alone(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling, p
         "macs_per_image": macs,
         "peak_memory_bytes": peak_memory_bytes(pipeline, conditions[0], sampling),
     }
-    return _Alone(side, cost, uses)
+    return Alone(side, cost, uses)
 
 
 def _latency(times: list[list[float]]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffpress.export.engines.named import NAMES, engine_named
 from diffpress.export.errors import UserError
 from diffpress.export.portable.manifest import is_export
 
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from diffpress.calibration.conditions import Takes
+    from diffpress.export.engines.engine import Engine
     from diffpress.export.folder import PipelineFolder
+    from diffpress.export.portable.pipeline import PortablePipeline
+
+TORCH = "torch"
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,19 @@ class Wanted:
 
 
 def wanted_engine(model: str, asked: str | None) -> str:
-    """`onnx` for an export, `torch` for a pipeline. Raises UserError where another engine was asked for."""
-    natural = "onnx" if is_export(Path(model)) else "torch"
-    if asked is not None and asked != natural:
-        hint = "" if natural == "onnx" else " Export it first: diffpress export MODEL --to onnx --out DIR."
-        raise UserError(f"{model} runs with --engine {natural}, not {asked}.{hint}")
-    return natural
+    """The engine asked for, or `onnx` for an export and `torch` for a pipeline.
+
+    Raises UserError where `model` does not run in it.
+    """
+    if not is_export(Path(model)):
+        if asked not in (None, TORCH):
+            raise UserError(
+                f"{model} runs with --engine torch, not {asked}. Export it first: diffpress export MODEL --to onnx --out DIR."
+            )
+        return TORCH
+    if asked == TORCH:
+        raise UserError(f"{model} is an export: it runs with --engine {', '.join(NAMES)}, not torch.")
+    return asked or NAMES[0]
 
 
 def run_torch(folder: PipelineFolder, wanted: Wanted) -> Image:
@@ -70,15 +82,23 @@ def run_torch(folder: PipelineFolder, wanted: Wanted) -> Image:
     return to_picture(made.images[0].permute(1, 2, 0).numpy())
 
 
-def run_onnx(folder: Path, wanted: Wanted) -> Image:
+def run_export(folder: Path, engine: str, wanted: Wanted) -> Image:
     """Run an export, without torch."""
-    from diffpress.export.engines.onnxruntime import ONNXRUNTIME
-    from diffpress.export.portable.pipeline import PortablePipeline
-
-    pipeline = PortablePipeline(folder, ONNXRUNTIME)
+    pipeline = open_export(folder, engine_named(engine))
     manifest = pipeline.manifest
     text = wanted.text(str(folder), "prompt" if manifest.tokens else "label" if manifest.labels else "nothing")
     return to_picture(pipeline.generate(text, wanted.seed, wanted.steps, wanted.guidance))
+
+
+def open_export(folder: Path, engine: Engine) -> PortablePipeline:
+    """An export in an engine. Raises ArtifactError where its products of codes are not exact there."""
+    from diffpress.export.engines.worst_case import require_exact
+    from diffpress.export.portable.pipeline import PortablePipeline
+
+    pipeline = PortablePipeline(folder, engine)
+    if pipeline.manifest.worst_case is not None:
+        require_exact(engine, folder / pipeline.manifest.worst_case)
+    return pipeline
 
 
 def to_picture(pixels: np.ndarray) -> Image:

@@ -17,6 +17,7 @@ def import_extra(package: str, extra: str = "onnx") -> Any:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         # What is missing inside of a package that is there is a fault of that package.
-        if error.name != package:
+        if error.name is None or not f"{package}.".startswith(f"{error.name}."):
             raise
-        raise UserError(f"This needs {package}, which is not installed: pip install 'diffpress[{extra}]'.") from error
+        name = package.partition(".")[0]
+        raise UserError(f"This needs {name}, which is not installed: pip install 'diffpress[{extra}]'.") from error

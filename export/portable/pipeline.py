@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +53,21 @@ class PortablePipeline:
         guidance_scale: float | None = None,
     ) -> Floats:
         """Images [B, H, W, C] in 0..1, one for each condition and seed (see `generate`)."""
+        return self.decode(self.sample(conditions, seeds, steps, guidance_scale))
+
+    def sample(
+        self,
+        conditions: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        receive: Callable[[Floats], None] | None = None,
+    ) -> Floats:
+        """What is decoded [B, C, H, W] (see `generate`); `receive` is given each answer of the denoiser, both halves of it."""
         if len(conditions) != len(seeds) or not seeds:
             raise UserError(f"Give as many seeds as conditions, and at least one: {len(conditions)} and {len(seeds)}.")
         steps = self.manifest.steps if steps is None else steps
-        table, guidance = self._table(steps), self._guidance(guidance_scale)
+        table, guidance = schedule_of(self.manifest, steps), self._guidance(guidance_scale)
         inputs = self._conditioner.encode(conditions)
         if guidance > 1:
             inputs = self._join(inputs, self._conditioner.encode_null(len(seeds)))
@@ -68,19 +79,21 @@ class PortablePipeline:
             now = np.array([timestep], np.float32)
             doubled = np.concatenate([sample, sample]) if guidance > 1 else sample
             output = answer({"sample": doubled, "timestep": now, **inputs})
+            if receive is not None:
+                receive(output)
             return self._guide(output, guidance) if guidance > 1 else output
 
-        return self._decode(sample_by_table(noise, table, denoise))
+        return sample_by_table(noise, table, denoise)
 
-    def _table(self, steps: int) -> SchedulerTable:
-        known = self.manifest.schedules
-        if steps not in known:
-            have = ", ".join(str(count) for count in sorted(known))
-            raise UserError(
-                f"This export has no schedule of {steps} steps. Use one of {have}; another number needs an export of a "
-                "pipeline that was compressed for it (`sampling.steps` in the recipe)."
-            )
-        return known[steps]
+    def decode(self, sample: Floats) -> Floats:
+        """Images [B, H, W, C] in 0..1."""
+        if self._decoder is not None:
+            sample = _only(self._decoder.run({"latents": self.latents(sample)}))
+        return np.ascontiguousarray((sample / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1))
+
+    def latents(self, sample: Floats) -> Floats:
+        """What the decoder is given of a sample, or would be."""
+        return sample / np.float32(self.manifest.scaling_factor)
 
     def _guidance(self, scale: float | None) -> float:
         if self.manifest.first_half is None:
@@ -99,10 +112,17 @@ class PortablePipeline:
         conditional, null = (first, second) if self.manifest.first_half == "conditional" else (second, first)
         return null + np.float32(scale) * (conditional - null)
 
-    def _decode(self, sample: Floats) -> Floats:
-        if self._decoder is not None:
-            sample = _only(self._decoder.run({"latents": sample / np.float32(self.manifest.scaling_factor)}))
-        return np.ascontiguousarray((sample / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1))
+
+def schedule_of(manifest: ExportManifest, steps: int) -> SchedulerTable:
+    """The table of so many steps. Raises UserError where there is none."""
+    known = manifest.schedules
+    if steps not in known:
+        have = ", ".join(str(count) for count in sorted(known))
+        raise UserError(
+            f"This export has no schedule of {steps} steps. Use one of {have}; another number needs an export of a "
+            "pipeline that was compressed for it (`sampling.steps` in the recipe)."
+        )
+    return known[steps]
 
 
 def _only(outputs: dict[str, Array]) -> Floats:

@@ -51,10 +51,43 @@ def test_export_command_says_how_well_it_agrees(diffpress, one_block, tmp_path):
 def test_engine_that_does_not_fit_is_refused(diffpress, exported, tiny_pixels, tmp_path):
     status, _, errors = diffpress("run", exported, "--engine", "torch", "--out", tmp_path / "a.png")
     assert status == 2
-    assert "runs with --engine onnx" in errors
+    assert "is an export: it runs with --engine onnx, openvino" in " ".join(errors.split())
     status, _, errors = diffpress("run", tiny_pixels, "--engine", "onnx", "--out", tmp_path / "a.png")
     assert status == 2
     assert "Export it first" in " ".join(errors.split())
+
+
+def test_openvino_draws_what_onnxruntime_draws(diffpress, exported, tmp_path):
+    images = []
+    for engine in ("onnx", "openvino"):
+        path = tmp_path / f"{engine}.png"
+        result = diffpress("run", exported, "--engine", engine, "--seed", 1, "--out", path)
+        assert result.status == 0, result.errors
+        images.append(np.asarray(Image.open(path)).astype(int))
+    # Where codes lie at an edge, one may be the other, as between torch and onnxruntime.
+    assert np.abs(images[0] - images[1]).mean() < 1
+
+
+def test_an_export_is_compared_with_what_it_was_made_of(diffpress, exported):
+    result = diffpress("compare", exported.with_name("tiny"), exported, "--engine", "openvino", "--count", 2, "--json")
+    assert result.status == 0, result.errors
+    found = json.loads(result.output)
+    assert found["psnr_db"] > 45
+    assert found["latency_ms"]["ratio"] > 0
+    assert found["macs_per_image"] is None
+    stored = json.loads(diffpress("inspect", exported, "--json").output)["files"]
+    assert found["size_bytes"]["candidate"] == stored["denoiser.onnx.data"]["size_bytes"]
+    total = sum(path.stat().st_size for path in exported.rglob("*") if path.is_file())
+    assert found["total_size_bytes"]["candidate"] == total
+
+
+def test_what_cannot_be_compared_with_an_export_is_named(diffpress, exported, tiny_class):
+    status, _, errors = diffpress("compare", tiny_class, exported)
+    assert status == 2
+    assert "only two of one kind can be compared" in " ".join(errors.split())
+    status, _, errors = diffpress("compare", exported, exported, "--steps", 7)
+    assert status == 2
+    assert "no schedule of 7 steps" in " ".join(errors.split())
 
 
 def test_damaged_export_is_refused(diffpress, exported, tmp_path):

@@ -18,6 +18,7 @@ from diffpress.calibration.sampling import denoiser_of
 from diffpress.export.artifact import load_pipeline, write_pipeline
 from diffpress.export.edits import Attach
 from diffpress.export.engines.onnxruntime import ONNXRUNTIME
+from diffpress.export.engines.openvino import OpenVino
 from diffpress.export.errors import ArtifactError, UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import Manifest, write_manifest
@@ -128,6 +129,16 @@ def test_images_equal_those_of_torch_with_the_plan(exported: Exported, steps: in
     np.testing.assert_allclose(found, expected, atol=min(FLOAT_LIMIT, np.abs(plain - expected).max() / 100))
     # A second run begins anew.
     np.testing.assert_array_equal(pipeline.generate_batch(conditions, [11, 12], steps, scale), found)
+
+
+def test_openvino_draws_the_same(exported: Exported) -> None:
+    kind = exported.planned.kind
+    condition, scale = ("", None) if kind == "plain" else ("3", GUIDANCE)
+    found, expected = (
+        PortablePipeline(exported.folder, engine, threads=1).generate(condition, 11, STEPS, scale)
+        for engine in (OpenVino(), ONNXRUNTIME)
+    )
+    np.testing.assert_allclose(found, expected, atol=FLOAT_LIMIT)
 
 
 def test_weights_lie_in_one_file_and_are_there_once(exported: Exported) -> None:
