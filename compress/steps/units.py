@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffpress.calibration.cost import operation_formulas
 from diffpress.export.runtime.forecast import IMAGE
-from diffpress.export.runtime.inheritance import SHORTCUT, shortcut_of, tensors_of
+from diffpress.export.runtime.inheriting_calls import SHORTCUT, shortcut_of, tensors_of
 from diffpress.export.runtime.step_plan import Unit
 
 from ..options import Level

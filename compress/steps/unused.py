@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.export.runtime import Inheritance, StepClock, StepPlan
-from diffpress.export.runtime.inheritance import Frame
+from diffpress.export.runtime.inheriting_calls import Frame
 from diffpress.export.runtime.outlines import has_outline, outline
 from diffpress.export.runtime.rows import looked_at
 from diffpress.export.runtime.runs import Features

@@ -16,7 +16,8 @@ from .feedback import Feedback
 from .feedback_plan import FeedbackPlan
 from .forms import LayerForm, LayerUse
 from .forwards import NOTHING, Forward, Wrap, own_forward, set_forward
-from .inheritance import Frame, Inheritance, tensors_of
+from .inheritance import Inheritance
+from .inheriting_calls import Frame, tensors_of
 from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, why_not_packable
 from .part import RuntimePart
 from .rows import Row
