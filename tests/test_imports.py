@@ -109,9 +109,21 @@ import sys, diffpress
 print(sorted({"torch", "diffusers", "transformers"} & sys.modules.keys()))
 from diffusers.quantizers import auto as diffusers_tables
 from transformers.quantizers import auto as transformers_tables
-print([finder for finder in sys.meta_path if type(finder).__module__.startswith("diffpress")])
+print([finder.module for finder in sys.meta_path if type(finder).__module__.startswith("diffpress")])
 """
-    assert _python(program + KNOWN).splitlines() == ["[]", "[]", *FOUND]
+    assert _python(program + KNOWN).splitlines() == ["[]", "['peft.tuners.lora']", *FOUND]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("imports", ["import diffpress, peft", "import peft, diffpress"])
+def test_adapters_know_packed_layers_whoever_is_imported_first(imports: str) -> None:
+    pytest.importorskip("peft")
+    program = f"""
+{imports}
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as tuners
+print(tuners[peft.PeftType.LORA].__module__, issubclass(tuners[peft.PeftType.LORA], peft.LoraModel))
+"""
+    assert _python(program).splitlines() == ["diffpress.export.load.adapters True"]
 
 
 def test_import_registers_when_the_libraries_came_first() -> None:

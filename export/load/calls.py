@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..edits import Edit, Resize
+from ..edits.resize import Run
 from ..errors import UnsupportedModelError
 from ..runtime import FactorizedLinear, PackedEmbedding, PackedLayer
+from .adapter_calls import LoadsAdapter, LoadsLora, MergesLora
 from .config import EditsConfig
+from .cuts import remember_cuts_, taken
 
 LAYERS = (PackedLayer, FactorizedLinear)
 """What stands for a layer of floats in an edited model."""
+
+ADAPTERS = {"load_lora_adapter": LoadsLora, "load_adapter": LoadsAdapter, "fuse_lora": MergesLora}
+"""What adapters are loaded and merged by."""
 
 
 def answer_calls_(model: Any) -> None:
@@ -23,6 +28,7 @@ def answer_calls_(model: Any) -> None:
     # Its layers guard what must not be cast, so that all other tensors may be.
     model.is_quantized = False
     edits = model.config.quantization_config.edits
+    remember_cuts_(model, edits)
     if any(isinstance(module, PackedLayer) for module in model.modules()) and hasattr(model, "num_parameters"):
         model.num_parameters = CountsWeights(model)
     if any(hasattr(module, "fuse_projections") and _has_edited_child(module) for module in model.modules()):
@@ -30,6 +36,9 @@ def answer_calls_(model: Any) -> None:
             "fuse_qkv_projections joins weights of floats, and those of this model are packed, each with scales of its own. "
             "Call diffpress.compile(pipeline) for speed, or fuse the original pipeline."
         )
+    for name, answer in ADAPTERS.items():
+        if hasattr(model, name):
+            setattr(model, name, answer(model))
     if hasattr(model, "get_input_embeddings") and isinstance(_tokens_of(model), PackedEmbedding):
         model.get_input_embeddings = UnpacksTokens(model)
     if hasattr(model, "_load_ip_adapter_weights") and any(isinstance(edit, Resize) for edit in edits):
@@ -84,14 +93,14 @@ class CutsImagePrompts(_Answers):
             parent, _dot, name = edit.module.rpartition(".")
             if isinstance(edit, Resize) and edit.outputs is not None and name in ("to_k", "to_v"):
                 processor = getattr(self.model.get_submodule(parent), "processor", None)
-                _cut_outputs_(getattr(processor, f"{name}_ip", None), edit)
+                _cut_outputs_(getattr(processor, f"{name}_ip", None), edit.outputs)
         return loaded
 
 
-def _cut_outputs_(layers: Any, edit: Resize) -> None:
+def _cut_outputs_(layers: Any, kept: Sequence[Run]) -> None:
     for layer in [layers] if isinstance(layers, nn.Linear) else layers or ():
         for tensor in layer.parameters():
-            tensor.data = torch.cat([tensor.data[first : first + count] for first, count in edit.outputs or ()])
+            tensor.data = taken(tensor.data, 0, kept)
         layer.out_features = len(layer.weight)
 
 

@@ -1,4 +1,4 @@
-"""Register with diffusers and transformers when they are imported, so that importing diffpress imports neither, nor torch."""
+"""Register with diffusers, transformers and peft once they are imported: importing diffpress imports none, nor torch."""
 
 from __future__ import annotations
 
@@ -15,27 +15,39 @@ from .method import Method
 
 LIBRARIES = ("diffusers", "transformers")
 """Both keep their tables of quantizers under the same names in their module `quantizers.auto`."""
+TUNERS = "peft.tuners.lora"
+"""Where peft enters its own tuner into its table."""
 
 
 def register_quantizers() -> None:
     """Register with each library now where it is loaded already, else as soon as it is."""
-    awaited = {finder.library for finder in sys.meta_path if isinstance(finder, _Finder)}
-    for library in LIBRARIES:
-        if _tables(library) in sys.modules:
-            _register(library)
-        elif library not in awaited:
-            sys.meta_path.insert(0, _Finder(library))
+    awaited = {finder.module for finder in sys.meta_path if isinstance(finder, _Finder)}
+    for module in (*map(_tables, LIBRARIES), TUNERS):
+        if module in sys.modules:
+            _register(module)
+        elif module not in awaited:
+            sys.meta_path.insert(0, _Finder(module))
 
 
 def _tables(library: str) -> str:
     return f"{library}.quantizers.auto"
 
 
-def _register(library: str) -> None:
+def _register(module: str) -> None:
     """Enter stand-ins that import the real classes when an artifact is loaded: importing them here would be circular."""
-    tables = sys.modules[_tables(library)]
+    if module == TUNERS:
+        _register_tuner()
+        return
+    library, tables = module.partition(".")[0], sys.modules[module]
     tables.AUTO_QUANTIZER_MAPPING[Method.DIFFPRESS] = partial(_quantizer, library)
     tables.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.DIFFPRESS] = _Config
+
+
+def _register_tuner() -> None:
+    """A tuner that knows our layers, in place of the one that it extends."""
+    tuner = import_module(".adapters", __package__).EditedLoraModel
+    types = import_module("peft.utils.peft_types")
+    import_module("peft.mapping").PEFT_TYPE_TO_TUNER_MAPPING[types.PeftType.LORA] = tuner
 
 
 def _quantizer(library: str, config: Any, **options: Any) -> Any:
@@ -51,28 +63,28 @@ class _Config:
 
 
 class _Finder(MetaPathFinder):
-    """Waits for the tables of one library."""
+    """Waits for one module."""
 
-    def __init__(self, library: str) -> None:
-        self.library = library
+    def __init__(self, module: str) -> None:
+        self.module = module
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _tables(self.library):
+        if name != self.module:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             sys.meta_path.remove(self)
-            spec.loader = _Loader(spec.loader, self.library)
+            spec.loader = _Loader(spec.loader, self.module)
         return spec
 
 
 class _Loader(Loader):
-    def __init__(self, inner: Loader, library: str) -> None:
-        self.inner, self.library = inner, library
+    def __init__(self, inner: Loader, module: str) -> None:
+        self.inner, self.module = inner, module
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.inner.exec_module(module)
-        _register(self.library)
+        _register(self.module)

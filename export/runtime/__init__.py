@@ -18,7 +18,7 @@ from .forms import LayerForm, LayerUse
 from .forwards import NOTHING, Forward, Wrap, own_forward, set_forward
 from .inheritance import Inheritance
 from .inheriting_calls import Frame, tensors_of
-from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, why_not_packable
+from .packed import PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, float_form, pack_layer, why_not_packable
 from .part import RuntimePart
 from .rows import Row
 from .runs import INT8_MAX, hold
@@ -61,6 +61,7 @@ __all__ = [
     "expand_",
     "factorize_layer",
     "find_timestep",
+    "float_form",
     "hold",
     "last_of_run",
     "layer_times",

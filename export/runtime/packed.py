@@ -26,6 +26,7 @@ from diffpress.kernels.processor import fast_dtype
 
 from .clock import StepClock
 from .exact import ExactTensors, cast_by
+from .merging import TINY, packed_anew
 
 if TYPE_CHECKING:
     from ..edits import Pack
@@ -95,6 +96,30 @@ class PackedLayer(ExactTensors):
         # A buffer that is there only while it is wanted: accelerate trips over one that is None and not stored.
         self.register_buffer(FLOATS, weight.view(self.float_shape), persistent=False)
 
+    def add_(self, delta: Tensor) -> float:
+        """Add `delta`, of the shape of the weight in floats, and round to codes again.
+
+        Gives what rounding changes, as a share of `delta`, by square means. Weight and scale are new tensors, so that who
+        holds the old ones can put them back.
+        """
+        before, added = self._float_weight(), delta.float().view(len(self.weight), -1)
+        wanted = before + added
+        factors = self._smoothing_by_column()
+        stored = wanted if factors is None else wanted / factors
+        weight, scale = packed_anew(stored, self.edit, self.weight_scale)
+        self.put_(weight, scale)
+        return float((self._float_weight() - wanted).norm() / added.norm().clamp(min=TINY))
+
+    def put_(self, weight: Tensor, scale: Tensor) -> None:
+        """Compute with another weight from now on, of the same form."""
+        self.weight, self.weight_scale = weight, scale
+        if self.floats is not None:
+            self.expand_(self.floats.dtype)
+
+    def _smoothing_by_column(self) -> Tensor | None:
+        smoothing = self.smoothing
+        return None if smoothing is None else smoothing.repeat_interleave(self.columns // len(smoothing))
+
     def _float_weight(self) -> Tensor:
         """The weight [rows, columns] in float32, with the factors that the input is smoothed by."""
         if self.edit.float8:
@@ -104,9 +129,8 @@ class PackedLayer(ExactTensors):
             values = dequantize_groups(
                 codes, self.weight_scale.view(len(codes), -1), self.edit.group_size or self.columns
             )
-        if self.smoothing is not None:
-            values *= self.smoothing.repeat_interleave(self.columns // len(self.smoothing))
-        return values
+        factors = self._smoothing_by_column()
+        return values if factors is None else values * factors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.floats
