@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from diffpress.export.errors import UserError
 from diffpress.export.runtime import Forward, RuntimePart, StepClock, attached_clocks, own_forward, set_forward
 
-from .sampling import denoiser_of
+from .sampling import denoisers_of
 
 BLOCKS_BY = "_gradient_checkpointing_func"
 """What diffusers calls the attribute of a module that checkpoints its blocks."""
@@ -42,13 +42,14 @@ def checkpoint_steps(pipeline: Any) -> Iterator[None]:
     ...     latents = call(pipeline, "red apple", output_type="latent").images
     >>> reward(latents).backward()
     """
-    denoiser = denoiser_of(pipeline)
-    before = own_forward(denoiser)
-    set_forward(denoiser, _Checkpointed(denoiser, denoiser.forward))
+    before = {denoiser: own_forward(denoiser) for denoiser in denoisers_of(pipeline).values()}
+    for denoiser in before:
+        set_forward(denoiser, _Checkpointed(denoiser, denoiser.forward))
     try:
         yield
     finally:
-        set_forward(denoiser, before)
+        for denoiser, forward in before.items():
+            set_forward(denoiser, forward)
 
 
 class _Checkpointed:

@@ -17,7 +17,7 @@ from diffpress.export.runtime import BufferedLinear, named_packed_layers
 from diffpress.export.runtime.memory import free_bytes as free_of_device
 
 from .conditions import Condition
-from .sampling import Sampling, denoiser_of, device_of, sample
+from .sampling import Sampling, device_of_pipeline, sample
 from .shortest import shortest
 
 SPARE = 0.9
@@ -78,7 +78,7 @@ def median_ratio(candidate: list[float], reference: list[float]) -> float:
 def peak_memory_bytes(pipeline: Any, condition: Condition, sampling: Sampling) -> int:
     """Most bytes of tensors alive at once while one image is made in few steps, the weights included."""
     short = shortest(pipeline, condition, sampling)
-    if device_of(denoiser_of(pipeline)).type == "cuda":
+    if device_of_pipeline(pipeline).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         sample(pipeline, [condition], short)
         return torch.cuda.max_memory_allocated()
@@ -105,7 +105,7 @@ def weight_bytes(pipeline: Any) -> int:
 
 def free_bytes(pipeline: Any) -> int:
     """Memory of the pipeline's device that is free, or is taken by the pipeline itself."""
-    return weight_bytes(pipeline) + free_of_device(device_of(denoiser_of(pipeline)))
+    return weight_bytes(pipeline) + free_of_device(device_of_pipeline(pipeline))
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .sampling import Call, timestep_input
+from diffpress.export.runtime import time_of
+
+from .inputs import Inputs
+from .sampling import timestep_input
 from .trajectory import Form, Trajectories
 
 
 class Batch(NamedTuple):
     """Calls of B images as one call: guidance's parts after each other, as the pipeline itself lays them out."""
 
-    inputs: dict[str, Tensor]
+    inputs: Mapping[str, Tensor]
     output: Tensor
     """[parts * B, ...]"""
     steps: Tensor
@@ -37,6 +41,16 @@ class _Place:
     images: int
     form: Form
     """Of the image's share; only shares of one form make a batch."""
+
+
+class _Share(NamedTuple):
+    """One image's rows of one call."""
+
+    arguments: dict[str, Any]
+    output: Tensor
+    listed: frozenset[str]
+    """The arguments that are lists with an entry for each row."""
+    branch: int
 
 
 class Examples:
@@ -64,39 +78,81 @@ class Examples:
 
         Inputs without a batch axis, such as positions, are those of the first example.
         """
-        calls = [self._share(self._places[index]) for index in indices]
-        parts = len(calls[0].output)
+        shares = [self._share(self._places[index]) for index in indices]
+        parts = len(shares[0].output)
         inputs = {
-            name: _joined([call.inputs[name] for call in calls]) if first.shape[:1] == (parts,) else first
-            for name, first in calls[0].inputs.items()
+            name: _chosen_in_turn(values) if name in shares[0].listed else _together(values, parts)
+            for name in shares[0].arguments
+            for values in [[share.arguments[name] for share in shares]]
         }
-        output = _joined([call.output for call in calls])
-        steps, branches = zip(*((call.step, call.branch) for call in calls), strict=True)
-        return Batch(inputs, output, torch.tensor(steps), torch.tensor(branches))
+        output = _joined([share.output for share in shares])
+        return Batch(Inputs.of(inputs), output, self.steps[list(indices)], torch.tensor([own.branch for own in shares]))
 
-    def _share(self, place: _Place) -> Call:
-        """One image's rows of one call."""
+    def _share(self, place: _Place) -> _Share:
         call = self._trajectories.call(place.shard, place.call)
         rows = call.output.shape[0]
         own = slice(place.image, rows, place.images)
-        inputs = {
-            name: value[own] if value.ndim and value.shape[0] == rows else value for name, value in call.inputs.items()
+        inputs = Inputs.like(call.inputs)
+        listed = _listed(inputs.around, rows)
+        arguments = {
+            name: value[own] if name in listed else _rows_of(value, own, rows)
+            for name, value in inputs.given(lambda _, value: value).items()
         }
-        time = timestep_input(inputs)
+        time = timestep_input(arguments)
         assert time is not None
-        inputs[time] = call.inputs[time].flatten()[:1].expand(rows // place.images)
-        return Call(inputs, call.output[own], call.step, branch=call.branch)
+        if time in inputs and inputs[time].ndim < 2:
+            arguments[time] = time_of(inputs[time]).expand(rows // place.images)
+        return _Share(arguments, call.output[own], listed, call.branch)
 
 
 def _share_form(form: Form, images: int) -> Form:
-    """What is left of a call's form when it is shared between its images; the time step is cut to one a part."""
-    rows = next(shape[0] for name, _, shape in form if name == "output")
-    time = timestep_input([name.removeprefix("inputs.") for name, *_ in form])
-    return tuple(
+    """What is left of a call's form when it is shared between its images; the time step is cut to one a part.
+
+    Lists with an entry for each row make one list, whatever is in them.
+    """
+    rows = next(shape[0] for name, _, shape in form.tensors if name == "output")
+    around = json.loads(form.around)
+    time = timestep_input(around)
+    free = {*_listed(around, rows), time}
+    tensors = [
         (name, dtype, (rows // images, *shape[1:]) if shape[:1] == (rows,) else shape)
-        for name, dtype, shape in form
-        if name not in ("guided", f"inputs.{time}")
-    )
+        for name, dtype, shape in form.tensors
+        if name != "guided" and name.removeprefix("inputs.").split("/")[0] not in free
+    ]
+    return Form(tuple(tensors), json.dumps({name: node for name, node in around.items() if name not in free}))
+
+
+def _listed(around: Mapping[str, Any], rows: int) -> frozenset[str]:
+    return frozenset(name for name, node in around.items() if isinstance(node, list) and len(node) == rows)
+
+
+def _rows_of(value: Any, own: slice, rows: int) -> Any:
+    """Of whatever in `value` has a row for each image and part, those of one image."""
+    if isinstance(value, Tensor):
+        return value[own] if value.shape[:1] == (rows,) else value
+    return _within([value], lambda values: _rows_of(values[0], own, rows))
+
+
+def _together(values: Sequence[Any], parts: int) -> Any:
+    """Of several images: rows beside each other, and of what has none the first's."""
+    if isinstance(values[0], Tensor):
+        return _joined(values) if values[0].shape[:1] == (parts,) else values[0]
+    return _within(values, lambda own: _together(own, parts))
+
+
+def _within(values: Sequence[Any], change: Callable[[Sequence[Any]], Any]) -> Any:
+    """One group like each of `values`, of what `change` makes of the things in the same place."""
+    first = values[0]
+    if type(first) is dict:
+        return {key: change([own[key] for own in values]) for key in first}
+    if type(first) in (list, tuple):
+        return type(first)(change(own) for own in zip(*values, strict=True))
+    return first
+
+
+def _chosen_in_turn(lists: Sequence[list[Any]]) -> list[Any]:
+    """Lists [parts] of B images as one [parts * B], as `_joined` lays tensors."""
+    return [own for part in zip(*lists, strict=True) for own in part]
 
 
 def _runs_by_form(places: Sequence[_Place]) -> list[list[list[int]]]:

@@ -17,7 +17,7 @@ from diffpress.export.runtime import NOTHING, own_forward
 
 from .conditions import Condition
 from .probe import OTHER_SCHEDULER, check_gradients, check_learning, refuse
-from .sampling import Sampling, call_arguments, denoiser_of, pixels_as_latents, watch_decoder
+from .sampling import Sampling, call_arguments, denoiser_of, denoisers_of, pixels_as_latents, watch_decoder
 from .tracing import Place
 
 _DIFFERENTIABLE: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
@@ -90,7 +90,8 @@ def _other_weights(pipeline: Any) -> set[nn.Parameter]:
     another kernel, with other last bits.
     """
     modules = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, nn.Module)]
-    return {weight for part in modules for weight in part.parameters()} - set(denoiser_of(pipeline).parameters())
+    learning = {weight for part in denoisers_of(pipeline).values() for weight in part.parameters()}
+    return {weight for part in modules for weight in part.parameters()} - learning
 
 
 class _Pixels(TorchFunctionMode):

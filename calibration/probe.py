@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from diffpress.export.errors import UnsupportedModelError
-from diffpress.export.runtime import Forward, attached_clocks, find_timestep, own_forward, set_forward
+from diffpress.export.runtime import Forward, attached_clocks, find_timestep, own_forward, set_forward, time_of
 
 from .sampling import denoiser_of, device_of
 from .tracing import Barriers, Operation, Trace, place_of
@@ -142,7 +142,7 @@ class _Probe:
             given = tree_leaves(dict(self.signature.bind(*arguments, **options).arguments))
             sample = next(x for x in given if isinstance(x, Tensor) and x.is_floating_point())
             found = find_timestep(self.denoiser, arguments, options)
-            timestep = float(len(self.answers)) if found is None else float(torch.as_tensor(found).flatten()[0])
+            timestep = float(len(self.answers)) if found is None else float(time_of(torch.as_tensor(found)))
             if sample.shape not in self.forms:
                 self.forms[sample.shape] = self._asked(sample, arguments, options)
             answer = Answer(timestep, [])

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from diffpress.export.denoisers import is_denoiser, no_denoiser
 from diffpress.export.errors import UnsupportedModelError
-from diffpress.export.runtime import TIMESTEPS
+from diffpress.export.runtime import time_argument, time_of
 
 from .conditions import Condition, call_parameters, kind
+from .inputs import Inputs, first_answer
+
+BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 
 
 @dataclass(frozen=True)
@@ -34,23 +42,62 @@ class Sample(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of the denoiser: its numeric arguments by name (`outer/inner` in a dict), its output, and its step.
+    """One call of a denoiser: what it was given, the tensors by path (`outer/inner` in a dict), its output, and its step.
 
-    The step counts distinct time steps in the order in which the pipeline asks for them.
+    The step counts distinct time steps in the order in which the pipeline asks this part for them.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: Mapping[str, Tensor]
+    """`Inputs`, or dicts of tensors alone."""
     output: Tensor
+    """As one tensor, see `first_answer`."""
     step: int
     guided: Tensor | None = None
     """What the scheduler was given after this call: the output itself, or what guidance made of it."""
     branch: int = 0
     """Recorded calls only: how many came before it since the sample was last updated, as where guidance takes two."""
+    part: str = ""
+    """What the pipeline calls the denoiser."""
+
+
+def _parts_of(pipeline: Any) -> dict[str, Any]:
+    parts: dict[str, Any] = getattr(pipeline, "components", None) or getattr(pipeline, "__dict__", {})
+    return parts
+
+
+def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The parts that are told the time step, and so are called at every step or at some, by their names in the pipeline.
+
+    Raises UnsupportedModelError where there is none.
+    """
+    parts = _parts_of(pipeline)
+    # What is compiled has the class of its compiler.
+    found = {name: part for name, part in parts.items() if is_denoiser(type(getattr(part, "_orig_mod", part)))}
+    if not found:
+        raise UnsupportedModelError(no_denoiser(type(pipeline).__name__, list(parts)))
+    return found
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:
-    """The part called once a step."""
-    return pipeline.transformer if getattr(pipeline, "transformer", None) is not None else pipeline.unet
+    """The only one. Raises UnsupportedModelError where there are several."""
+    found = denoisers_of(pipeline)
+    if len(found) > 1:
+        raise UnsupportedModelError(
+            f"{type(pipeline).__name__} has several parts that are told the time step ({', '.join(found)}), and this works "
+            "with one."
+        )
+    return next(iter(found.values()))
+
+
+def device_of_pipeline(pipeline: Any) -> torch.device:
+    """Where its denoiser is, the first of several."""
+    return device_of(next(iter(denoisers_of(pipeline).values())))
+
+
+def schedulers_of(pipeline: Any) -> list[Any]:
+    """What updates the sample by what it is given, mostly one."""
+    parts = _parts_of(pipeline)
+    return [part for part in parts.values() if hasattr(part, "step") and hasattr(part, "set_timesteps")]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -137,80 +184,97 @@ def watch_decoder(pipeline: Any, receive: Callable[[Tensor], None]) -> Iterator[
 
 @contextmanager
 def watch(pipeline: Any, receive: Callable[[Call], None]) -> Iterator[None]:
-    """Hand every call of the denoiser to `receive` while the pipeline runs once."""
-    denoiser = denoiser_of(pipeline)
-    signature = inspect.signature(denoiser.forward)
-    timesteps: list[float] = []
-    receiving = False
-
-    def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-        nonlocal receiving
-        if receiving:
-            # The receiver asks the denoiser itself; that is no call of the pipeline.
-            return
-        inputs = dict(_numeric_arguments(signature.bind(*arguments, **options).arguments))
-        timestep = timestep_of(inputs)
-        # A scheduler may ask twice for one time step.
-        if timestep not in timesteps:
-            timesteps.append(timestep)
-        result = output[0] if isinstance(output, tuple) else output.sample
-        receiving = True
-        try:
-            receive(Call(inputs, result.detach(), timesteps.index(timestep)))
-        finally:
-            receiving = False
-
-    handle = denoiser.register_forward_hook(hook, with_kwargs=True)
+    """Hand every call of a denoiser to `receive` while the pipeline runs once."""
+    # What the receiver asks a denoiser itself is no call of the pipeline.
+    idle = Lock()
+    handles = [
+        module.register_forward_hook(_Watcher(part, module, receive, idle), with_kwargs=True)
+        for part, module in denoisers_of(pipeline).items()
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def timestep_input(inputs: Container[str]) -> str | None:
+class _Watcher:
+    """A hook of one denoiser."""
+
+    def __init__(self, part: str, denoiser: nn.Module, receive: Callable[[Call], None], idle: Lock) -> None:
+        self.part, self.receive, self.idle = part, receive, idle
+        self.signature = inspect.signature(denoiser.forward)
+        self.timesteps: list[float] = []
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        if not self.idle.acquire(blocking=False):
+            return
+        try:
+            self.receive(self._call(arguments, options, output))
+        finally:
+            self.idle.release()
+
+    def _call(self, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> Call:
+        given = self.signature.bind(*arguments, **options).arguments
+        inputs = Inputs.of(given, [name for name in (time_argument(given),) if name])
+        timestep = timestep_of(inputs)
+        # A scheduler may ask twice for one time step.
+        if timestep not in self.timesteps:
+            self.timesteps.append(timestep)
+        result = first_answer(output, apart=_is_apart(given))
+        return Call(inputs, result.detach(), self.timesteps.index(timestep), part=self.part)
+
+
+def _is_apart(given: Mapping[str, Any]) -> bool:
+    """Whether a denoiser is given its samples in a list, each for itself."""
+    return isinstance(next(iter(given.values()), None), list)
+
+
+def timestep_input(inputs: Iterable[str]) -> str | None:
     """Which of a denoiser's `inputs` tells the time step."""
-    return next((name for name in TIMESTEPS if name in inputs), None)
+    return time_argument(inputs)
 
 
 def timestep_of(inputs: Mapping[str, Tensor]) -> float:
     """The time step of one call. Raises UnsupportedModelError where the denoiser is not told any."""
-    name = timestep_input(inputs)
-    if name is None:
+    given = Inputs.like(inputs).given(lambda _, value: value)
+    name = time_argument(given)
+    if name is None or given[name] is None:
         raise UnsupportedModelError(
-            f"The denoiser is called with {', '.join(sorted(inputs))}, and none of it is the time step; steps cannot be told "
+            f"The denoiser is called with {', '.join(sorted(given))}, and none of it is the time step; steps cannot be told "
             "apart."
         )
-    return float(inputs[name].flatten()[0])
+    return float(time_of(torch.as_tensor(given[name])))
 
 
 @contextmanager
 def watch_guided(pipeline: Any, receive: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hand what the scheduler is given at every step to `receive` while the pipeline runs once."""
-    scheduler = pipeline.scheduler
-    step = scheduler.step
-
-    def watched(*arguments: Any, **options: Any) -> Any:
-        receive((arguments[0] if arguments else options["model_output"]).detach())
-        return step(*arguments, **options)
-
-    scheduler.step = watched
+    """Hand what a scheduler is given at every step to `receive` while the pipeline runs once."""
+    schedulers = schedulers_of(pipeline)
+    for scheduler in schedulers:
+        scheduler.step = _WatchedStep(scheduler, receive)
     try:
         yield
     finally:
-        del scheduler.step
+        for scheduler in schedulers:
+            del scheduler.step
 
 
-def _numeric_arguments(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for name, value in arguments.items():
-        if isinstance(value, Mapping):
-            yield from _numeric_arguments(value, f"{prefix}{name}/")
-        elif isinstance(value, (Tensor, int, float)) and not isinstance(value, bool):
-            yield prefix + name, torch.as_tensor(value).detach()
-        elif isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
-            raise UnsupportedModelError(
-                f"The denoiser is called with a list of tensors as {prefix + name!r}, which cannot be recorded; tensors, "
-                "numbers and dicts of them can."
-            )
+class _WatchedStep:
+    """The step of a scheduler; a copy that a pipeline makes of the scheduler has its own, which nobody watches."""
+
+    def __init__(self, scheduler: Any, receive: Callable[[Tensor], None]) -> None:
+        self.scheduler, self.receive, self.step = scheduler, receive, scheduler.step
+        # Pipelines ask by the signature what a step takes.
+        functools.update_wrapper(self, scheduler.step)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.receive((arguments[0] if arguments else options["model_output"]).detach())
+        return self.step(*arguments, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self.scheduler)]
+        return types.MethodType(type(copied).step, copied)
 
 
 @torch.no_grad()
@@ -224,13 +288,23 @@ def replay(denoiser: nn.Module, call: Call) -> Tensor:
 def answer(denoiser: nn.Module, inputs: Mapping[str, Tensor], recorded: torch.dtype) -> Tensor:
     """Call `denoiser` with inputs by name, as recorded of one that computed in the dtype `recorded` (see `replay`)."""
     device, dtype = device_of(denoiser), next((p.dtype for p in denoiser.parameters()), torch.float32)
-    options: dict[str, Any] = {"return_dict": False}
     time = timestep_input(inputs)
-    for name, value in inputs.items():
-        *outer, last = name.split("/")
-        cast = value.dtype == recorded and name != time
-        place = options
-        for key in outer:
-            place = place.setdefault(key, {})
-        place[last] = value.to(device, dtype if cast else None)
-    return denoiser(**options)[0]
+
+    def place(path: str, value: Tensor) -> Tensor:
+        return value.to(device, dtype if value.dtype == recorded and path != time else None)
+
+    given = Inputs.like(inputs).given(place)
+    positional, named = _as_called(denoiser, given)
+    return first_answer(denoiser(*positional, **named), apart=_is_apart(given))
+
+
+def _as_called(denoiser: nn.Module, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """By name whatever can be: what is laid around a forward looks arguments up so."""
+    signature = inspect.signature(denoiser.forward)
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    if any(kinds.get(name) in BY_PLACE for name in given):
+        bound = inspect.BoundArguments(signature, OrderedDict(given))
+        return bound.args, bound.kwargs
+    spread = [name for name in given if kinds.get(name) is inspect.Parameter.VAR_KEYWORD]
+    named = {name: value for name, value in given.items() if name not in spread}
+    return (), named | {key: value for name in spread for key, value in given[name].items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffpress.export.tensor_files import save_tensors
 
+from .inputs import Inputs
 from .sampling import Call, timestep_of
 
 Answer = Callable[[Call], Tensor]
@@ -29,49 +30,71 @@ class Shard:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
     """Names of tensors that are not held, with that of an equal one that is."""
+    only: str | None = None
+    """The part whose calls are held, where others' are not."""
+    parts: list[str] = field(default_factory=list)
+    """Which denoiser every call is of."""
     steps: list[int] = field(default_factory=list)
     """Of every call."""
     branches: list[int] = field(default_factory=list)
-    """Of every call: how many came before it since the sample was last updated."""
-    updates: list[int] = field(default_factory=list)
-    """The step of every update of the sample by the scheduler."""
-    timesteps: dict[int, float] = field(default_factory=dict)
+    """Of every call: how many of its denoiser came before it since the sample was last updated."""
+    updates: list[tuple[str, int]] = field(default_factory=list)
+    """The denoiser and the step of the last call before every update of the sample by a scheduler."""
+    timesteps: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Of every denoiser, by step."""
+    around: list[str] = field(default_factory=list)
+    """Of every call: what its tensors are in, and all that is no tensor, as JSON."""
     sizes: list[int] = field(default_factory=list)
     """Bytes that are held of every call."""
     _known: dict[bytes, str] = field(default_factory=dict)
+    _since: list[tuple[str, int]] = field(default_factory=list)
+    """The denoisers and steps of the calls since the sample was last updated."""
+    _held: bool = True
+    """Whether the latest call is."""
 
     def receive(self, call: Call) -> None:
-        """Hold a call of the denoiser."""
-        following = bool(self.steps) and self.steps[-1] == call.step and not self._guided()
-        self.branches.append(self.branches[-1] + 1 if following else 0)
+        """Hold a call of a denoiser."""
+        self._held = self.only in (None, call.part)
+        if not self._held:
+            return
+        if any(own == call.part and step != call.step for own, step in self._since):
+            self._since = []
+        self.branches.append(self._since.count((call.part, call.step)))
+        self._since.append((call.part, call.step))
+        self.parts.append(call.part)
         self.steps.append(call.step)
-        self.timesteps[call.step] = timestep_of(call.inputs)
+        self.timesteps.setdefault(call.part, {})[call.step] = timestep_of(call.inputs)
+        self.around.append(json.dumps(Inputs.like(call.inputs).around))
         self.sizes.append(0)
         for name, value in call.inputs.items():
             self._hold(f"inputs.{name}", value)
         self._hold("output", call.output if self.answer is None else self.answer(call))
 
     def receive_guided(self, guided: Tensor) -> None:
-        """Hold what the scheduler was given after the last call."""
-        self.updates.append(self.steps[-1])
-        self._hold("guided", guided)
+        """Hold what a scheduler was given after the last call."""
+        self._since = []
+        if self._held and self.steps:
+            self.updates.append((self.parts[-1], self.steps[-1]))
+            self._hold("guided", guided)
+
+    def step_count(self) -> int:
+        """The steps of the run: a step at which several denoisers are called is one."""
+        return len(set(self.updates)) or sum(map(len, self.timesteps.values()))
 
     def write(self, path: Path, request: str) -> None:
         """Write everything into one file; a file that is there is whole."""
         record = {
             "request": request,
+            "parts": self.parts,
             "steps": self.steps,
             "branches": self.branches,
             "updates": self.updates,
-            "timesteps": list(self.timesteps.values()),
+            "timesteps": {part: [own[step] for step in sorted(own)] for part, own in self.timesteps.items()},
+            **_told_apart(self.around),
             "same": self.same,
         }
         # One key: safetensors writes several in a random order, and the same request must give the same bytes.
         save_tensors(self.tensors, path, {"record": json.dumps(record)})
-
-    def _guided(self) -> bool:
-        name = f"{len(self.steps) - 1:05d}.guided"
-        return name in self.tensors or name in self.same
 
     def _hold(self, name: str, value: Tensor) -> None:
         name, value = f"{len(self.steps) - 1:05d}.{name}", value.detach().cpu().contiguous()
@@ -81,6 +104,17 @@ class Shard:
             return
         self.tensors[name] = value.clone()
         self.sizes[-1] += value.numel() * value.element_size()
+
+
+def _told_apart(around: list[str]) -> dict[str, Any]:
+    """What is around the tensors of calls, each once, and which of them is around those of which call."""
+    different = list(dict.fromkeys(around))
+    return {"around": [json.loads(own) for own in different], "arounds": [different.index(own) for own in around]}
+
+
+def around(record: dict[str, Any], index: int) -> Any:
+    """What is around the tensors of one call of a shard."""
+    return record["around"][record["arounds"][index]]
 
 
 def _content(value: Tensor) -> bytes:
@@ -112,7 +146,9 @@ def read_call(file: Any, record: dict[str, Any], index: int) -> Call:
     own = {name: file.get_tensor(held) for name, held in names_of(file.keys(), record["same"], index).items()}
     output, guided = own.pop("output"), own.pop("guided", None)
     inputs = {name.removeprefix("inputs."): value for name, value in own.items()}
-    return Call(inputs, output, record["steps"][index], guided, record["branches"][index])
+    held = Inputs(inputs, around(record, index))
+    step, branch, part = (record[key][index] for key in ("steps", "branches", "parts"))
+    return Call(held, output, step, guided, branch, part)
 
 
 def names_of(stored: Sequence[str], same: dict[str, str], index: int) -> dict[str, str]:

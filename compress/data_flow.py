@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from diffpress.calibration.inputs import Inputs
 from diffpress.calibration.sampling import Call, answer
 from diffpress.export.runtime import Forward, Wrap
 
@@ -26,11 +27,11 @@ def edge_layers(denoiser: nn.Module, call: Call) -> dict[str, str]:
     Not by the order in which layers are registered or called: embeddings of the time step and of captions come first there.
     What is called with another input than the sample has no such layers.
     """
-    argument = first_argument(denoiser)
-    if argument not in call.inputs:
+    sample = sample_tensors(denoiser, call)
+    if not sample:
         return {}
     flow = _Flow()
-    inputs = {**call.inputs, argument: flow.begin(call.inputs[argument], SAMPLE)}
+    inputs = Inputs.like(call.inputs, {path: flow.begin(value, SAMPLE) for path, value in sample.items()})
     layers = [name for name, module in denoiser.named_modules() if isinstance(module, WEIGHTED)]
     # The graph alone counts: nothing is kept of what a backward pass would need.
     nothing = torch.empty(0)
@@ -49,6 +50,12 @@ def edge_layers(denoiser: nn.Module, call: Call) -> dict[str, str]:
 def first_argument(denoiser: nn.Module) -> str:
     """What a denoiser calls the sample: those of diffusers take it first."""
     return next(iter(inspect.signature(denoiser.forward).parameters))
+
+
+def sample_tensors(denoiser: nn.Module, call: Call) -> dict[str, Tensor]:
+    """The sample of a call, by path: several where a denoiser takes a list; none where it is no floats."""
+    paths = Inputs.like(call.inputs).within(first_argument(denoiser))
+    return {path: call.inputs[path] for path in paths if call.inputs[path].is_floating_point()}
 
 
 class _Flow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,8 +11,6 @@ Products = Literal["none", "scores", "all"]
 """Which products of attention are of integers: neither, Q K^T, or softmax V as well."""
 Order = Literal["whole", "blocks"]
 """What learns at a time."""
-DENOISERS = frozenset({"denoiser", "transformer", "unet"})
-"""What a recipe calls the component that is recorded, and that learns."""
 Level = Literal["branch", "block", "stack", "whole"]
 """What is inherited as one."""
 Storage = Literal["computed", "bfloat16", "int8"]
@@ -76,8 +75,8 @@ class Rounding(BaseModel):
     components: list[str] = Field(
         default=["denoiser"],
         min_length=1,
-        description="what to quantize: `denoiser`, `text_encoders`, or names of components; all but the denoiser need "
-        "`activations: none`",
+        description="what to quantize: `denoiser` (all parts that are called step by step), `text_encoders`, or names of "
+        "components; all but denoisers need `activations: none`",
     )
 
     @property
@@ -98,12 +97,16 @@ class Rounding(BaseModel):
             raise ValueError(
                 f"float_activations {self.float_activations:g} spares nothing: with activations none every input stays in float"
             )
-        others = [name for name in self.components if name != "denoiser"]
-        if self.activations != "none" and others:
-            raise ValueError(f"only weights of {', '.join(others)} can be rounded: activations must be none")
-        if self.attention != "none" and "denoiser" not in self.components:
-            raise ValueError(f"attention {self.attention} is of the denoiser, which components does not name")
         return self
+
+    def misfit(self, components: Sequence[str], denoisers: Sequence[str]) -> str | None:
+        """Why this cannot be done to `components` of a pipeline of which the `denoisers` are recorded; None where it can."""
+        others = [name for name in components if name not in denoisers]
+        if self.activations != "none" and others:
+            return f"only weights of {', '.join(others)} can be rounded: activations must be none"
+        if self.attention != "none" and len(others) == len(components):
+            return f"attention {self.attention} is of the denoiser, which components does not name"
+        return None
 
 
 class Ptq(Rounding):
@@ -156,14 +159,14 @@ class Qalora(Rounding):
         default=8, ge=1, description="evaluations without improvement after which learning stops early"
     )
 
-    @model_validator(mode="after")
-    def _learns_something(self) -> Self:
-        if DENOISERS.isdisjoint(self.components):
-            raise ValueError(
+    def misfit(self, components: Sequence[str], denoisers: Sequence[str]) -> str | None:
+        """See `Rounding`."""
+        if not set(components) & set(denoisers):
+            return (
                 f"qalora learns the denoiser, which components {self.components} does not name. Name it too, or take the "
                 "method ptq"
             )
-        return self
+        return super().misfit(components, denoisers)
 
 
 class Removal(BaseModel):

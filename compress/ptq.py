@@ -14,7 +14,6 @@ from torch import nn
 from diffpress.calibration.moments import SecondMoments
 from diffpress.calibration.observe import STEP_SHARDS, LayerInput, layer_matrix, observe_inputs
 from diffpress.calibration.replaying import SHARDS, replayed_steps
-from diffpress.calibration.sampling import denoiser_of
 from diffpress.calibration.trajectory import Progress, Trajectories
 from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.source import Form
@@ -59,7 +58,7 @@ def estimate(subject: Subject, options: Rounding, running: Running) -> Cost:
     """Calls of the denoiser are what takes time, whatever its size; nothing but the changes is written."""
     # The changes are at most as large as what is changed.
     disk_bytes = sum(form.size_bytes for form in subject.forms.values())
-    if subject.model is not denoiser_of(subject.pipeline):
+    if not subject.denoises:
         return Cost({}, disk_bytes)
     batches = running.recorded_batches
     # Inputs are looked at once, and their ranges in two halves.
@@ -76,7 +75,7 @@ def run(subject: Subject, options: Rounding, folder: StageFolder, report: Report
 
 def quantize(subject: Subject, options: Rounding, report: Report) -> QuantizationResult:
     """A denoiser by its recorded inputs, another component by its weights alone."""
-    if subject.model is not denoiser_of(subject.pipeline):
+    if not subject.denoises:
         return quantize_weights(subject.component, subject.model, subject.forms, options)
     return quantize_denoiser(
         subject.component,

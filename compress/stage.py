@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from torch import nn
 
 from diffpress.calibration.conditions import Condition
-from diffpress.calibration.sampling import Sampling
+from diffpress.calibration.sampling import Sampling, denoisers_of
 from diffpress.calibration.trajectory import Trajectories
 from diffpress.export.edits import store_edits
+from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.source import Form, forms_of
 
 from .changes import Changes, worn
@@ -45,6 +46,20 @@ class Subject:
     def model(self) -> nn.Module:
         """The teacher: there is one copy of the weights, and what is laid over it comes off again."""
         return getattr(self.pipeline, self.component)
+
+    @property
+    def denoises(self) -> bool:
+        """Whether it is called at every step or at some, so that there are trajectories of it."""
+        return any(self.model is own for own in denoisers_of(self.pipeline).values())
+
+    def check_alone(self, what: str) -> None:
+        """Raises UnsupportedModelError where there are several denoisers, of which `what` works on one."""
+        others = denoisers_of(self.pipeline)
+        if self.denoises and len(others) > 1:
+            raise UnsupportedModelError(
+                f"{what} works on pipelines with one denoiser, and {type(self.pipeline).__name__} has {' and '.join(others)}. "
+                "Leave it out; quantize.method ptq works on all of them."
+            )
 
     @property
     def timesteps(self) -> list[float]:

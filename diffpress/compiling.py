@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from diffpress.calibration.sampling import denoiser_of
+from diffpress.calibration.sampling import denoisers_of
 from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.runtime import PackedLayer, RuntimePart
 from diffpress.export.runtime.call_graphs import GraphedForward
@@ -30,7 +30,7 @@ def compile(
     denoiser = _denoiser(pipeline, "compile")
     if not any(isinstance(module, PackedLayer) for module in denoiser.modules()):
         raise UnsupportedModelError(
-            f"diffpress.compile fuses packed layers, and {type(denoiser).__name__} has none. Give it what "
+            f"diffpress.compile fuses packed layers, and {_name(denoiser)} has none. Give it what "
             "`diffpress.load(ARTIFACT)` returns, after `diffpress compress`; torch.compile does for other models."
         )
     return compile_(denoiser, backend, regional=regional, dynamic=dynamic, fullgraph=fullgraph)
@@ -42,13 +42,15 @@ def record_graphs(pipeline: Any) -> None:
     The processor then launches a call as a whole. Modules are recorded as they are: call it again after changing them, as
     adapters and `diffpress.compile` do. Raises UnsupportedModelError where calls cannot be recorded.
     """
-    denoiser = _denoiser(pipeline, "record_graphs")
-    reason = _why_not_recorded(denoiser)
-    if reason:
-        raise UnsupportedModelError(f"diffpress.record_graphs cannot record {type(denoiser).__name__}: {reason}.")
-    forward = denoiser.forward
-    before = forward.forward if isinstance(forward, GraphedForward) else forward
-    set_forward(denoiser, GraphedForward(denoiser, before))
+    denoisers = _parts(_denoiser(pipeline, "record_graphs"))
+    for denoiser in denoisers:
+        reason = _why_not_recorded(denoiser)
+        if reason:
+            raise UnsupportedModelError(f"diffpress.record_graphs cannot record {type(denoiser).__name__}: {reason}.")
+    for denoiser in denoisers:
+        forward = denoiser.forward
+        before = forward.forward if isinstance(forward, GraphedForward) else forward
+        set_forward(denoiser, GraphedForward(denoiser, before))
 
 
 def _why_not_recorded(denoiser: nn.Module) -> str:
@@ -66,9 +68,19 @@ def _denoiser(pipeline: Any, function: str) -> nn.Module:
     if isinstance(pipeline, nn.Module):
         return pipeline
     try:
-        return denoiser_of(pipeline)
-    except AttributeError as error:
+        found = denoisers_of(pipeline)
+    except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"diffpress.{function} takes a pipeline with a unet or transformer, or that module, and got "
+            f"diffpress.{function} takes a pipeline with a denoiser, or that module, and got "
             f"{type(pipeline).__name__}. Give it what `diffpress.load(ARTIFACT)` returns."
         ) from error
+    return next(iter(found.values())) if len(found) == 1 else nn.ModuleDict(found)
+
+
+def _name(denoiser: nn.Module) -> str:
+    return " and ".join(dict.fromkeys(type(part).__name__ for part in _parts(denoiser)))
+
+
+def _parts(denoiser: nn.Module) -> list[nn.Module]:
+    """The denoisers of a pipeline that has several."""
+    return list(denoiser.values()) if isinstance(denoiser, nn.ModuleDict) else [denoiser]

@@ -67,7 +67,7 @@ def running_of(pipeline: Any, recipe: Recipe) -> Running:
     seen, steps = observe(pipeline, wanted[:1], sampling), steps_of(pipeline, recipe)
     start = time.perf_counter()
     sample(pipeline, wanted, sampling)
-    step_seconds = (time.perf_counter() - start) / len(seen.timesteps)
+    step_seconds = (time.perf_counter() - start) / seen.step_count()
     batches = ceil(recipe.record.trajectories / recipe.record.batch)
     return Running(steps, step_seconds, batches, recording_bytes(seen, steps))
 
@@ -83,4 +83,4 @@ def steps_of(pipeline: Any, recipe: Recipe) -> int:
     known = recipe.sampling.steps or (parameter and parameter.default)
     if isinstance(known, int):
         return known
-    return len(observe(pipeline, recorded_conditions(pipeline, recipe)[:1], sampling_of(recipe)).timesteps)
+    return observe(pipeline, recorded_conditions(pipeline, recipe)[:1], sampling_of(recipe)).step_count()

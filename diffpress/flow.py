@@ -36,7 +36,7 @@ from .precision import recipe_dtype, settle_dtype
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import write_report
 from .speed import Speed, speed_of
-from .stages import component_forms, recorded_conditions, run_stages, sampling_of, stages_of
+from .stages import check_called, component_forms, recorded_conditions, run_stages, sampling_of, stages_of
 from .work import Work, computed_by, fingerprint, work_folder
 
 logger = logging.getLogger(__name__)
@@ -149,9 +149,10 @@ def _make(
             del original
             dtype, original = settled, load_pipeline(source, settled).to(device)
         trajectories = _record(original, recipe, work, notify)
+        check_called(source, forms, trajectories)
         stages = stages_of(source, original, recipe, forms, work.recorded)
         changes = run_stages(stages, work, notify)
-        manifest = _stage(source, recipe, request, forms, changes, trajectories.timesteps, work)
+        manifest = _stage(source, recipe, request, forms, changes, trajectories, work)
         # Measuring loads as many pipelines as fit.
         del original, stages
         measured = _measure(source, work, recipe, dtype, device, notify)
@@ -212,7 +213,7 @@ def _stage(
     request: str,
     forms: Mapping[str, Mapping[str, Form]],
     changes: Mapping[str, Changes],
-    timesteps: list[float],
+    trajectories: Trajectories,
     work: Work,
 ) -> Manifest:
     """Write the pipeline files of the artifact, and its manifest without what is measured on them."""
@@ -220,13 +221,17 @@ def _stage(
     work.staged.mkdir()
     edits = [edit for own in changes.values() for edit in own.edits]
     tensors = {component: own.tensors for component, own in changes.items()}
-    write_pipeline(work.staged, source, edits, tensors, timesteps)
+    parts = {part: trajectories.of(part).timesteps for part in trajectories.parts}
+    timesteps = [time for part in trajectories.answering for time in parts[part]]
+    parts = parts if len(parts) > 1 else {}
+    write_pipeline(work.staged, source, edits, tensors, timesteps, parts)
     manifest = Manifest(
         fingerprint=request,
         versions=_versions(),
         recipe=_settled(recipe, changes),
         source={"model": source.name, "files": source.digests()},
         timesteps=timesteps,
+        parts=parts,
         edits=edits,
         plan=[row for name, own in changes.items() for row in plan_rows(name, forms[name], own)],
         learning=[row for own in changes.values() for row in own.history],

@@ -20,7 +20,7 @@ from diffpress.calibration.cost import (
     weight_bytes,
 )
 from diffpress.calibration.layer_uses import layer_uses
-from diffpress.calibration.sampling import Sampling, denoiser_of, device_of, sample
+from diffpress.calibration.sampling import Sampling, denoisers_of, device_of_pipeline, sample
 from diffpress.calibration.trajectory import Progress
 from diffpress.export.runtime import Expansion, LayerUse, expand_
 from diffpress.kernels.answering import machine_words
@@ -67,7 +67,7 @@ def measure(
     gc.collect()
     first = reference()
     conditions = list(conditions_of(first))
-    machine = machine_words(str(device_of(denoiser_of(first))))
+    machine = machine_words(str(device_of_pipeline(first)))
     ours = alone(first, conditions, sampling, _half(progress, 0))
     if both_fit(first, ours.cost["peak_memory_bytes"]):
         second = candidate()
@@ -155,7 +155,7 @@ def alone(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling, pr
     with layer_uses(pipeline) as uses:
         macs = macs_per_image(pipeline, conditions[0], sampling)
     cost = {
-        "parameters": parameter_count(denoiser_of(pipeline)),
+        "parameters": sum(map(parameter_count, denoisers_of(pipeline).values())),
         "macs_per_image": macs,
         "peak_memory_bytes": peak_memory_bytes(pipeline, conditions[0], sampling),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffpress.calibration.conditions import Condition, conditions
 from diffpress.calibration.metrics import psnr_db, ssim
-from diffpress.calibration.sampling import Call, Sample, Sampling, sample, watch
+from diffpress.calibration.sampling import Call, Sample, Sampling, sample, watch, watch_guided
 from diffpress.calibration.trajectory import Progress
 from diffpress.export.folder import PipelineFolder
 
@@ -104,20 +104,24 @@ def compare_pairs(reference: Any, candidate: Any, conditions: Sequence[Condition
 
 
 def _watched(pipeline: Any, group: list[Condition], sampling: Sampling) -> tuple[Sample, list[Tensor]]:
-    calls: dict[int, Tensor] = {}
+    calls: dict[tuple[str, int], Tensor] = {}
+    taken: set[tuple[str, int]] = set()
 
     def receive(call: Call) -> None:
-        calls[call.step] = call.output.float().cpu()
+        calls.pop(place := (call.part, call.step), None)
+        calls[place] = call.output.float().cpu()
 
-    with watch(pipeline, receive):
+    with watch(pipeline, receive), watch_guided(pipeline, lambda _: taken.add(next(reversed(calls)))):
         result = sample(pipeline, group, sampling)
-    return Sample(result.images, result.latents.cpu()), list(calls.values())
+    # What a part answers that steers another, as a ControlNet does, no scheduler is given.
+    outputs = [output for place, output in calls.items() if not taken or place in taken]
+    return Sample(result.images, result.latents.cpu()), outputs
 
 
 def sizes(reference: PipelineFolder, candidate: PipelineFolder) -> dict[str, Any]:
-    """Bytes of the denoiser's stored tensors and of everything the pipeline needs."""
+    """Bytes of the denoisers' stored tensors and of everything the pipeline needs."""
     both = {"reference": reference, "candidate": candidate}
     return {
-        "size_bytes": {name: folder.component_bytes(folder.denoiser) for name, folder in both.items()},
+        "size_bytes": {name: sum(map(folder.component_bytes, folder.denoisers)) for name, folder in both.items()},
         "total_size_bytes": {name: folder.size_bytes() for name, folder in both.items()},
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,9 @@ from diffpress.calibration.sampling import Sampling
 from diffpress.calibration.trajectory import Trajectories
 from diffpress.compress.changes import Changes
 from diffpress.compress.methods import STAGES, method_of
+from diffpress.compress.options import Rounding
 from diffpress.compress.stage import Method, Report, Subject, run_stage
-from diffpress.export.errors import UnsupportedModelError
+from diffpress.export.errors import RecipeError, UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.source import Form, forms_of, source_tensors
 
@@ -54,7 +55,7 @@ def stages_of(
                 pipeline,
                 component,
                 forms[component],
-                Trajectories(recorded),
+                Trajectories(recorded, component if component in source.denoisers else None),
                 sampling_of(recipe),
                 partial(rollout_conditions, pipeline, recipe),
                 recipe.record.batch,
@@ -74,15 +75,16 @@ def _chosen(recipe: Recipe) -> Iterator[tuple[str, Any]]:
 
 
 def _components(source: PipelineFolder, options: Any) -> list[str]:
-    """Folders of the components that a stage names, `text_encoders` standing for as many as there are."""
-    names: dict[str, None] = {}
-    for component in getattr(options, "components", ["denoiser"]):
-        found = source.text_encoders if component == "text_encoders" else [source.require(component)]
-        names |= dict.fromkeys(found)
+    """Folders of the components that a stage names."""
+    wanted = getattr(options, "components", ["denoiser"])
+    names = dict.fromkeys(name for component in wanted for name in source.require(component))
     if not names:
         raise UnsupportedModelError(
             f"components: {source.name} has no text encoders, so that nothing would be changed."
         )
+    misfit = options.misfit(list(names), source.denoisers) if isinstance(options, Rounding) else None
+    if misfit is not None:
+        raise RecipeError(f"recipe: quantize: {misfit}.")
     return list(names)
 
 
@@ -95,6 +97,16 @@ def component_forms(source: PipelineFolder, recipe: Recipe) -> dict[str, dict[st
                 raise UnsupportedModelError(f"{name}.components: {component!r} of {source.name} has no weights.")
             forms[component] = forms_of(source_tensors(source, component))
     return forms
+
+
+def check_called(source: PipelineFolder, changed: Collection[str], trajectories: Trajectories) -> None:
+    """Raises RecipeError where a denoiser is to be `changed` that no recorded run has called."""
+    for component in source.denoisers:
+        if component in changed and component not in trajectories.parts:
+            raise RecipeError(
+                f"{component} of {source.name} was not called in any recorded run, so that it is not known what it is given. "
+                "Give sampling.steps more, or name other parts in quantize.components."
+            )
 
 
 def run_stages(stages: list[Stage], work: Work, report: Report) -> dict[str, Changes]:

@@ -19,7 +19,7 @@ from .folder import PipelineFolder
 from .load.config import EditsConfig
 from .load.empty import apply_to_empty_
 from .load.libraries import empty_model, library_of
-from .manifest import MANIFEST, Manifest, check_files, read_manifest
+from .manifest import MANIFEST, Manifest, check_files, read_manifest, timesteps_of
 from .runtime import Expansion, PackedLayer, decide, expand_, named_packed_layers
 from .source import source_tensors
 from .tensor_files import save_tensors
@@ -37,13 +37,19 @@ def is_artifact(path: Path) -> bool:
 
 
 def write_pipeline(
-    folder: Path, source: PipelineFolder, edits: Sequence[Edit], tensors: Mapping[str, Tensors], timesteps: list[float]
+    folder: Path,
+    source: PipelineFolder,
+    edits: Sequence[Edit],
+    tensors: Mapping[str, Tensors],
+    timesteps: list[float],
+    parts: Mapping[str, list[float]] | None = None,
 ) -> None:
     """Write the pipeline files of an artifact into the empty `folder`: copies, but for components with edits.
 
     So that all parts load alike when no precision is asked for, fp16 weights lose that in their names and text encoders
     in their configs.
-    `tensors` holds per component what the edits store, named `MODULE.TENSOR`. Raises UnsupportedModelError where a
+    `tensors` holds per component what the edits store, named `MODULE.TENSOR`. `timesteps` are the
+    denoiser's; of several, `parts` holds each one's. Raises UnsupportedModelError where a
     component is no model of a library that can load edits.
     """
     edited = {edit.component for edit in edits}
@@ -56,7 +62,7 @@ def write_pipeline(
         stored = {name: tensor.contiguous() for name, tensor in stored.items()}
         save_tensors(stored, folder / component / library_of(source, component).WEIGHTS, {"format": "pt"})
         config = _plain_config(source.config(component))
-        config["quantization_config"] = EditsConfig.of(own, timesteps).to_dict()
+        config["quantization_config"] = EditsConfig.of(own, (parts or {}).get(component, timesteps)).to_dict()
         (folder / component / "config.json").write_text(
             json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8"
         )
@@ -92,7 +98,7 @@ def verify(path: Path) -> Manifest:
     folder = PipelineFolder(path, str(path))
     folder.check()
     for component in sorted({edit.component for edit in manifest.edits}):
-        _check_edits_apply(folder, component, edits_of(component, manifest.edits), manifest.timesteps)
+        _check_edits_apply(folder, component, edits_of(component, manifest.edits), timesteps_of(manifest, component))
     return manifest
 
 
@@ -127,7 +133,7 @@ def expansion_here(path: Path, manifest: Manifest, dtype: torch.dtype = torch.fl
     folder = PipelineFolder(path, str(path))
     layers: dict[str, PackedLayer] = {}
     for component in sorted({edit.component for edit in manifest.edits}):
-        config = EditsConfig.of(edits_of(component, manifest.edits), manifest.timesteps)
+        config = EditsConfig.of(edits_of(component, manifest.edits), timesteps_of(manifest, component))
         model = _edited_empty(folder, component, config)
         layers |= dict(named_packed_layers(model, f"{component}."))
     return decide(layers, manifest.layers, dtype, folder.size_bytes())

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .denoisers import denoisers_in, library_with, no_denoiser
 from .digests import digest
 from .errors import ModelFileError, UnsupportedModelError
 from .weight_files import PICKLES, WeightFiles, weights_of_variant, why_no_weights
 
-DENOISERS = ("transformer", "unet")
 VARIANT = "fp16"
 """What the file names of half precision weights have in them when full precision may lie beside them."""
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -63,7 +63,7 @@ class PipelineFolder:
     @cached_property
     def libraries(self) -> dict[str, str]:
         """Component name to the library its class is from."""
-        return {name: str(value[0]) for name, value in self._entries.items()}
+        return {name: library_with(str(value[0]), str(value[1])) for name, value in self._entries.items()}
 
     @cached_property
     def _entries(self) -> dict[str, list[object]]:
@@ -86,19 +86,27 @@ class PipelineFolder:
         )
 
     @cached_property
-    def denoiser(self) -> str:
-        """`unet` or `transformer`. Raises UnsupportedModelError where there is neither."""
-        for name in DENOISERS:
-            if name in self.components:
-                return name
-        raise UnsupportedModelError(f"{self.name} has no {' or '.join(DENOISERS)}; its parts are {self._parts()}.")
+    def denoisers(self) -> list[str]:
+        """The parts that are told the time step. Raises UnsupportedModelError where there is none."""
+        found = denoisers_in(self.components, self.libraries)
+        if not found:
+            raise UnsupportedModelError(no_denoiser(self.name, self.components))
+        return found
 
-    def require(self, component: str) -> str:
-        """The folder name of `component`, `denoiser` standing for the unet or transformer."""
-        name = self.denoiser if component == "denoiser" else component
-        if name not in self.components:
+    @property
+    def denoiser(self) -> str:
+        """The first of them, the only one of most pipelines."""
+        return self.denoisers[0]
+
+    def require(self, component: str) -> list[str]:
+        """The folders that `component` names: one, or as many as there are `denoiser`s or `text_encoders`."""
+        if component == "denoiser":
+            return self.denoisers
+        if component == "text_encoders":
+            return self.text_encoders
+        if component not in self.components:
             raise UnsupportedModelError(f"{self.name} has no component {component!r}; its parts are {self._parts()}.")
-        return name
+        return [component]
 
     def _parts(self) -> str:
         return ", ".join(self.components)
@@ -134,7 +142,7 @@ class PipelineFolder:
             if weights is not None:
                 return weights
         reason = why_no_weights(self.path / component)
-        if reason is None and component in DENOISERS:
+        if reason is None and component in denoisers_in(self.components, self.libraries):
             reason = "has no weights. Copy or download it again."
         if reason is not None:
             raise ModelFileError(f"{self.name}: {component} {reason}")
@@ -158,7 +166,8 @@ class PipelineFolder:
     @property
     def variant(self) -> str | None:
         """`fp16` where a component has weights of that variant only."""
-        self.weight_files(self.denoiser)
+        for component in self.denoisers:
+            self.weight_files(component)
         return self._variant
 
     def tensors(self, component: str) -> Iterator[tuple[str, Tensor]]:

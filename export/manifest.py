@@ -17,9 +17,10 @@ from .runtime import LayerUse
 MANIFEST = "diffpress.json"
 REPORT = "report.html"
 """Holds timings, so it differs from run to run and is not under the digests."""
-SCHEMA = 6
+SCHEMA = 7
 """2 has edits of attention, and what became of it in the plan; 3 calls them `quantize_attention`; 4 may store scales of
-weights in float16; 5 has layers of two factors; 6 says what packed layers were given. All else is as it was."""
+weights in float16; 5 has layers of two factors; 6 says what packed layers were given;
+7 has the time steps of several denoisers. All else is as it was."""
 ANEW = "compress anew"
 
 
@@ -60,6 +61,9 @@ class Manifest(BaseModel):
     recipe: dict[str, Any]
     source: dict[str, Any]
     timesteps: list[float]
+    """Of the denoiser; of several, those of each after another, as far as a scheduler is given what they answer."""
+    parts: dict[str, list[float]] = {}
+    """The time steps of every denoiser by its name, where there are several."""
     edits: list[Edit]
     plan: list[PlanRow]
     learning: list[dict[str, float]] = []
@@ -69,6 +73,11 @@ class Manifest(BaseModel):
     """What each packed layer, named `COMPONENT.MODULE`, was given while one image was made; empty before schema 6."""
     metrics: dict[str, Any]
     files: dict[str, File]
+
+
+def timesteps_of(manifest: Manifest, component: str) -> list[float]:
+    """The time steps that one component was made for."""
+    return manifest.parts.get(component, manifest.timesteps)
 
 
 def list_files(folder: Path, apart: Sequence[str] = (MANIFEST, REPORT)) -> dict[str, File]:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from diffpress.calibration.gradients import requiring_gradients
+from diffpress.calibration.inputs import Inputs
 from diffpress.calibration.sampling import Call, answer
 from diffpress.export.runtime import Forward, Wrap
 
-from ..data_flow import first_argument
+from ..data_flow import sample_tensors
 from ..overlay import overlaid
 
 SAMPLE = ""
@@ -102,8 +103,8 @@ def traced(model: nn.Module, call: Call) -> Iterator[Traced]:
     trace = Traced(model)
     layers = {name for name, module in model.named_modules() if _is_layer(module)}
     between = [(name, module) for name, module in model.named_modules() if name not in layers]
-    argument = first_argument(model)
-    inputs = {name: trace.begin(value, SAMPLE, 0) if name == argument else value for name, value in call.inputs.items()}
+    sample = {path: trace.begin(value, SAMPLE, 0) for path, value in sample_tensors(model, call).items()}
+    inputs = Inputs.like(call.inputs, sample)
     learning = requiring_gradients(model.parameters(), True)
     with learning, overlaid(model, {name: trace.cut(name) for name in layers}), torch.enable_grad():
         for name, module in between:

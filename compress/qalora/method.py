@@ -10,7 +10,6 @@ from torch import nn
 
 from diffpress.calibration.guidance import find_guidance
 from diffpress.calibration.partway import scheduler_in_use
-from diffpress.calibration.sampling import denoiser_of
 from diffpress.calibration.trajectory import Trajectories
 
 from .. import ptq
@@ -40,14 +39,15 @@ LEARNING = 5
 def check(subject: Subject, options: Qalora) -> None:
     """Raises RecipeError or UnsupportedModelError where `ptq` does, or where an order is asked for that there is not."""
     ptq.check(subject, options)
-    if _learns(subject):
+    if subject.denoises:
+        subject.check_alone("quantize.method qalora")
         check_order(subject.model, options)
 
 
 def estimate(subject: Subject, options: Qalora, running: Running) -> Cost:
     """What `ptq` takes, and what learning takes beside: optimizer steps, rollouts and whole runs to evaluate by."""
     start = ptq.estimate(subject, options, running)
-    if not _learns(subject):
+    if not subject.denoises:
         return start
     image_seconds = running.step_seconds / subject.batch
     every = evaluate_every(options.iterations)
@@ -64,7 +64,7 @@ def estimate(subject: Subject, options: Qalora, running: Running) -> Cost:
 def run(subject: Subject, options: Qalora, folder: StageFolder, report: StageReport) -> Changes:
     """The method `qalora`. Raises UserError as `ptq` does, and LearningError where the loss is not finite."""
     found = _start(subject, options, folder.path / "start.safetensors", report)
-    if not _learns(subject):
+    if not subject.denoises:
         return changes_of(found, subject.forms)
     options = options.model_copy(update={"order": settle_order(subject, options, folder.path)})
 
@@ -83,11 +83,6 @@ def _start(subject: Subject, options: Qalora, path: Path, report: StageReport) -
         found = ptq.quantize(subject, options, report)
         save_result(found, path)
     return found
-
-
-def _learns(subject: Subject) -> bool:
-    """Only a denoiser can be asked what it should have answered."""
-    return subject.model is denoiser_of(subject.pipeline)
 
 
 def student_rollouts(subject: Subject, options: Qalora, folder: Path) -> StudentRollouts:

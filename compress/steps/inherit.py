@@ -155,7 +155,8 @@ def _units_of(subject: Subject, calls: Sequence[Call], images: float, options: I
 def _short_run(subject: Subject) -> list[Call]:
     """The calls of a run in few steps. Raises UnsupportedModelError where steps are not called alike."""
     pipeline = subject.pipeline
-    calls = short_run(pipeline, subject.conditions(1)[0], subject.sampling)
+    everything = short_run(pipeline, subject.conditions(1)[0], subject.sampling)
+    calls = [call for call in everything if call.part == subject.component]
     counts = Counter(call.step for call in calls)
     if len(counts) == 1:
         raise UnsupportedModelError(

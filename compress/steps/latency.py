@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from diffpress.calibration.sampling import Call, replay, sample, timestep_of
-from diffpress.export.runtime import Inheritance, StepClock, StepPlan, Unit, find_timestep
+from diffpress.export.runtime import Inheritance, StepClock, StepPlan, Unit, find_timestep, time_of
 
 from ..overlay import overlaid
 from ..stage import Subject
@@ -78,7 +78,7 @@ def _step_times(subject: Subject) -> tuple[float, float]:
     model, begun, taken, steps = subject.model, [0], [0], set()
 
     def begin(module: nn.Module, arguments: Any, options: Any) -> None:
-        steps.add(float(torch.as_tensor(find_timestep(module, arguments, options)).flatten()[0]))
+        steps.add(float(time_of(torch.as_tensor(find_timestep(module, arguments, options)))))
         begun.append(perf_counter_ns())
 
     handles = [

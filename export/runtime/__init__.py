@@ -9,7 +9,16 @@ from .attention import (
     quantize_attention_,
     why_not_int8,
 )
-from .clock import TIMESTEPS, StepClock, attach_clock_, attached_clocks, find_timestep, step_weights, timestep_name
+from .clock import (
+    StepClock,
+    attach_clock_,
+    attached_clocks,
+    find_timestep,
+    step_weights,
+    time_argument,
+    time_of,
+    timestep_name,
+)
 from .expansion import Expansion, decide, expand_, layers_of, loses, named_packed_layers
 from .factorized import BufferedLinear, FactorizedLinear, factorize_layer
 from .feedback import Feedback
@@ -28,7 +37,6 @@ from .times import Times, layer_times
 __all__ = [
     "INT8_MAX",
     "NOTHING",
-    "TIMESTEPS",
     "Attention",
     "AttentionOverride",
     "BufferedLinear",
@@ -74,6 +82,8 @@ __all__ = [
     "set_forward",
     "step_weights",
     "tensors_of",
+    "time_argument",
+    "time_of",
     "timestep_name",
     "why_not_int8",
     "why_not_packable",

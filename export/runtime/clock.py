@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -19,8 +20,10 @@ from diffpress.kernels import code_range
 from .entries import StepEntries, is_plain
 from .forwards import parameter_names
 
-TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio")
-"""What denoisers call the argument that tells the time step."""
+TIMESTEPS = ("timestep", "timesteps", "t", "time", "timestep_ratio", "sigma", "r")
+"""What denoisers call the argument that tells the time step; of several that they have, the first here."""
+LONGER = re.compile(r"timestep\w+|\w+_time")
+"""What those call it that have none of these, such as one for each of two samples."""
 
 
 class StepClock:
@@ -68,10 +71,10 @@ class StepClock:
         return float(weights @ torch.arange(len(weights), dtype=torch.double))
 
     def set(self, timestep: Tensor | float) -> None:
-        """Move to `timestep` (of a tensor, its first entry); between known steps tables are interpolated, outside them held."""
+        """Move to `timestep` (see `time_of`); between known steps tables are interpolated, outside them held."""
         step = self._known_step(timestep)
         if step is None:
-            self.weights = step_weights(self.timesteps, torch.as_tensor(timestep).flatten()[0])
+            self.weights = step_weights(self.timesteps, time_of(torch.as_tensor(timestep)))
         else:
             self._stand_at(self.first.roll(step), step)
 
@@ -80,7 +83,7 @@ class StepClock:
         if torch.compiler.is_compiling():
             return None
         if type(timestep) is Tensor and timestep.is_cpu:
-            return self._steps.get(timestep.flatten()[0].float().item())
+            return self._steps.get(time_of(timestep).float().item())
         return None if isinstance(timestep, Tensor) else self._steps.get(float(np.float32(timestep)))
 
     def follow(self, denoiser: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -169,18 +172,37 @@ def _monotone(timesteps: Sequence[float]) -> bool:
     return all(left > right for left, right in steps) or all(left < right for left, right in steps)
 
 
+def time_of(timestep: Tensor) -> Tensor:
+    """The time step of a call: of one for each image the first, of one for each part of each image that of most parts.
+
+    Parts that are given, such as the first picture of a video, have a time step of their own.
+    """
+    return timestep.flatten()[0] if timestep.ndim < 2 else timestep[0].flatten().median()
+
+
+def time_argument(names: Iterable[str]) -> str | None:
+    """Which of a denoiser's arguments tells the time step; None where none does that we know."""
+    told = [name for name in names if tells_time(name)]
+    return next((name for name in TIMESTEPS if name in told), None) or next(iter(told), None)
+
+
+def tells_time(name: str) -> bool:
+    """Whether an argument of that name says something of the time step."""
+    return name in TIMESTEPS or LONGER.fullmatch(name) is not None
+
+
 def timestep_name(denoiser: nn.Module) -> str | None:
     """What `denoiser` calls the argument that tells the time step; None where it has none that we know."""
-    names = parameter_names(denoiser.forward)
-    return next((name for name in TIMESTEPS if name in names), None)
+    return time_argument(parameter_names(denoiser.forward))
 
 
 def find_timestep(denoiser: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor | float | None:
-    """The time step among the arguments of one call of `denoiser`, a tensor of one entry, or [B] of equal ones; None where
-    there is none.
+    """The time step among the arguments of one call of `denoiser`, a number or a tensor (see `time_of`); None where there
+    is none.
     """
     given = dict(zip(parameter_names(denoiser.forward), arguments, strict=False)) | options
-    return next((given[name] for name in TIMESTEPS if name in given), None)
+    name = time_argument(given)
+    return None if name is None else given[name]
 
 
 def attach_clock_(denoiser: nn.Module, clock: StepClock) -> RemovableHandle:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .clock import TIMESTEPS
+from .clock import tells_time
 from .step_plan import Storage, last_of_run
 
 LIVE = 8
@@ -83,16 +84,16 @@ class Arguments(NamedTuple):
 
     @classmethod
     def of(cls, names: Sequence[str], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Arguments:
-        """By the names of its arguments, in their order; the first tensor is the sample."""
+        """By the names of its arguments, in their order; the first that is a tensor, or a list of them, is the sample."""
         given = dict(zip(names, arguments, strict=False)) | dict(options)
         bound = dict(_flat({name: given[name] for name in names if name in given} | given))
-        sample = next(name for name, value in bound.items() if isinstance(value, Tensor))
+        sample = next(name for name, value in bound.items() if _is_sample(value))
         stays = {
             name: value
             for name, value in bound.items()
-            if name != sample and name not in TIMESTEPS and not any(part in name for part in CHANGING)
+            if name != sample and not tells_time(name) and not any(part in name for part in CHANGING)
         }
-        return cls(bound[sample], stays)
+        return cls(_as_one(bound[sample]), stays)
 
 
 class Runs:
@@ -141,6 +142,15 @@ def _flat(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + name, value
 
 
+def _is_sample(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list) and any(isinstance(own, Tensor) for own in value))
+
+
+def _as_one(sample: Any) -> Tensor:
+    """A list of samples, which may be of different shapes, as one."""
+    return sample if isinstance(sample, Tensor) else torch.cat([own.flatten() for own in sample])
+
+
 def _continues(run: Run, call: Arguments) -> bool:
     return (
         run.sample.shape == call.sample.shape
@@ -158,4 +168,6 @@ def _same(known: Any, given: Any) -> bool:
         return known.shape == given.shape and known.device == given.device and torch.equal(known, given)
     if isinstance(known, (list, tuple)) and isinstance(given, (list, tuple)):
         return len(known) == len(given) and all(map(_same, known, given))
+    if isinstance(known, np.ndarray) or isinstance(given, np.ndarray):
+        return np.array_equal(known, given)
     return not isinstance(known, Tensor) and not isinstance(given, Tensor) and bool(known == given)

@@ -150,4 +150,5 @@ class FakeRuns:
         return Call({**inputs, "timestep": torch.tensor(10 - 5 * index)}, x, index)
 
     def forms(self, shard: Path) -> list[Form]:
-        return [(("inputs.timestep", "I64", ()), ("inputs.x", "F32", (6, 1)), ("output", "F32", (6, 1)))] * 2
+        tensors = (("inputs.timestep", "I64", ()), ("inputs.x", "F32", (6, 1)), ("output", "F32", (6, 1)))
+        return [Form(tensors, '{"timestep": null}')] * 2

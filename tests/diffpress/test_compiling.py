@@ -72,7 +72,7 @@ def test_what_is_not_packed_is_refused(whole: bool, tiny_class: Path) -> None:
 
 
 def test_what_has_no_denoiser_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"with a unet or transformer.* got \w*Path"):
+    with pytest.raises(UnsupportedModelError, match=r"with a denoiser.* got \w*Path"):
         diffpress.compile(Path("out"))
 
 

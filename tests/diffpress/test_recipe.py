@@ -88,14 +88,9 @@ def test_overrides_reach_nested_keys_and_win_over_the_file():
             {"quantize": {"method": "ptq", "float_activations": 5}},
             ["quantize.float_activations = 5", "less than or equal to 1"],
         ),
-        ({"quantize": {"method": "ptq", "components": ["vae"]}}, ["only weights of vae", "activations must be none"]),
         (
             {"quantize": {"method": "ptq", "attention": "values"}},
             ["quantize.attention = 'values'", "'scores' or 'all'"],
-        ),
-        (
-            {"quantize": {"method": "ptq", "attention": "all", "activations": "none", "components": ["vae"]}},
-            ["attention all is of the denoiser", "components does not name"],
         ),
         ({"quantize": {"method": "ptq"}, "record": {"trajectories": 0}}, ["record.trajectories = 0", "greater"]),
         ({"quantize": {"method": "ptq"}, "seed": -1}, ["seed = -1"]),

@@ -254,6 +254,10 @@ def refused_unread(diffpress, digests, request, monkeypatch, tmp_path) -> Callab
         ),
         ("compress tiny_text --recipe OUT/latin.yaml --out OUT/a", "latin.yaml is no text in UTF-8"),
         ("compress tiny_text --recipe OUT/wide.yaml --out OUT/a", "wide.yaml is no text in UTF-8"),
+        (
+            "compress tiny_text --recipe w4 --out OUT/a --set quantize.components=[vae] --set quantize.attention=all",
+            "attention all is of the denoiser, which components does not name",
+        ),
         ("compress tiny_text --recipe OUT/texts.yaml --out OUT/a", "qalora learns the denoiser, which components"),
     ],
 )

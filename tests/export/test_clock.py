@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from diffpress.export.runtime import StepClock, attach_clock_, find_timestep, timestep_name
+from diffpress.export.runtime import StepClock, attach_clock_, find_timestep, time_argument, time_of, timestep_name
 from diffpress.export.runtime.clock import TIMESTEPS
 
 STEPS = [981.0, 500.0, 20.0]
@@ -222,3 +222,25 @@ def test_tables_that_cannot_be_stacked_or_are_learned_are_looked_up_alone() -> N
     with torch.inference_mode():
         clock.set(740.5)
         assert clock.select(TABLE * 2).tolist() == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("timestep", "timestep_cond", "sigma"), "timestep"),
+        (("sigma", "t"), "t"),
+        (("timestep_text", "timestep_img"), "timestep_text"),
+        (("x", "noise_time"), "noise_time"),
+        (("sample", "times", "text_time_embeds"), None),
+    ],
+)
+def test_of_several_arguments_the_plainest_tells_the_time_step(names: tuple[str, ...], found: str | None) -> None:
+    assert time_argument(names) == found
+
+
+def test_the_time_step_of_most_parts_of_an_image_counts() -> None:
+    """The first picture of a video may be given, at a time step of its own."""
+    clock = StepClock([900.0, 400.0, 100.0])
+    clock.set(torch.tensor([[0.0, 400.0, 400.0], [0.0, 400.0, 400.0]]))
+    assert clock.position == 1
+    assert time_of(torch.tensor([100.0, 400.0])) == 100

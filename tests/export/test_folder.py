@@ -53,8 +53,8 @@ def test_components_and_denoiser(tiny_text: Path, tiny_class: Path, tiny_pixels:
         "unet": "UNet2DConditionModel",
         "vae": "AutoencoderKL",
     }
-    assert text.denoiser == text.require("denoiser") == "unet"
-    assert text.require("vae") == "vae"
+    assert [text.denoiser] == text.require("denoiser") == ["unet"]
+    assert text.require("vae") == ["vae"]
     assert text.variant is None
     assert PipelineFolder(tiny_class, "class").denoiser == "transformer"
     assert PipelineFolder(tiny_pixels, "pixels").components == {"scheduler": "DDIMScheduler", "unet": "UNet2DModel"}
@@ -281,7 +281,7 @@ def test_a_denoiser_without_weights_is_refused(copy: PipelineFolder) -> None:
             UnsupportedModelError,
             "whose code comes with the",
         ),
-        ('{"_class_name": "X", "unet": [null, null]}', UnsupportedModelError, "has no transformer or unet"),
+        ('{"_class_name": "X", "unet": [null, null]}', UnsupportedModelError, "has no part that is told the time step"),
     ],
 )
 def test_an_index_that_cannot_be_used_is_refused(

@@ -37,6 +37,7 @@ CERTAIN = 4.0
 
 def check(subject: Subject, options: Options) -> None:
     """Raises UserError where the options do not fit the model."""
+    subject.check_alone("prune.method masks")
     find_candidates(subject, options)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffpress.calibration.sampling import Call, Sampling, denoiser_of, sample, timestep_of, watch
+from diffpress.calibration.sampling import Call, Sampling, sample, timestep_of, watch
 from diffpress.calibration.shortest import shortest
 from diffpress.export.errors import UnsupportedModelError
 
@@ -68,8 +68,9 @@ class Curves(NamedTuple):
 def curves_of(subject: Subject) -> Curves:
     """Raises UnsupportedModelError where what the denoiser is told is no time step of the scheduler."""
     pipeline = subject.pipeline
-    if subject.model is not denoiser_of(pipeline):
+    if not subject.denoises:
         raise UnsupportedModelError(f"prune: {subject.component} is no denoiser, and is told no time step.")
+    subject.check_alone("prune.method modulation")
     first, second = subject.conditions(2)
     sampling = shortest(pipeline, first, subject.sampling)
     traced = trace(pipeline, first, sampling)

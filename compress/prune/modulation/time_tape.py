@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.sampling import Sampling, denoiser_of, sample
 from diffpress.export.errors import UnsupportedModelError
-from diffpress.export.runtime import TIMESTEPS, Forward
+from diffpress.export.runtime import Forward, time_argument, time_of
 
 from ...overlay import overlaid
 
@@ -162,11 +162,11 @@ def trace(pipeline: Any, condition: Condition, sampling: Sampling) -> Traced:
 
         def forward(*arguments: Any, **options: Any) -> Any:
             bound = signature.bind(*arguments, **options)
-            time = next((name for name in TIMESTEPS if name in bound.arguments), None)
+            time = time_argument(bound.arguments)
             if time is None:
                 raise UnsupportedModelError(f"prune: {type(denoiser).__name__} is not told the time step.")
             bound.arguments |= {time: torch.as_tensor(bound.arguments[time])}
-            told.append(float(bound.arguments[time].flatten()[0]))
+            told.append(float(time_of(bound.arguments[time])))
             if tapes:
                 return beneath(*bound.args, **bound.kwargs)
             bound.arguments = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, bound.arguments)

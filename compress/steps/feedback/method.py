@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffpress.calibration.guidance import Guidance, find_guidance
 from diffpress.calibration.partway import scheduler_in_use
-from diffpress.calibration.sampling import denoiser_of, replay
+from diffpress.calibration.sampling import replay
 from diffpress.export.edits import Attach
 from diffpress.export.errors import RecipeError, UnsupportedModelError
 from diffpress.export.runtime import FeedbackPlan
@@ -54,8 +54,7 @@ FLOAT, MOMENTS = 4, 8
 
 def check(subject: Subject, options: Feedback) -> None:
     """Raises UnsupportedModelError for a denoiser without lists of blocks, RecipeError for a region that it does not have."""
-    if subject.model is not denoiser_of(subject.pipeline):
-        raise UnsupportedModelError("steps.method feedback works on the denoiser alone.")
+    subject.check_alone("steps.method feedback")
     lists = block_lists(subject.model)
     if not lists:
         raise UnsupportedModelError(

@@ -30,9 +30,11 @@ def compile_(
     """Have `denoiser` compiled by its next call, with norms fused into the packed layers they feed; returns the outcome.
 
     `backend` is one of torch.compile's, by name or as a function, and gets the rewritten graphs. `regional`: repeated
-    blocks are compiled, each kind once, and what is around them is not, which takes seconds instead of minutes.
+    blocks are compiled, each kind once, and what is around them is not, which takes seconds instead of minutes. Of a
+    dictionary of denoisers each is compiled.
     """
-    regions = regions_of(denoiser) if regional else {"": denoiser}
+    whole = dict(denoiser.items()) if isinstance(denoiser, nn.ModuleDict) else {"": denoiser}
+    regions = regions_of(denoiser) if regional else whole
     fusions = Fusions(denoiser, regions)
     compile_regions_(regions.values(), fusing(denoiser, fusions, backend), dynamic=dynamic, fullgraph=fullgraph)
     return fusions

@@ -1,0 +1,44 @@
+"""Which parts of a pipeline are its denoisers: those that are told the time step, and so are called at every step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from .load.registration import LIBRARIES
+from .runtime import time_argument
+
+
+def is_denoiser(kind: Any) -> bool:
+    """Whether a class is a model that is told the time step."""
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        return False
+    return time_argument(inspect.signature(kind.forward).parameters) is not None
+
+
+def no_denoiser(name: str, parts: Iterable[str]) -> str:
+    """What to say of a pipeline that has none."""
+    return (
+        f"{name} has no part that is told the time step, so that nothing in it is called step by step; its parts are "
+        f"{', '.join(parts)}."
+    )
+
+
+def library_with(library: str, name: str) -> str:
+    """Where the class `name` of `library` is: classes that pipelines of diffusers once kept for themselves are in diffusers."""
+    if library in LIBRARIES or not hasattr(import_module("diffusers.pipelines"), library):
+        return library
+    return "diffusers" if hasattr(import_module("diffusers"), name) else library
+
+
+def denoisers_in(components: Mapping[str, str], libraries: Mapping[str, str]) -> list[str]:
+    """Of components, by name to class and to library, those that are denoisers and that edits can be carried by."""
+    return [
+        component
+        for component, name in components.items()
+        if (library := libraries[component]) in LIBRARIES and is_denoiser(getattr(import_module(library), name, None))
+    ]
