@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .conditions import Condition
-from .sampling import Sampling, answer, denoiser_of, sample
+from .sampling import Sampling, answer, denoisers_of, sample
 
 
 class Arguments(NamedTuple):
@@ -37,7 +37,7 @@ def arguments_of(denoiser: nn.Module, name: str, inputs: Mapping[str, Tensor], r
         seen.append(Arguments(positional, named))
         raise _Reached
 
-    _run_until(module.register_forward_pre_hook(look, with_kwargs=True), lambda: answer(denoiser, inputs, recorded))
+    _run_until([module.register_forward_pre_hook(look, with_kwargs=True)], lambda: answer(denoiser, inputs, recorded))
     return seen[0]
 
 
@@ -50,7 +50,7 @@ def output_of(denoiser: nn.Module, name: str, inputs: Mapping[str, Tensor], reco
         seen.append(output)
         raise _Reached
 
-    _run_until(module.register_forward_hook(look), lambda: answer(denoiser, inputs, recorded))
+    _run_until([module.register_forward_hook(look)], lambda: answer(denoiser, inputs, recorded))
     return seen[0]
 
 
@@ -60,18 +60,19 @@ def scheduler_in_use(pipeline: Any, condition: Condition, sampling: Sampling) ->
     def stop(*_: Any) -> None:
         raise _Reached
 
-    handle = denoiser_of(pipeline).register_forward_pre_hook(stop)
-    _run_until(handle, lambda: sample(pipeline, [condition], sampling))
+    handles = [denoiser.register_forward_pre_hook(stop) for denoiser in denoisers_of(pipeline).values()]
+    _run_until(handles, lambda: sample(pipeline, [condition], sampling))
     return copy.deepcopy(pipeline.scheduler)
 
 
-def _run_until(handle: RemovableHandle, call: Callable[[], object]) -> None:
+def _run_until(handles: Sequence[RemovableHandle], call: Callable[[], object]) -> None:
     try:
         call()
     except _Reached:
         pass
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

@@ -15,7 +15,17 @@ import typer
 
 from diffpress.export.errors import UserError
 
-from .console import ERRORS, OUTPUT, print_comparison, print_estimate, print_json, print_speed, print_table, stages
+from .console import (
+    ERRORS,
+    OUTPUT,
+    print_comparison,
+    print_estimate,
+    print_json,
+    print_poor,
+    print_speed,
+    print_table,
+    stages,
+)
 from .explain import as_typed, explained
 
 app = typer.Typer(
@@ -88,15 +98,19 @@ def compress(
         return
     from .flow import compress as run_flow
     from .pairs import COSTS
+    from .poor import poor_of
     from .report.plan import summary
 
     with stages() as notify:
         artifact = run_flow(source, resolved, out, device=device, fresh=fresh, force=force, notify=notify)
     metrics = artifact.manifest.metrics
+    poor = poor_of(artifact.manifest, metrics)
     if as_json:
         speed = {"speed": artifact.speed.data()} if artifact.speed else {}
-        print_json({"out": str(out), **metrics, **dict.fromkeys(COSTS), **artifact.cost, **speed})
+        words = {"poor": poor and poor.data()}
+        print_json({"out": str(out), **metrics, **words, **dict.fromkeys(COSTS), **artifact.cost, **speed})
     else:
+        print_poor(poor)
         print_comparison(metrics, artifact.cost)
         OUTPUT.print(summary(artifact.manifest.plan))
         print_speed(artifact.speed)

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .poor import Poor
     from .speed import Speed
 
 ERRORS = Console(stderr=True, highlight=False)
@@ -80,6 +81,12 @@ def print_comparison(metrics: Mapping[str, Any], cost: Mapping[str, Any]) -> Non
         rows.append((name, _figure(value["reference"]), _figure(value["candidate"]), f"{ratio:.3f}"))
     title = f"{metrics['count']} pairs, {metrics['steps']} steps, same prompts and noise"
     print_table(title, ("", "reference", "candidate", "ratio"), rows, numbers=True)
+
+
+def print_poor(poor: Poor | None) -> None:
+    """What is wrong with a result; nothing where nothing is."""
+    if poor is not None:
+        OUTPUT.print(f"{poor.sentence()}.", style="bold", markup=False, soft_wrap=True)
 
 
 def print_speed(speed: Speed | None) -> None:

@@ -32,6 +32,7 @@ from .gates import check_gates
 from .measuring import Measured, measure
 from .models import resolve
 from .pairs import paired_conditions, sizes
+from .poor import poor_of
 from .precision import recipe_dtype, settle_dtype
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import write_report
@@ -166,6 +167,8 @@ def _make(
         speed = speed_of(measured, manifest.metrics)
         write_report(work.staged / REPORT, source.name, manifest, pairs, manifest.metrics, cost, speed)
         verify(work.staged)
+        if (poor := poor_of(manifest, manifest.metrics)) is not None:
+            logger.warning("%s", poor.sentence())
         if speed.told_before_saving():
             logger.warning("%s", speed.headline())
         notify("save", 0, 1)

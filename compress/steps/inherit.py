@@ -11,7 +11,7 @@ from itertools import compress
 from math import log10
 from pathlib import Path
 
-from diffpress.calibration.sampling import Call, replay, sample_in_batches
+from diffpress.calibration.sampling import Call, replay, sample_in_batches, timestep_of
 from diffpress.calibration.shortest import short_run
 from diffpress.calibration.trajectory import Progress
 from diffpress.export.edits import Attach
@@ -157,6 +157,11 @@ def _short_run(subject: Subject) -> list[Call]:
     pipeline = subject.pipeline
     everything = short_run(pipeline, subject.conditions(1)[0], subject.sampling)
     calls = [call for call in everything if call.part == subject.component]
+    if {timestep_of(call.inputs) for call in calls} != {timestep_of(call.inputs) for call in everything}:
+        raise UnsupportedModelError(
+            f"steps: {subject.component} of {type(pipeline).__name__} answers at some steps and other parts at others, so that "
+            "too few follow each other to inherit from. Leave steps out."
+        )
     counts = Counter(call.step for call in calls)
     if len(counts) == 1:
         raise UnsupportedModelError(

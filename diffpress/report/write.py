@@ -14,6 +14,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from diffpress.export.manifest import Manifest
 
 from ..pairs import Pairs
+from ..poor import poor_of
 from .charts import histogram, step_curve
 from .figures import Measure, gates_tile, measures, pairs_tile, tiles
 from .formatting import byte_size, decibels, significant
@@ -54,6 +55,7 @@ def write_report(
         **_shared(model, manifest, pairs, metrics, cost),
         **_status(manifest, metrics),
         speed=speed,
+        poor=poor_of(manifest, metrics) if manifest is not None and "gates_missed" in metrics else None,
         artifact=None if manifest is None else _artifact(manifest, measures(metrics, cost), speed),
     )
     # The name of a folder need not be UTF-8; what is no text in it becomes a question mark.
