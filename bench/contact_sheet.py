@@ -12,7 +12,7 @@ from diffpress.calibration.sampling import Sampling, sample
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.folder import PipelineFolder
 from diffpress.models import resolve
-from diffpress.running import to_picture
+from diffpress.writing import to_picture
 
 PROMPTS = (
     "slice of pizza",

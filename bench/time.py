@@ -114,7 +114,7 @@ def call_seconds(pipeline: Any, recipe: Recipe) -> float:
         denoiser.register_forward_pre_hook(lambda *_: begun.append(process_time())),
         denoiser.register_forward_hook(lambda *_: taken.append(process_time() - begun[-1])),
     ]
-    sample(pipeline, wanted, sampling_of(recipe))
+    sample(pipeline, wanted, sampling_of(pipeline, recipe))
     for handle in handles:
         handle.remove()
     return median(taken)

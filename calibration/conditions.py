@@ -1,22 +1,23 @@
-"""What a pipeline is asked for: a prompt, a class or nothing, each with the seed of its noise."""
+"""What a pipeline is asked for: a prompt, a class or nothing, other arguments, and the seed of its noise."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from diffpress.export.errors import RecipeError, UserError
 
+from .calls import Takes, call_of
+from .given import NOTHING_GIVEN, Given
+
 PROMPTS = Path(__file__).with_name("prompts")
 """The built-in prompts, one a line: `record.txt` to calibrate with and `compare.txt`, kept apart, to report on."""
 
 Purpose = Literal["record", "compare"]
-Takes = Literal["prompt", "label", "nothing"]
-"""What a pipeline is asked for."""
+COMPARED_FROM = 1_000_000
+"""Number of the first drawing that results are reported on: none of them is recorded."""
 
 
 @dataclass(frozen=True)
@@ -25,36 +26,37 @@ class Condition:
 
     text: str
     seed: int
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Beside the text: numbers, `MediaFile`s and `StandIn`s by name."""
 
 
 def conditions(
-    pipeline: Any, wanted: str | Sequence[str], count: int, seed: int, purpose: Purpose = "record"
+    pipeline: Any,
+    wanted: str | Sequence[str],
+    count: int,
+    seed: int,
+    purpose: Purpose = "record",
+    given: Given = NOTHING_GIVEN,
 ) -> list[Condition]:
-    """`count` conditions with seeds from `seed` on, cycling through the texts.
+    """`count` conditions with seeds from `seed` on, cycling through the texts and the calls that are `given`.
 
-    `wanted` is `builtin` (the set for `purpose`), a file with one prompt or label a line, or the texts themselves.
-    Raises RecipeError where the file is missing or empty, or a label is no number.
+    `wanted` is `builtin` (the set for `purpose`), a file with one prompt or label a line, or the texts themselves; texts of
+    the calls go before. Raises RecipeError where the file is missing or empty, or a label is no number.
     """
-    texts = _texts(pipeline, wanted, purpose)
-    return [Condition(texts[i % len(texts)], seed + i) for i in range(count)]
+    call = call_of(pipeline)
+    texts = _texts(pipeline, given.texts(call) or wanted, purpose)
+    first = COMPARED_FROM if purpose == "compare" else 0
+    return [Condition(texts[i % len(texts)], seed + i, given.arguments(call, i, first)) for i in range(count)]
 
 
 def call_parameters(pipeline: Any) -> set[str]:
     """Names that the call of a pipeline, or of a class of pipelines, accepts."""
-    pipeline_class = pipeline if isinstance(pipeline, type) else type(pipeline)
-    return set(_parameters(pipeline_class.__call__))
-
-
-@functools.cache
-def _parameters(call: Callable[..., Any]) -> tuple[str, ...]:
-    """Kept, since each of a thousand texts is checked by them."""
-    return tuple(inspect.signature(call).parameters)
+    return set(call_of(pipeline).parameters)
 
 
 def kind(pipeline: Any) -> Takes:
     """What the call of a pipeline, or of a class of pipelines, takes."""
-    names = call_parameters(pipeline)
-    return "prompt" if "prompt" in names else "label" if "class_labels" in names else "nothing"
+    return call_of(pipeline).takes
 
 
 def check_texts(takes: Takes, wanted: str | Sequence[str]) -> None:

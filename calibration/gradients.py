@@ -17,7 +17,16 @@ from diffpress.export.runtime import NOTHING, own_forward
 
 from .conditions import Condition
 from .probe import OTHER_SCHEDULER, check_gradients, check_learning, refuse
-from .sampling import Sampling, call_arguments, denoiser_of, denoisers_of, pixels_as_latents, watch_decoder
+from .sampling import (
+    Sampling,
+    call_arguments,
+    denoiser_of,
+    denoisers_of,
+    drawing,
+    groups_of,
+    pixels_as_latents,
+    watch_decoder,
+)
 from .tracing import Place
 
 _DIFFERENTIABLE: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
@@ -35,7 +44,8 @@ def sample_with_gradients(pipeline: Any, conditions: Sequence[Condition], sampli
     if here not in known:
         check_gradients(pipeline, lambda: _sampled(pipeline, conditions[:1], sampling))
         known.add(here)
-    latents = _sampled(pipeline, conditions, sampling)
+    groups = groups_of(pipeline, conditions, sampling, len(conditions))
+    latents = torch.cat([_sampled(pipeline, group, sampling) for group in groups])
     check_learning(pipeline, latents.requires_grad)
     return latents
 
@@ -66,7 +76,8 @@ def _sampled(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling)
     pixels = _Pixels()
     converting = pixels if getattr(pipeline, "vae", None) is None else nullcontext()
     others_frozen = requiring_gradients(_other_weights(pipeline), False)
-    with others_frozen, watch_decoder(pipeline, receive), converting, suppress(_Sampled):
+    watched = watch_decoder(pipeline, receive)
+    with others_frozen, watched, drawing(pipeline, conditions), converting, suppress(_Sampled):
         images = call(pipeline, **call_arguments(pipeline, conditions, sampling)).images
         return torch.cat(seen) if seen else pixels_as_latents(pixels.tensor_of(pipeline, images))
     return torch.cat(seen)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+import traceback
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from threading import Lock
 from typing import Any, NamedTuple
@@ -17,13 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.export.denoisers import is_denoiser, no_denoiser
-from diffpress.export.errors import UnsupportedModelError
+from diffpress.export.errors import UnsupportedModelError, UserError
 from diffpress.export.runtime import time_argument, time_of
 
-from .conditions import Condition, call_parameters, kind
+from .arguments import opened_arguments
+from .calls import OutputKind, call_of
+from .conditions import Condition
 from .inputs import Inputs, first_answer
+from .made import made_of
+from .media import MediaFile, StandIn
 
 BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+OTHER_SEED = 2**31 - 1
+OURS = "diffpress."
+OUT_OF_MEMORY = re.compile("out of memory|DefaultCPUAllocator", re.IGNORECASE)
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What pipelines raise where they do not take what they are given."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +43,19 @@ class Sampling:
 
     steps: int | None = None
     guidance_scale: float | None = None
+    call: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Other arguments that all calls share."""
 
 
 class Sample(NamedTuple):
-    """Images [N, C, H, W] in 0..1 and the latents they were decoded from (the images in -1..1 where there are none)."""
+    """What was made of N conditions and the latents it was decoded from; where there are none, what was made itself, images
+    in -1..1.
+    """
 
     images: Tensor
+    """Images [N, C, H, W] or videos [N, F, C, H, W] in 0..1, sounds [N, C, T], or arrays [N, ...]."""
     latents: Tensor
+    kind: OutputKind = "image"
 
 
 class Call(NamedTuple):
@@ -107,29 +124,116 @@ def device_of(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def sample(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling) -> Sample:
-    """Make one image a condition in one call of the pipeline; each starts from its own seed's noise.
+    """Make one output a condition, in one call of the pipeline where it can; each starts from its own seed's noise.
 
-    Raises UnsupportedModelError where a number of steps is wanted and the pipeline takes none.
+    Raises UserError where the pipeline does not take what it is given, or a number of steps.
     """
+    groups = groups_of(pipeline, conditions, sampling, len(conditions))
+    return joined([_sample_together(pipeline, group, sampling) for group in groups])
+
+
+def groups_of(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling, batch: int) -> list[list[Condition]]:
+    """The conditions by calls of the pipeline, at most `batch` together: alone where they have arguments of their own, or
+    pictures that lists of texts could be told from in more than one way.
+    """
+    shared = any(isinstance(value, (list, MediaFile, StandIn)) for value in sampling.call.values())
+    alone = shared or not call_of(pipeline).takes_lists
+    groups: list[list[Condition]] = []
+    for condition in conditions:
+        joins = groups and not (alone or condition.arguments or groups[-1][-1].arguments) and len(groups[-1]) < batch
+        groups[-1].append(condition) if joins else groups.append([condition])
+    return groups
+
+
+def _sample_together(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling) -> Sample:
     seen: list[Tensor] = []
-    with watch_decoder(pipeline, seen.append):
-        made = torch.from_numpy(pipeline(**call_arguments(pipeline, conditions, sampling)).images)
-    return Sample(made.permute(0, 3, 1, 2).float(), torch.cat(seen) if seen else pixels_as_latents(made))
+    arguments = call_arguments(pipeline, conditions, sampling)
+    with watch_decoder(pipeline, seen.append), drawing(pipeline, conditions), refusals_told(pipeline):
+        kind, made = made_of(pipeline(**arguments), len(conditions))
+    if seen:
+        latents = torch.cat(seen)
+        # Some decode frames or pieces of one output apart.
+        several = len(latents) != len(conditions) and len(latents) % len(conditions) == 0
+        latents = latents.unflatten(0, (len(conditions), -1)) if several else latents
+    else:
+        latents = made * 2 - 1 if kind == "image" else made
+    return Sample(made, latents, kind)
+
+
+def joined(parts: Sequence[Sample]) -> Sample:
+    """What several calls made, as of one. Raises UserError where it is of different sizes."""
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.images.shape[1:] for part in parts}) > 1:
+        shapes = sorted({" x ".join(map(str, part.images.shape[1:])) for part in parts})
+        raise UserError(
+            f"The calls give outputs of different sizes ({'; '.join(shapes)}), which cannot be put beside each other. Give "
+            "pictures of one size, or `height` and `width` in sampling.call."
+        )
+    return Sample(
+        torch.cat([part.images for part in parts]), torch.cat([part.latents for part in parts]), parts[0].kind
+    )
+
+
+@contextmanager
+def drawing(pipeline: Any, conditions: Sequence[Condition]) -> Iterator[None]:
+    """While the context lasts, noise that is drawn from no generator depends on the first condition's seed alone.
+
+    Schedulers that keep a source of noise from one run to the next begin with a new one.
+    """
+    for scheduler in schedulers_of(pipeline):
+        if getattr(scheduler, "noise_sampler", None) is not None:
+            scheduler.noise_sampler = None
+    device = device_of_pipeline(pipeline)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # Another than the generators', whose first noise this would repeat.
+        torch.manual_seed(conditions[0].seed + OTHER_SEED)
+        yield
+
+
+@contextmanager
+def refusals_told(pipeline: Any) -> Iterator[None]:
+    """Raise a UserError in place of what the pipeline itself says to arguments that it does not take."""
+    try:
+        yield
+    except REFUSALS as error:
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        # The first are those of the caller; what fails inside of ours later on is a fault of ours.
+        inside = modules[next((i for i, name in enumerate(modules) if not name.startswith(OURS)), len(modules)) :]
+        if isinstance(error, UserError) or not any(name.startswith("diffusers") for name in inside):
+            raise
+        if any(name.startswith(OURS) for name in inside) or OUT_OF_MEMORY.search(str(error)):
+            raise
+        words = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+        raise UserError(
+            f"{type(pipeline).__name__} does not take this call: {words}. Change what it is given by sampling.call "
+            "(--set sampling.call.NAME=VALUE) or record.calls."
+        ) from error
 
 
 def call_arguments(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling) -> dict[str, Any]:
-    """What the call of the pipeline is given (see `sample`)."""
-    arguments: dict[str, Any] = {
-        "generator": [torch.Generator().manual_seed(condition.seed) for condition in conditions],
+    """What one call of the pipeline is given (see `sample`)."""
+    call = call_of(pipeline)
+    known = call.parameters
+    given = {**sampling.call, **conditions[0].arguments}
+    arguments = opened_arguments(pipeline, call, given) if given else {}
+    generators = [torch.Generator().manual_seed(condition.seed) for condition in conditions]
+    listed = call.takes_lists
+    # What is asked for alone may go through code that takes no list of generators.
+    together = listed and not given
+    settled = {
+        "generator": generators if together else generators[0],
         "output_type": "np",
+        "batch_size": len(conditions),
     }
-    takes, known = kind(pipeline), call_parameters(pipeline)
-    if takes == "prompt":
-        arguments["prompt"] = [condition.text for condition in conditions]
-    elif takes == "label":
-        arguments["class_labels"] = [int(condition.text) for condition in conditions]
-    else:
-        arguments["batch_size"] = len(conditions)
+    if call.takes != "nothing":
+        del settled["batch_size"]
+    arguments |= {name: value for name, value in settled.items() if name in known}
+    texts = [condition.text for condition in conditions]
+    if call.takes == "prompt":
+        arguments["prompt"] = texts if listed else texts[0]
+    elif call.takes == "label":
+        arguments["class_labels"] = [int(text) for text in texts]
     if sampling.steps is not None:
         if "num_inference_steps" not in known:
             raise UnsupportedModelError(
@@ -152,10 +256,9 @@ def _at_least_single(x: Tensor) -> Tensor:
 
 def sample_in_batches(pipeline: Any, conditions: Sequence[Condition], sampling: Sampling, batch: int) -> Sample:
     """The same for any number of conditions, `batch` images in memory at a time."""
-    parts = [
-        sample(pipeline, conditions[start : start + batch], sampling) for start in range(0, len(conditions), batch)
-    ]
-    return Sample(torch.cat([part.images for part in parts]), torch.cat([part.latents for part in parts]))
+    return joined(
+        [sample(pipeline, conditions[start : start + batch], sampling) for start in range(0, len(conditions), batch)]
+    )
 
 
 @contextmanager

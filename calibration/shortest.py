@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .conditions import Condition
@@ -16,7 +17,7 @@ def shortest(pipeline: Any, condition: Condition, sampling: Sampling) -> Samplin
     for steps in FEWEST:
         if sampling.steps is not None and steps >= sampling.steps:
             break
-        fewer = Sampling(steps, sampling.guidance_scale)
+        fewer = replace(sampling, steps=steps)
         try:
             sample(pipeline, [condition], fewer)
         # Whatever a scheduler or a pipeline says to a number of steps that it cannot make.

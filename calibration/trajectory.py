@@ -13,7 +13,7 @@ from safetensors import safe_open
 from diffpress.export.errors import UnsupportedModelError
 
 from .conditions import Condition
-from .sampling import Call, Sampling, sample, watch, watch_guided
+from .sampling import Call, Sampling, groups_of, sample, watch, watch_guided
 from .shard import Answer, Shard, around, holds, names_of, read_call, record_of
 
 Progress = Callable[[int, int], None]
@@ -131,12 +131,12 @@ def record(
     answer: Answer | None = None,
     only: str | None = None,
 ) -> Trajectories:
-    """Sample every condition and write what the denoisers saw, `batch` runs a shard; finished shards are kept.
+    """Sample every condition and write what the denoisers saw, at most `batch` runs a shard; finished shards are kept.
 
     Memory holds one shard, however many conditions there are. Where `only` is given, nothing is written of other parts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    groups = [list(conditions[start : start + batch]) for start in range(0, len(conditions), batch)]
+    groups = groups_of(pipeline, conditions, sampling, batch)
     for index, group in enumerate(groups):
         path = folder / f"shard-{index:05d}.safetensors"
         request = json.dumps([asdict(sampling), [asdict(condition) for condition in group]], sort_keys=True)

@@ -9,7 +9,7 @@ from enum import Enum
 from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,11 @@ from .console import (
 )
 from .explain import as_typed, explained
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .calling import Options
+
 app = typer.Typer(
     help="Make a diffusers pipeline smaller and faster, prove it, and export it.",
     no_args_is_help=True,
@@ -44,6 +49,15 @@ Folder = Annotated[Path, typer.Argument(help="an artifact of `compress`, or an e
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the noise")]
 Engine = Annotated[
     str | None, typer.Option(help="torch, onnx, openvino or openvino:DEVICE; left out: what MODEL is made for")
+]
+Height = Annotated[int | None, typer.Option(min=1, help="of what is made, where the pipeline takes it")]
+Width = Annotated[int | None, typer.Option(min=1, help="the same")]
+Frames = Annotated[int | None, typer.Option(min=1, help="of a video")]
+ImageFile = Annotated[Path | None, typer.Option("--image", help="picture (or video) that the pipeline starts from")]
+MaskFile = Annotated[Path | None, typer.Option("--mask", help="picture, white where it is painted anew")]
+ControlFile = Annotated[Path | None, typer.Option("--control", help="picture that a ControlNet follows")]
+SamplingSet = Annotated[
+    list[str] | None, typer.Option("--set", help="sampling.call.NAME=VALUE, any other argument of the pipeline's call")
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps; left out: what it was made for")]
 
@@ -145,40 +159,57 @@ def export(
 @app.command()
 def run(
     model: Annotated[str, typer.Argument(help="a pipeline, an artifact or an export")],
-    out: Annotated[Path, typer.Option(help="PNG file to write")],
+    out: Annotated[Path, typer.Option(help="file to write: .png; .gif or .webp of a video, .wav of a sound")],
     prompt: Annotated[str | None, typer.Option(help="what to draw")] = None,
     label: Annotated[int | None, typer.Option(min=0, help="number of the class to draw")] = None,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="guidance scale; left out: the default")] = None,
     seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    image: ImageFile = None,
+    mask: MaskFile = None,
+    control: ControlFile = None,
+    overrides: SamplingSet = None,
     engine: Engine = None,
 ) -> None:
-    """Make one image."""
+    """Make one image, video or sound."""
     from diffpress.export.outputs import check_output_file
     from diffpress.export.publishing import replacing
 
     from .running import TORCH, Wanted, run_export, run_torch, wanted_engine
+    from .writing import Made, check_ending, write_made
 
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out {out} must end in .png.")
     if prompt is not None and label is not None:
         raise UserError("give --prompt or --label, not both.")
     if guidance is not None and not isfinite(guidance):
         raise UserError(f"--guidance {guidance} must be a finite number, such as 7.5.")
-    wanted = Wanted(None if prompt is None else as_typed(prompt), label, seed, steps, guidance)
+    options = _options(overrides, height=height, width=width, frames=frames, image=image, mask=mask, control=control)
+    wanted = Wanted(None if prompt is None else as_typed(prompt), label, seed, steps, guidance, options)
     chosen = wanted_engine(model, engine)
     if chosen != TORCH:
         check_output_file(out, [Path(model)])
-        image = run_export(Path(model), chosen, wanted)
+        check_ending(out, "image")
+        made: Made | Image = run_export(Path(model), chosen, wanted)
     else:
         from .models import resolve
 
         folder = resolve(model)
         check_output_file(out, [folder.path])
-        image = run_torch(folder, wanted)
+        made = run_torch(folder, wanted, out)
     with replacing(out) as file:
-        image.save(file)
-    OUTPUT.print(f"{out}: {image.width}x{image.height}, seed {seed}, {chosen}")
+        write_made(file, made) if isinstance(made, Made) else made.save(file)
+    size = made.words() if isinstance(made, Made) else f"{made.width}x{made.height}"
+    OUTPUT.print(f"{out}: {size}, seed {seed}, {chosen}")
+
+
+def _options(overrides: list[str] | None, **flags: int | Path | None) -> Options:
+    from .calling import Options
+    from .recipe import sampling_overrides
+
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    return Options(given, sampling_overrides(overrides or ()))
 
 
 @app.command()
@@ -189,6 +220,13 @@ def compare(
     count: Annotated[int, typer.Option(min=1, help="pairs of images")] = 16,
     steps: Steps = None,
     seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    image: ImageFile = None,
+    mask: MaskFile = None,
+    control: ControlFile = None,
+    overrides: SamplingSet = None,
     report: Annotated[Path | None, typer.Option(help="also write the images and figures to this HTML file")] = None,
     as_json: Json = False,
 ) -> None:
@@ -196,8 +234,9 @@ def compare(
     from .compare import compare_by_name
     from .pairs import COSTS
 
+    options = _options(overrides, height=height, width=width, frames=frames, image=image, mask=mask, control=control)
     with stages() as notify:
-        found = compare_by_name(reference, candidate, engine, count, steps, seed, report, notify)
+        found = compare_by_name(reference, candidate, engine, count, steps, seed, report, notify, options)
     if as_json:
         print_json({**found.metrics, **dict.fromkeys(COSTS), **found.cost, "speed": found.speed.data()})
     else:

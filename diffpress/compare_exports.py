@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffpress.calibration.conditions import Condition, builtin_prompts
 from diffpress.calibration.cost import latencies_ms, median_ratio
-from diffpress.calibration.sampling import Sampling, pixels_as_latents, sample
+from diffpress.calibration.sampling import Sample, Sampling, joined, pixels_as_latents, sample
 from diffpress.calibration.trajectory import Progress
 from diffpress.export.artifact import open_pipeline
 from diffpress.export.engines.engine import Engine
@@ -108,9 +108,11 @@ class _Export:
                 progress(index + 1, len(groups))
         first = conditions[0]
         once = partial(pipeline.generate, first.text, first.seed, sampling.steps, sampling.guidance_scale)
-        images, latents = (torch.cat([side[place] for side in made]) for place in (0, 1))
         return _Opened(
-            Side(images, latents, [side.outputs[0] for side in made]), once, {}, Expansion({}, {}, frozenset())
+            Side(joined([side.made for side in made]), [side.outputs[0] for side in made]),
+            once,
+            {},
+            Expansion({}, {}, frozenset()),
         )
 
 
@@ -164,7 +166,7 @@ def _made(pipeline: PortablePipeline, group: Sequence[Condition], sampling: Samp
     images = torch.from_numpy(pipeline.decode(sample))
     has_decoder = "decoder" in pipeline.manifest.components
     latents = torch.from_numpy(pipeline.latents(sample)) if has_decoder else pixels_as_latents(images)
-    return Side(images.permute(0, 3, 1, 2), latents, [outputs])
+    return Side(Sample(images.permute(0, 3, 1, 2), latents), [outputs])
 
 
 def _compared(bytes_of: list[dict[str, int]], opened: list[_Opened], conditions: Sequence[Condition]) -> Comparison:

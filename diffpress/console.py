@@ -74,13 +74,21 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 def print_comparison(metrics: Mapping[str, Any], cost: Mapping[str, Any]) -> None:
     """Reference beside candidate, with the ratio."""
-    rows = [(name, "", f"{metrics[name]:.4g}", "") for name in ("psnr_db", "ssim", "latent_mse")]
+    rows = [
+        (name, "", f"{metrics[name]:.4g}", "")
+        for name in ("psnr_db", "ssim", "snr_db", "latent_mse")
+        if name in metrics
+    ]
     pairs = {name: value for name, value in {**metrics, **cost}.items() if isinstance(value, dict)}
     for name, value in pairs.items():
         ratio = value.get("ratio", value["candidate"] / value["reference"])
         rows.append((name, _figure(value["reference"]), _figure(value["candidate"]), f"{ratio:.3f}"))
     title = f"{metrics['count']} pairs, {metrics['steps']} steps, same prompts and noise"
     print_table(title, ("", "reference", "candidate", "ratio"), rows, numbers=True)
+    from .report.formatting import measured_words
+
+    for sentence in measured_words(metrics):
+        OUTPUT.print(f"{sentence}.", markup=False, soft_wrap=True)
 
 
 def print_poor(poor: Poor | None) -> None:

@@ -9,6 +9,7 @@ from diffpress.export.errors import UserError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import read_manifest
 
+from .calling import given_of, portable
 from .models import pipeline_class
 from .recipe import Recipe
 
@@ -17,7 +18,8 @@ def default_sampling(folder: PipelineFolder) -> Sampling:
     """What an artifact was made for; the pipeline's own defaults for anything else."""
     if not is_artifact(folder.path):
         return Sampling()
-    return Sampling(**read_manifest(folder.path).recipe["sampling"])
+    made_for = read_manifest(folder.path).recipe["sampling"]
+    return Sampling(**{**made_for, "call": portable(pipeline_class(folder), made_for.get("call", {}))})
 
 
 def check_sampling(
@@ -39,6 +41,7 @@ def check_recipe_fits(source: PipelineFolder, recipe: Recipe) -> None:
     asked = Sampling(recipe.sampling.steps, recipe.sampling.guidance_scale)
     check_sampling(source, asked, "sampling.steps", "sampling.guidance_scale")
     check_texts(kind(pipeline_class(source)), recipe.record.prompts)
+    given_of(pipeline_class(source), recipe)
 
 
 def _trained_steps(folder: PipelineFolder) -> int | None:

@@ -45,7 +45,7 @@ def estimate(source: PipelineFolder, recipe: Recipe, device: str = "cpu") -> dic
     running, batch = running_of(pipeline, recipe), recipe.record.batch
     costs = costs_of(stages, running)
     weights, run_seconds = weight_bytes(pipeline), running.step_seconds * running.steps
-    wanted = recorded_conditions(pipeline, recipe)[:batch]
+    wanted, sampling = recorded_conditions(pipeline, recipe)[:batch], sampling_of(pipeline, recipe)
     return {
         "steps": running.steps,
         "dtype": str(dtype).removeprefix("torch."),
@@ -55,7 +55,7 @@ def estimate(source: PipelineFolder, recipe: Recipe, device: str = "cpu") -> dic
             "measure": run_seconds * ceil(IMAGES / batch),
         },
         "disk_bytes": disk_bytes(source, recipe, running, costs),
-        "memory_bytes": (peak_memory_bytes(pipeline, wanted[0], sampling_of(recipe)) - weights) * len(wanted) + weights,
+        "memory_bytes": (peak_memory_bytes(pipeline, wanted[0], sampling) - weights) * len(wanted) + weights,
         **{name: value for cost in costs for name, value in cost.details.items()},
     }
 
@@ -63,7 +63,7 @@ def estimate(source: PipelineFolder, recipe: Recipe, device: str = "cpu") -> dic
 def running_of(pipeline: Any, recipe: Recipe) -> Running:
     """What the pipeline itself takes, from the shortest run that it makes."""
     wanted = recorded_conditions(pipeline, recipe)[: recipe.record.batch]
-    sampling = shortest(pipeline, wanted[0], sampling_of(recipe))
+    sampling = shortest(pipeline, wanted[0], sampling_of(pipeline, recipe))
     seen, steps = observe(pipeline, wanted[:1], sampling), steps_of(pipeline, recipe)
     start = time.perf_counter()
     sample(pipeline, wanted, sampling)
@@ -83,4 +83,5 @@ def steps_of(pipeline: Any, recipe: Recipe) -> int:
     known = recipe.sampling.steps or (parameter and parameter.default)
     if isinstance(known, int):
         return known
-    return observe(pipeline, recorded_conditions(pipeline, recipe)[:1], sampling_of(recipe)).step_count()
+    wanted = recorded_conditions(pipeline, recipe)[:1]
+    return observe(pipeline, wanted, sampling_of(pipeline, recipe)).step_count()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ from diffpress.export.outputs import check_output, check_space
 from diffpress.export.publishing import publish
 from diffpress.export.source import Form
 
+from .calling import given_of
 from .defaults import check_recipe_fits
 from .estimate import costs_of, disk_bytes, needed_bytes, running_of
 from .exporting import export_to_onnx
 from .gates import check_gates
 from .measuring import Measured, measure
-from .models import resolve
+from .models import pipeline_class, resolve
 from .pairs import paired_conditions, sizes
 from .poor import poor_of
 from .precision import recipe_dtype, settle_dtype
@@ -193,6 +194,7 @@ def _request(source: PipelineFolder, recipe: Recipe, device: str) -> str:
             "source": source.digests(),
             "recipe": recipe.model_dump(mode="json"),
             "prompts": prompts,
+            "given": asdict(given_of(pipeline_class(source), recipe)),
             "versions": _versions(),
             "computed": computed_by(device),
         }
@@ -204,7 +206,7 @@ def _versions() -> dict[str, str]:
 
 
 def _record(teacher: Any, recipe: Recipe, work: Work, notify: Report) -> Trajectories:
-    wanted, sampling = recorded_conditions(teacher, recipe), sampling_of(recipe)
+    wanted, sampling = recorded_conditions(teacher, recipe), sampling_of(teacher, recipe)
     return record(
         teacher, wanted, sampling, work.recorded, recipe.record.batch, lambda done, total: notify("record", done, total)
     )
@@ -264,7 +266,7 @@ def _measure(
     return measure(
         original,
         candidate,
-        lambda pipeline: paired_conditions(pipeline, MEASURED, recipe.seed),
-        sampling_of(recipe),
+        lambda pipeline: paired_conditions(pipeline, MEASURED, recipe.seed, given_of(pipeline, recipe)),
+        sampling_of(pipeline_class(source), recipe),
         lambda done, total: notify("measure", done, total),
     )

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffpress.calibration.calls import OutputKind
 from diffpress.calibration.conditions import Condition, conditions
-from diffpress.calibration.metrics import psnr_db, ssim
-from diffpress.calibration.sampling import Call, Sample, Sampling, sample, watch, watch_guided
+from diffpress.calibration.given import NOTHING_GIVEN, Given
+from diffpress.calibration.made import picture_of
+from diffpress.calibration.media import StandIn
+from diffpress.calibration.metrics import MEASURES, quality
+from diffpress.calibration.sampling import Call, Sample, Sampling, groups_of, joined, sample, watch, watch_guided
 from diffpress.calibration.trajectory import Progress
 from diffpress.export.folder import PipelineFolder
 
@@ -26,7 +32,7 @@ class Pairs:
 
     conditions: list[Condition]
     reference: Tensor
-    """[N, C, H, W] in 0..1"""
+    """[N, C, H, W] in 0..1: images, or pictures of what is none."""
     candidate: Tensor
     psnr_db: list[float]
     ssim: float
@@ -34,8 +40,16 @@ class Pairs:
     step_error: list[float]
     """[S] mean squared difference of the denoiser's outputs at each step, each pipeline on its own trajectory."""
     steps: int
+    kind: OutputKind = "image"
+    """Of what was made."""
+    more: dict[str, float] = field(default_factory=dict)
+    """Measures that only this kind has."""
 
-    def metrics(self) -> dict[str, float | int]:
+    def drawn(self) -> list[str]:
+        """Arguments that drawings stood in for."""
+        return sorted({name for own in self.conditions for name, value in own.arguments.items() if _is_drawn(value)})
+
+    def metrics(self) -> dict[str, Any]:
         """The figures that depend on seeds alone."""
         return {
             "count": len(self.conditions),
@@ -43,20 +57,25 @@ class Pairs:
             "psnr_db": sum(self.psnr_db) / len(self.psnr_db),
             "ssim": self.ssim,
             "latent_mse": self.latent_mse,
+            **self.more,
+            "measured_on": MEASURES[self.kind],
+            "drawn_arguments": self.drawn(),
         }
 
 
-def paired_conditions(pipeline: Any, count: int, seed: int) -> list[Condition]:
-    """Prompts kept apart from those that are recorded, noise likewise."""
-    return conditions(pipeline, "builtin", count, seed, "compare")
+def _is_drawn(value: Any) -> bool:
+    return isinstance(value, StandIn)
+
+
+def paired_conditions(pipeline: Any, count: int, seed: int, given: Given = NOTHING_GIVEN) -> list[Condition]:
+    """Prompts and drawings kept apart from those that are recorded, noise likewise; calls that are `given` serve again."""
+    return conditions(pipeline, "builtin", count, seed, "compare", given)
 
 
 class Side(NamedTuple):
     """What one pipeline made of N conditions."""
 
-    images: Tensor
-    """[N, C, H, W] in 0..1"""
-    latents: Tensor
+    made: Sample
     outputs: list[list[Tensor]]
     """Of the denoiser in float32, for every batch and step."""
 
@@ -65,7 +84,7 @@ def sample_side(
     pipeline: Any, conditions: Sequence[Condition], sampling: Sampling, progress: Progress | None = None
 ) -> Side:
     """Sample one of two pipelines under `conditions`; what it made is kept in main memory."""
-    groups = [list(conditions[start : start + BATCH]) for start in range(0, len(conditions), BATCH)]
+    groups = groups_of(pipeline, conditions, sampling, BATCH)
     made, outputs = [], []
     for index, group in enumerate(groups):
         result, calls = _watched(pipeline, group, sampling)
@@ -73,27 +92,37 @@ def sample_side(
         outputs.append(calls)
         if progress is not None:
             progress(index + 1, len(groups))
-    return Side(torch.cat([own.images for own in made]), torch.cat([own.latents for own in made]), outputs)
+    return Side(joined(made), outputs)
 
 
 def pairs_of(reference: Side, candidate: Side, conditions: Sequence[Condition]) -> Pairs:
     """What both made of the same conditions."""
-    errors = torch.stack(
-        [
-            torch.stack([(a - b).square().mean() for a, b in zip(first, second, strict=True)])
-            for first, second in zip(reference.outputs, candidate.outputs, strict=True)
-        ]
-    )
+    errors = [
+        [float((a - b).square().mean()) for a, b in zip(first, second, strict=True)]
+        for first, second in zip(reference.outputs, candidate.outputs, strict=True)
+    ]
+    first, second = reference.made, candidate.made
+    found = quality(first.kind, second.images, first.images)
+    # Calls may differ in their numbers of steps, as by `strength`.
+    per_step = [fmean(error for error in own if error is not None) for own in zip_longest(*errors)]
     return Pairs(
         list(conditions),
-        reference.images,
-        candidate.images,
-        psnr_db(candidate.images, reference.images).tolist(),
-        ssim(candidate.images, reference.images),
-        float((reference.latents - candidate.latents).square().mean()),
-        errors.mean(0).tolist(),
-        errors.shape[1],
+        _pictures(first),
+        _pictures(second),
+        found.psnr_db,
+        found.ssim,
+        float((first.latents - second.latents).square().mean()),
+        per_step,
+        len(per_step),
+        first.kind,
+        found.more,
     )
+
+
+def _pictures(made: Sample) -> Tensor:
+    if made.kind == "image" and made.images.shape[1] in (1, 3):
+        return made.images
+    return torch.stack([picture_of(made.kind, own) for own in made.images])
 
 
 def compare_pairs(reference: Any, candidate: Any, conditions: Sequence[Condition], sampling: Sampling) -> Pairs:
@@ -115,7 +144,7 @@ def _watched(pipeline: Any, group: list[Condition], sampling: Sampling) -> tuple
         result = sample(pipeline, group, sampling)
     # What a part answers that steers another, as a ControlNet does, no scheduler is given.
     outputs = [output for place, output in calls.items() if not taken or place in taken]
-    return Sample(result.images, result.latents.cpu()), outputs
+    return result._replace(latents=result.latents.cpu()), outputs
 
 
 def sizes(reference: PipelineFolder, candidate: PipelineFolder) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class SamplingSection(Section):
     guidance_scale: float | None = Field(
         default=None, ge=0, description="guidance; left out: the pipeline's own default"
     )
+    call: dict[str, Any] = Field(
+        default={},
+        description="other arguments that all calls of the pipeline share, such as `{height: 512, num_frames: 9, "
+        "strength: 0.6}`; files are named relative to the recipe",
+    )
 
 
 class RecordSection(Section):
@@ -41,6 +46,11 @@ class RecordSection(Section):
     trajectories: int = Field(default=32, ge=1, description="sampling runs to record")
     prompts: str | list[str] = Field(
         "builtin", description="`builtin`, a file with one prompt or label a line, or a list"
+    )
+    calls: str | list[dict[str, Any]] = Field(
+        default=[],
+        description="arguments of single calls, taken in turn: a list such as `[{prompt: make it snow, image: house.png}]`, "
+        "or a YAML or JSON file with one; files are named relative to it",
     )
     batch: int = Field(default=4, ge=1, description="runs at a time; memory grows with it")
 
@@ -102,6 +112,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = (), seed: int | Non
         raise RecipeError(f"recipe {where} is no YAML: {error}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {where} must be a mapping such as `quantize: {{method: ptq}}`, not {data!r}.")
+    _place_files_(data, Path(name).parent)
     for override in overrides:
         _override_(data, override)
     if seed is not None:
@@ -123,6 +134,44 @@ def parse_recipe(data: dict[str, Any], where: str = "given") -> Recipe:
             "have no inner loop. Leave out export, or take `method: inherit`."
         )
     return recipe
+
+
+def sampling_overrides(overrides: Sequence[str]) -> SamplingSection:
+    """What `sampling.key=value` overrides say. Raises RecipeError for other keys, and for values that are not allowed."""
+    data: dict[str, Any] = {"sampling": {}}
+    for override in overrides:
+        if not override.startswith("sampling."):
+            raise RecipeError(
+                f"--set {override!r}: only sampling.* can be set here, such as sampling.call.strength=0.6."
+            )
+        _override_(data, override)
+    try:
+        return Recipe.model_validate(data).sampling
+    except ValidationError as error:
+        raise RecipeError("--set: " + "; ".join(_explained(error.errors()))) from error
+
+
+def _place_files_(data: dict[str, Any], folder: Path) -> None:
+    """Put the recipe's `folder` before the names of files that calls are given and that lie there."""
+    sampling, record = data.get("sampling"), data.get("record")
+    shared = sampling.get("call") if isinstance(sampling, dict) else None
+    calls = record.get("calls") if isinstance(record, dict) else None
+    for own in (shared, *(calls if isinstance(calls, list) else ())):
+        if isinstance(own, dict):
+            own |= {name: _placed(value, folder) for name, value in own.items()}
+    if isinstance(record, dict) and isinstance(calls, str):
+        record["calls"] = _placed(calls, folder)
+
+
+def _placed(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_placed(item, folder) for item in value]
+    try:
+        beside = isinstance(value, str) and value != "" and (folder / value).exists()
+    except (OSError, ValueError):
+        # A text that no file could be called.
+        return value
+    return str((folder / value).resolve()) if beside else value
 
 
 def _presets_folder() -> Traversable:

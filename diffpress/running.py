@@ -1,4 +1,4 @@
-"""One image from whatever can make one."""
+"""One output from whatever can make one."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from diffpress.export.engines.named import NAMES, engine_named
 from diffpress.export.errors import UserError
 from diffpress.export.portable.manifest import is_export
 
+from .calling import NO_OPTIONS, Options
+from .recipe import SamplingSection
+from .writing import Made, check_ending, to_picture
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diffpress.calibration.conditions import Takes
+    from diffpress.calibration.calls import Takes
     from diffpress.export.engines.engine import Engine
     from diffpress.export.folder import PipelineFolder
     from diffpress.export.portable.pipeline import PortablePipeline
@@ -32,6 +34,14 @@ class Wanted:
     seed: int
     steps: int | None
     guidance: float | None
+    options: Options = NO_OPTIONS
+
+    def sampling(self) -> SamplingSection:
+        """Steps and guidance, those of --set where there are no others."""
+        own = {"steps": self.steps, "guidance_scale": self.guidance}
+        return self.options.sampling.model_copy(
+            update={name: value for name, value in own.items() if value is not None}
+        )
 
     def text(self, model: str, takes: Takes) -> str:
         """The prompt, or the class as text. Raises UserError where `model` takes something else."""
@@ -62,8 +72,12 @@ def wanted_engine(model: str, asked: str | None) -> str:
     return asked or NAMES[0]
 
 
-def run_torch(folder: PipelineFolder, wanted: Wanted) -> Image:
-    """Sample a pipeline or artifact. Raises UserError, if it can before any weight is read."""
+def run_torch(folder: PipelineFolder, wanted: Wanted, out: Path | None = None) -> Made:
+    """Sample a pipeline or artifact. Raises UserError, if it can before any weight is read, also where what it makes cannot
+    be written to `out`.
+    """
+    from diffpress.calibration.arguments import rate_of
+    from diffpress.calibration.calls import output_kind
     from diffpress.calibration.conditions import Condition, check_text, kind
     from diffpress.calibration.sampling import Sampling, sample
     from diffpress.export.artifact import open_pipeline
@@ -72,22 +86,28 @@ def run_torch(folder: PipelineFolder, wanted: Wanted) -> Image:
     from .models import pipeline_class
     from .precision import working_dtype
 
-    text = wanted.text(folder.name, kind(pipeline_class(folder)))
-    check_sampling(folder, Sampling(wanted.steps, wanted.guidance))
+    own_class = pipeline_class(folder)
+    if out is not None:
+        check_ending(out, output_kind(own_class))
+    text, asked, made_for = wanted.text(folder.name, kind(own_class)), wanted.sampling(), default_sampling(folder)
+    check_sampling(folder, Sampling(asked.steps, asked.guidance_scale))
+    given = wanted.options.given(own_class, made_for.call, drawn=False)
     pipeline = open_pipeline(folder, working_dtype(folder), prefer="speed")
     check_text(pipeline, text)
-    made_for = default_sampling(folder)
-    guidance = made_for.guidance_scale if wanted.guidance is None else wanted.guidance
-    made = sample(pipeline, [Condition(text, wanted.seed)], Sampling(wanted.steps or made_for.steps, guidance))
-    return to_picture(made.images[0].permute(1, 2, 0).numpy())
+    guidance = made_for.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
+    sampling = Sampling(asked.steps or made_for.steps, guidance, given.shared)
+    made = sample(pipeline, [Condition(text, wanted.seed)], sampling)
+    return Made(made.kind, made.images[0], rate_of(pipeline))
 
 
 def run_export(folder: Path, engine: str, wanted: Wanted) -> Image:
     """Run an export, without torch."""
+    wanted.options.refuse(str(folder))
     pipeline = open_export(folder, engine_named(engine))
     manifest = pipeline.manifest
     text = wanted.text(str(folder), "prompt" if manifest.tokens else "label" if manifest.labels else "nothing")
-    return to_picture(pipeline.generate(text, wanted.seed, wanted.steps, wanted.guidance))
+    asked = wanted.sampling()
+    return to_picture(pipeline.generate(text, wanted.seed, asked.steps, asked.guidance_scale))
 
 
 def open_export(folder: Path, engine: Engine) -> PortablePipeline:
@@ -99,11 +119,3 @@ def open_export(folder: Path, engine: Engine) -> PortablePipeline:
     if pipeline.manifest.worst_case is not None:
         require_exact(engine, folder / pipeline.manifest.worst_case)
     return pipeline
-
-
-def to_picture(pixels: np.ndarray) -> Image:
-    """Pixels [H, W, C] in 0..1 as an 8-bit image, grey where C is 1."""
-    from PIL import Image
-
-    rounded = (pixels * 255).round().clip(0, 255).astype(np.uint8)
-    return Image.fromarray(rounded[:, :, 0] if rounded.shape[2] == 1 else rounded)

@@ -19,6 +19,7 @@ from diffpress.export.errors import RecipeError, UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.source import Form, forms_of, source_tensors
 
+from .calling import given_of
 from .recipe import Recipe
 from .work import Work
 
@@ -56,7 +57,7 @@ def stages_of(
                 component,
                 forms[component],
                 Trajectories(recorded, component if component in source.denoisers else None),
-                sampling_of(recipe),
+                sampling_of(pipeline, recipe),
                 partial(rollout_conditions, pipeline, recipe),
                 recipe.record.batch,
                 recipe.seed,
@@ -121,17 +122,20 @@ def run_stages(stages: list[Stage], work: Work, report: Report) -> dict[str, Cha
     return changes
 
 
-def sampling_of(recipe: Recipe) -> Sampling:
+def sampling_of(pipeline: Any, recipe: Recipe) -> Sampling:
     """How the pipeline samples while it is recorded and compared."""
-    return Sampling(recipe.sampling.steps, recipe.sampling.guidance_scale)
+    shared = given_of(pipeline, recipe).shared
+    return Sampling(recipe.sampling.steps, recipe.sampling.guidance_scale, shared)
 
 
 def recorded_conditions(pipeline: Any, recipe: Recipe) -> list[Condition]:
     """What is recorded; its seeds are apart from those that results are reported on, which count up from the recipe's own."""
-    return conditions(pipeline, recipe.record.prompts, recipe.record.trajectories, recipe.seed + 2**31)
+    given = given_of(pipeline, recipe)
+    return conditions(pipeline, recipe.record.prompts, recipe.record.trajectories, recipe.seed + 2**31, given=given)
 
 
 def rollout_conditions(pipeline: Any, recipe: Recipe, count: int) -> list[Condition]:
     """What a student samples while it learns: texts from where recording stopped on, with seeds of their own."""
-    recorded = recipe.record.trajectories
-    return conditions(pipeline, recipe.record.prompts, recorded + count, recipe.seed + 2**32)[recorded:]
+    recorded, given = recipe.record.trajectories, given_of(pipeline, recipe)
+    wanted = conditions(pipeline, recipe.record.prompts, recorded + count, recipe.seed + 2**32, given=given)
+    return wanted[recorded:]

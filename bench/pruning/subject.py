@@ -63,7 +63,7 @@ class Prepared:
 
     @property
     def sampling(self) -> Sampling:
-        return sampling_of(self.recipe({"prune": {"method": "magnitude"}}))
+        return sampling_of(self.pipeline, self.recipe({"prune": {"method": "magnitude"}}))
 
     def recipe(self, sections: Sections) -> Recipe:
         """With those sections, recorded and sampled as all rows are."""
@@ -82,7 +82,7 @@ class Prepared:
         """Recorded once for all rows."""
         wanted = recorded_conditions(self.pipeline, recipe)
         folder = self.work / "recorded" / self.source.path.name
-        return record(self.pipeline, wanted, sampling_of(recipe), folder, BATCH)
+        return record(self.pipeline, wanted, sampling_of(self.pipeline, recipe), folder, BATCH)
 
     def changed(self, row: str, sections: Sections, folder: Path) -> dict[str, Changes]:
         """What a row makes of the components; `folder` is where finished stages are kept.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
+from typing import Any
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -74,3 +75,15 @@ def ranges(places: Iterable[int]) -> str:
     """Rising `places`, those that follow each other together: 1, 3, 6-8."""
     runs = [[place for _, place in run] for _, run in groupby(enumerate(places), lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def measured_words(metrics: Mapping[str, Any]) -> list[str]:
+    """What there is to know of how it was compared, beside the figures."""
+    measured, drawn = metrics.get("measured_on", "images"), metrics.get("drawn_arguments")
+    sentences = [] if measured == "images" else [f"PSNR and SSIM are of {measured}"]
+    if drawn:
+        sentences.append(
+            f"Nothing was given as {' and '.join(drawn)}: drawings of diffpress's own stand for it, so quality on real "
+            "pictures may differ. Give some by record.calls or sampling.call"
+        )
+    return sentences

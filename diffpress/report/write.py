@@ -17,7 +17,7 @@ from ..pairs import Pairs
 from ..poor import poor_of
 from .charts import histogram, step_curve
 from .figures import Measure, gates_tile, measures, pairs_tile, tiles
-from .formatting import byte_size, decibels, significant
+from .formatting import byte_size, decibels, measured_words, significant
 from .images import gallery
 from .learning import learning
 from .plan import explained, lines, saving, sensitivity, summary, totals, whole
@@ -27,6 +27,13 @@ from .steps import step_plan
 if TYPE_CHECKING:
     from ..speed import Speed
 
+SHOWN_AS = {
+    "image": "",
+    "video": "Videos are shown as some of their frames, beside each other in their order.",
+    "audio": "Sounds are shown as spectrograms: time to the right, pitch upwards, brighter is louder.",
+    "array": "Arrays are shown from their lowest value, black, to their highest, white.",
+}
+"""How what is no image is shown."""
 UNMEASURED = {
     "parameters": "parameters",
     "macs_per_image": "multiply-accumulates",
@@ -86,6 +93,8 @@ def _shared(
         "seeds": (pairs.conditions[0].seed, pairs.conditions[-1].seed),
         "tiles": tiles(measured, metrics, pairs.psnr_db),
         "gallery": gallery(pairs),
+        "shown": SHOWN_AS[pairs.kind],
+        "told": measured_words(pairs.metrics()),
         "spread": histogram(pairs.psnr_db),
         "psnr": _psnr_words(pairs.psnr_db),
         "measured": list(measured.values()),
