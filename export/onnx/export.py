@@ -21,6 +21,7 @@ from ..manifest import list_files, read_manifest
 from ..outputs import check_output, check_space
 from ..portable.manifest import (
     EXPORT,
+    PLANNED,
     SCHEMA,
     UNPLANNED,
     ExportManifest,
@@ -109,8 +110,9 @@ def _write(
 ) -> ExportManifest:
     own_steps, own_guidance = defaults(pipeline)
     steps = own_steps if steps is None else steps
-    schedules = build_tables(pipeline.scheduler, steps, (TEST_STEPS, *STANDARD_STEPS), kind.scales_input)
-    parts = kind.parts(pipeline, schedules[steps].timesteps)
+    schedules = build_tables(pipeline.scheduler, steps, (TEST_STEPS, *STANDARD_STEPS), kind.scales_input, kind.seeded)
+    asked_guidance = own_guidance if guidance_scale is None else guidance_scale
+    parts = kind.parts(pipeline, schedules[steps].timesteps, asked_guidance)
     integers = any(multiplies_codes(part) for part in parts)
     worst_case = _try_engine(folder, engine) if integers else None
     # The last of the steps is comparing an image with torch's.
@@ -127,9 +129,10 @@ def _write(
     graphs = {own.part.name: _describe(own) for own in checked}
     progress(len(parts), total)
     denoiser = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
-    guidance = None if kind.first_half is None else own_guidance if guidance_scale is None else guidance_scale
+    guided = kind.first_half is not None or kind.fixes_guidance
+    guidance = asked_guidance if guided else None
     manifest = ExportManifest(
-        schema_version=UNPLANNED if plan is None else SCHEMA,
+        schema_version=_schema(schedules, plan),
         pipeline=type(pipeline).__name__,
         opset=OPSET,
         format="int8" if integers else "float32",
@@ -157,6 +160,13 @@ def _write(
     manifest = run_self_test(manifest, folder, engine)
     progress(total, total)
     return manifest
+
+
+def _schema(schedules: dict[int, SchedulerTable], plan: StepPlanTables | None) -> int:
+    """The earliest whose readers understand all of it."""
+    if any(table.updates is not None for table in schedules.values()):
+        return SCHEMA
+    return UNPLANNED if plan is None else PLANNED
 
 
 def _try_engine(folder: Path, engine: Engine) -> str:

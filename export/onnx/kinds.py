@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..portable.manifest import Labels, Tokens
 from .part import Input, Part
-from .wrappers import Decoder, LabelDenoiser, PlainDenoiser, PromptDenoiser, TextEncoder
+from .wrappers import Decoder, DistilledDenoiser, LabelDenoiser, PlainDenoiser, PromptDenoiser, TextEncoder
 
 NO_CLASS = 1000
 """The label DiTPipeline hard-codes for no condition."""
@@ -26,14 +26,18 @@ class Kind(Protocol):
     first_half: Half | None
     scales_input: bool
     """Whether the pipeline scales noise and inputs as its scheduler asks."""
+    seeded: bool
+    """Whether the pipeline hands its generator on to the scheduler."""
     example: str
     """A condition for the self test."""
+    fixes_guidance: bool
+    """Whether the denoiser is told the guidance scale, which an export then fixes."""
 
     def check(self, pipeline: Any) -> None:
         """Raises UnsupportedModelError for a variant of the class whose extra parts we do not export."""
 
-    def parts(self, pipeline: Any, timesteps: tuple[float, ...]) -> list[Part]:
-        """The graphs."""
+    def parts(self, pipeline: Any, timesteps: tuple[float, ...], guidance_scale: float | None) -> list[Part]:
+        """The graphs, with that guidance scale where it is fixed."""
 
     def tokens(self, pipeline: Any, folder: Path) -> Tokens | None:
         """Writes the tokenizer, where there is one."""
@@ -50,29 +54,37 @@ class PromptKind:
 
     first_half: Half | None = "unconditional"
     scales_input = True
+    seeded = True
     example = "a red square"
+    fixes_guidance = False
 
     def check(self, pipeline: Any) -> None:
-        if pipeline.unet.config.time_cond_proj_dim is not None:
+        if (pipeline.unet.config.time_cond_proj_dim is not None) != self.fixes_guidance:
+            takes = "takes" if not self.fixes_guidance else "does not take"
             raise UnsupportedModelError(
-                "The unet takes the guidance scale as an input (time_cond_proj_dim); not supported."
+                f"The unet {takes} the guidance scale as an input (time_cond_proj_dim); not supported in a "
+                f"{type(pipeline).__name__}."
             )
         if pipeline.unet.config.addition_embed_type or pipeline.unet.config.class_embed_type:
             raise UnsupportedModelError("The unet takes more inputs than a prompt (extra embeddings); not supported.")
         if getattr(pipeline.text_encoder.config, "use_attention_mask", False):
             raise UnsupportedModelError("The text encoder needs an attention mask (use_attention_mask); not supported.")
 
-    def parts(self, pipeline: Any, timesteps: tuple[float, ...]) -> list[Part]:
+    def parts(self, pipeline: Any, timesteps: tuple[float, ...], guidance_scale: float | None) -> list[Part]:
         text = pipeline.text_encoder
         length = pipeline.tokenizer.model_max_length
         states = Input("encoder_hidden_states", (length, text.config.hidden_size))
         ids = Input("input_ids", (length,), below=text.config.vocab_size)
-        denoiser = PromptDenoiser(pipeline.unet)
+        denoiser = self.denoiser(pipeline, guidance_scale)
         return [
             Part("text_encoder", TextEncoder(text), (ids,), "encoder_hidden_states"),
             Part("denoiser", denoiser, (*_sample_inputs(pipeline.unet, timesteps), states), "output"),
             _decoder(pipeline, pipeline.unet),
         ]
+
+    def denoiser(self, pipeline: Any, guidance_scale: float | None) -> nn.Module:
+        """The unet as a graph."""
+        return PromptDenoiser(pipeline.unet)
 
     def tokens(self, pipeline: Any, folder: Path) -> Tokens | None:
         tokenizer = pipeline.tokenizer
@@ -91,12 +103,28 @@ class PromptKind:
         return {"prompt": [condition]}
 
 
+class DistilledKind(PromptKind):
+    """LatentConsistencyModelPipeline: the same, but the unet is told the guidance scale instead of being called twice."""
+
+    first_half: Half | None = None
+    fixes_guidance = True
+
+    def denoiser(self, pipeline: Any, guidance_scale: float | None) -> nn.Module:
+        assert guidance_scale is not None
+        embedded = pipeline.get_guidance_scale_embedding(
+            torch.tensor([guidance_scale - 1.0]), embedding_dim=pipeline.unet.config.time_cond_proj_dim
+        )
+        return DistilledDenoiser(pipeline.unet, embedded)
+
+
 class LabelKind:
     """DiTPipeline: class labels, guidance with the null class last, a VAE."""
 
     first_half: Half | None = "conditional"
     scales_input = False
+    seeded = False
     example = "1"
+    fixes_guidance = False
 
     def check(self, pipeline: Any) -> None:
         classes = pipeline.transformer.config.num_embeds_ada_norm
@@ -105,7 +133,7 @@ class LabelKind:
                 f"DiTPipeline calls class {NO_CLASS} for guidance, but this transformer has {classes} classes."
             )
 
-    def parts(self, pipeline: Any, timesteps: tuple[float, ...]) -> list[Part]:
+    def parts(self, pipeline: Any, timesteps: tuple[float, ...], guidance_scale: float | None) -> list[Part]:
         transformer = pipeline.transformer
         label = Input("class_labels", (), below=transformer.config.num_embeds_ada_norm)
         inputs = (*_sample_inputs(transformer, timesteps), label)
@@ -127,13 +155,15 @@ class PlainKind:
 
     first_half: Half | None = None
     scales_input = False
+    seeded = True
     example = ""
+    fixes_guidance = False
 
     def check(self, pipeline: Any) -> None:
         if pipeline.unet.config.class_embed_type or pipeline.unet.config.num_class_embeds:
             raise UnsupportedModelError("The unet takes class labels, which its pipeline never gives; not supported.")
 
-    def parts(self, pipeline: Any, timesteps: tuple[float, ...]) -> list[Part]:
+    def parts(self, pipeline: Any, timesteps: tuple[float, ...], guidance_scale: float | None) -> list[Part]:
         return [Part("denoiser", PlainDenoiser(pipeline.unet), _sample_inputs(pipeline.unet, timesteps), "output")]
 
     def tokens(self, pipeline: Any, folder: Path) -> Tokens | None:
@@ -148,6 +178,7 @@ class PlainKind:
 
 KINDS: dict[str, Kind] = {
     "StableDiffusionPipeline": PromptKind(),
+    "LatentConsistencyModelPipeline": DistilledKind(),
     "DiTPipeline": LabelKind(),
     "DDIMPipeline": PlainKind(),
     "DDPMPipeline": PlainKind(),

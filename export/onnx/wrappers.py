@@ -27,6 +27,20 @@ class PromptDenoiser(_Wrapper):
         return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
+class DistilledDenoiser(_Wrapper):
+    """The same of a model that is told the guidance scale, which is `embedded` [1, E] in the graph."""
+
+    embedded: Tensor
+
+    def __init__(self, model: Any, embedded: Tensor) -> None:
+        super().__init__(model)
+        self.register_buffer("embedded", embedded, persistent=False)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        told = self.embedded.expand(sample.shape[0], -1)
+        return self.model(sample, timestep, encoder_hidden_states, timestep_cond=told, return_dict=False)[0]
+
+
 class LabelDenoiser(_Wrapper):
     """Sample [B, C, H, W], time step [1] and classes [B] to output [B, C, H, W]; a learned variance is left out."""
 

@@ -13,11 +13,11 @@ from ..engines.engine import Form
 from ..errors import ArtifactError
 
 EXPORT = "export.json"
-SCHEMA = 3
-"""3 may have a step plan. 2 says in which form products of codes are written and why, and has a graph that tries an engine;
-all of 1 is as it was."""
-UNPLANNED = 2
-"""What exports without a step plan are written as."""
+SCHEMA = 4
+"""4 may have schedules with updates, which draw noise or clip; 3 may have a step plan. 2 says in which form products of codes
+are written and why, and has a graph that tries an engine; all of 1 is as it was."""
+UNPLANNED, PLANNED = 2, 3
+"""What exports without and with a step plan are written as where no schedule has updates."""
 ANEW = "export anew"
 FORECAST, CORRECTION = "forecast", "correction"
 """Inputs of graphs: what past features weigh [units, kept], and which row of the tables corrects what they give."""
@@ -68,8 +68,24 @@ class Labels(_Data):
     names: dict[str, int]
 
 
+class Operation(_Data):
+    """What a scheduler computes once: noise, or a weighted sum of what there is, which may be clipped."""
+
+    weights: tuple[tuple[int, float], ...] | None = None
+    """Of terms, by their numbers; None draws standard normal noise of the sample's shape instead, each image's from its own
+    generator, which goes on from its first noise."""
+    low: float | None = None
+    high: float | None = None
+    """Limits that the sum is clipped to, where there are some."""
+
+
 class SchedulerTable(_Data):
-    """A whole sampling run of a linear scheduler, as numbers."""
+    """A whole sampling run of a scheduler, as numbers.
+
+    Either `coefficients` hold it or `updates`. For these terms are numbered as they appear: 0 is the first sample; each call
+    of the denoiser adds its (guided) output, then each operation of its update adds what it gives; the last is the next
+    sample.
+    """
 
     init_noise_sigma: float
     """Factor on the noise before the first call."""
@@ -78,7 +94,9 @@ class SchedulerTable(_Data):
     input_scale: tuple[float, ...]
     """Per call, the factor on the sample that the denoiser sees."""
     coefficients: tuple[tuple[float, ...], ...]
-    """Per call, the next sample as weights of the first sample and of all outputs so far."""
+    """Per call, the next sample as weights of the first sample and of all outputs so far; empty where there are updates."""
+    updates: tuple[tuple[Operation, ...], ...] | None = None
+    """Per call, where the scheduler draws noise or clips: what it computes after it."""
 
 
 class Kept(_Data):
@@ -176,8 +194,13 @@ class ExportManifest(_Data):
 
 def write_export(folder: Path, manifest: ExportManifest) -> None:
     """Write `export.json`, keys sorted."""
-    unsaid = {"step_plan"} if manifest.step_plan is None else set()
-    text = json.dumps(manifest.model_dump(mode="json", exclude=unsaid), sort_keys=True, indent=1)
+    data = manifest.model_dump(mode="json")
+    if manifest.step_plan is None:
+        del data["step_plan"]
+    for table in data["schedules"].values():
+        if table["updates"] is None:
+            del table["updates"]
+    text = json.dumps(data, sort_keys=True, indent=1)
     (folder / EXPORT).write_text(text + "\n", encoding="utf-8")
 
 
@@ -193,6 +216,7 @@ def read_export(folder: Path) -> ExportManifest:
         raise ArtifactError(f"{folder} is no ONNX export of diffpress: it has no {EXPORT}.")
     manifest = read_manifest_file(path, ExportManifest, SCHEMA, ANEW)
     _check_names(folder, manifest)
+    _check_updates(folder, manifest)
     if manifest.step_plan is not None:
         _check_plan(folder, manifest, manifest.step_plan)
     return manifest
@@ -208,6 +232,21 @@ def _check_names(folder: Path, manifest: ExportManifest) -> None:
     unlisted = sorted(named - manifest.files.keys())
     if unlisted:
         raise ArtifactError(f"{folder}: {EXPORT} uses {unlisted[0]} but lists no digest of it. Export again.")
+
+
+def _check_updates(folder: Path, manifest: ExportManifest) -> None:
+    """Every call has an update that ends in a sample, and takes up only terms that there are."""
+    for steps, table in manifest.schedules.items():
+        known = 0
+        sound = table.updates is None or len(table.updates) == len(table.timesteps)
+        for update in table.updates or ():
+            known += 1
+            sound = sound and bool(update) and update[-1].weights is not None
+            for own in update:
+                sound = sound and all(0 <= term <= known for term, _ in own.weights or ())
+                known += 1
+        if not sound:
+            raise ArtifactError(f"{folder}: the updates of {steps} steps in {EXPORT} do not fit. Export again.")
 
 
 def _check_plan(folder: Path, manifest: ExportManifest, plan: StepPlanTables) -> None:

@@ -17,25 +17,34 @@ BLOCK = 16
 """torch draws normal numbers in blocks of this size; smaller tensors take another path there."""
 
 
-def torch_noise(shape: Sequence[int], seed: int) -> Floats:
-    """What `torch.randn(shape, generator=torch.Generator().manual_seed(seed))` gives, to float32 rounding.
+class TorchNoise:
+    """What `torch.Generator().manual_seed(seed)` draws, one tensor after the other, to float32 rounding.
 
-    Raises ValueError for fewer than sixteen numbers, which torch draws in another way, and UserError for a seed that is
-    out of range.
+    Raises UserError for a seed that is out of range.
     """
-    if not 0 <= seed < SEEDS:
-        raise UserError(f"A seed is a whole number from 0 to 2^63 - 1, but got {seed}.")
-    size = math.prod(shape)
-    if size < BLOCK:
-        raise ValueError(f"noise of shape {tuple(shape)} has {size} numbers, at least {BLOCK} are needed")
-    # torch seeds its Mersenne twister with the lower 32 bits, and numpy seeds an integer in the same way.
-    twister = np.random.RandomState(seed & 0xFFFFFFFF)
-    whole = size - size % BLOCK
-    values = _uniform(twister, size)
-    values[:whole] = _box_muller(values[:whole])
-    if whole < size:
-        values[-BLOCK:] = _box_muller(_uniform(twister, BLOCK))
-    return values.reshape(shape)
+
+    def __init__(self, seed: int) -> None:
+        if not 0 <= seed < SEEDS:
+            raise UserError(f"A seed is a whole number from 0 to 2^63 - 1, but got {seed}.")
+        # torch seeds its Mersenne twister with the lower 32 bits, and numpy seeds an integer in the same way.
+        self._twister = np.random.RandomState(seed & 0xFFFFFFFF)
+
+    def draw(self, shape: Sequence[int]) -> Floats:
+        """What `torch.randn` gives. Raises ValueError for fewer than sixteen numbers, which torch draws in another way."""
+        size = math.prod(shape)
+        if size < BLOCK:
+            raise ValueError(f"noise of shape {tuple(shape)} has {size} numbers, at least {BLOCK} are needed")
+        whole = size - size % BLOCK
+        values = _uniform(self._twister, size)
+        values[:whole] = _box_muller(values[:whole])
+        if whole < size:
+            values[-BLOCK:] = _box_muller(_uniform(self._twister, BLOCK))
+        return values.reshape(shape)
+
+
+def torch_noise(shape: Sequence[int], seed: int) -> Floats:
+    """What `torch.randn(shape, generator=torch.Generator().manual_seed(seed))` gives (see `TorchNoise`)."""
+    return TorchNoise(seed).draw(shape)
 
 
 def _uniform(twister: np.random.RandomState, count: int) -> Floats:

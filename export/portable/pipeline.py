@@ -13,7 +13,7 @@ from ..errors import UserError
 from .conditions import conditioner_of
 from .denoiser import Denoiser
 from .manifest import ExportManifest, SchedulerTable, check_files, read_export
-from .noise import torch_noise
+from .noise import TorchNoise
 from .sampler import sample_by_table
 
 Floats = NDArray[np.float32]
@@ -71,7 +71,10 @@ class PortablePipeline:
         inputs = self._conditioner.encode(conditions)
         if guidance > 1:
             inputs = self._join(inputs, self._conditioner.encode_null(len(seeds)))
-        noise = np.concatenate([torch_noise((1, *self.manifest.latent_shape), seed) for seed in seeds])
+        generators = [TorchNoise(seed) for seed in seeds]
+
+        def draw() -> Floats:
+            return np.concatenate([own.draw((1, *self.manifest.latent_shape)) for own in generators])
 
         answer = self._denoiser.begin(steps)
 
@@ -83,7 +86,7 @@ class PortablePipeline:
                 receive(output)
             return self._guide(output, guidance) if guidance > 1 else output
 
-        return sample_by_table(noise, table, denoise)
+        return sample_by_table(draw(), table, denoise, draw)
 
     def decode(self, sample: Floats) -> Floats:
         """Images [B, H, W, C] in 0..1."""
@@ -97,8 +100,10 @@ class PortablePipeline:
 
     def _guidance(self, scale: float | None) -> float:
         if self.manifest.first_half is None:
-            if scale is not None:
-                raise UserError("This pipeline has no guidance. Leave the guidance scale out.")
+            fixed = self.manifest.guidance_scale
+            if scale is not None and scale != fixed:
+                told = "has no guidance" if fixed is None else f"was exported for a guidance scale of {fixed:g}"
+                raise UserError(f"This pipeline {told}. Leave the guidance scale out.")
             return 1.0
         chosen = self.manifest.guidance_scale if scale is None else scale
         return 1.0 if chosen is None else chosen

@@ -1,9 +1,10 @@
-"""Schedulers as tables: run the real one once on a basis, and its whole sampling run is a matrix."""
+"""Schedulers as tables: run the real one once on a basis, and its whole sampling run is a matrix, or a list of updates."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,41 +12,65 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from .manifest import SchedulerTable
+from .updates import is_linear, probe_updates, trace_updates
 
 STANDARD_STEPS = (10, 15, 20, 25, 30, 50)
-NON_LINEAR = ("clip_sample", "thresholding")
 PROBE_SPREAD = 3.0
 """Standard deviation of probing numbers: enough to meet every clipping that sampling would meet."""
 TOLERANCE = 1e-4
 """Relative to the largest value of the run; schedulers compute in float32."""
 
 
-def build_tables(scheduler: Any, wanted: int, others: Iterable[int], scales_input: bool) -> dict[int, SchedulerTable]:
+class _NoSuchStepsError(UnsupportedModelError):
+    """The scheduler does not make so many steps."""
+
+
+def build_tables(
+    scheduler: Any, wanted: int, others: Iterable[int], scales_input: bool, seeded: bool = True
+) -> dict[int, SchedulerTable]:
     """Tables for `wanted` steps and for those of `others` that the scheduler has.
 
-    Raises UnsupportedModelError where the scheduler is not linear, or has no `wanted` steps. `scales_input` tells
-    whether the pipeline asks the scheduler to scale noise and inputs.
+    Raises UnsupportedModelError where no table holds what the scheduler does, or it has no `wanted` steps. The pipeline asks
+    the scheduler to scale noise and inputs if it `scales_input`, and hands its generator on to it if it is `seeded`.
     """
-    tables = {wanted: build_table(scheduler, wanted, scales_input)}
+    tables = {wanted: build_table(scheduler, wanted, scales_input, seeded)}
     most = getattr(scheduler.config, "num_train_timesteps", wanted)
     for steps in others:
         if steps not in tables and steps <= most:
-            tables[steps] = build_table(scheduler, steps, scales_input)
+            with suppress(_NoSuchStepsError):
+                tables[steps] = build_table(scheduler, steps, scales_input, seeded)
     return tables
 
 
-def build_table(scheduler: Any, steps: int, scales_input: bool = True) -> SchedulerTable:
+def build_table(scheduler: Any, steps: int, scales_input: bool = True, seeded: bool = True) -> SchedulerTable:
     """The table for `steps` steps (see `build_tables`)."""
+    if getattr(scheduler.config, "thresholding", False):
+        raise UnsupportedModelError(
+            f"{type(scheduler).__name__} has thresholding=True, which looks at all pixels at once, and an export samples by "
+            "table: in the pipeline's folder, before it is compressed, set thresholding to false in "
+            "scheduler/scheduler_config.json (an artifact's files are under digests: compress it anew)."
+        )
     scheduler = copy.deepcopy(scheduler)
     try:
         scheduler.set_timesteps(steps)
-        table = table_of(scheduler)
+        table = _table_with_updates(scheduler, seeded)
     except (ValueError, NotImplementedError) as error:
-        raise UnsupportedModelError(
+        raise _NoSuchStepsError(
             f"{type(scheduler).__name__} cannot make {steps} steps: {error} Take other `sampling.steps`."
         ) from error
     if not scales_input:
         _check_unscaled(scheduler, table)
+    return table
+
+
+def _table_with_updates(scheduler: Any, seeded: bool) -> SchedulerTable:
+    """The table of a scheduler that is linear, or of its updates where it draws noise or clips."""
+    table = trace_updates(copy.deepcopy(scheduler), seeded)
+    if is_linear(table):
+        return table_of(scheduler)
+    error = max(probe_updates(copy.deepcopy(scheduler), table, seeded, seed, PROBE_SPREAD) for seed in (0, 1))
+    if not error < TOLERANCE:
+        raise UnsupportedModelError(_why_not_linear(scheduler, error))
     return table
 
 
@@ -119,13 +144,11 @@ def _probe(scheduler: Any, table: SchedulerTable, seed: int) -> float:
 
 
 def _why_not_linear(scheduler: Any, error: float) -> str:
-    found = [f"{name}=True" for name in NON_LINEAR if getattr(scheduler.config, name, False)]
-    cause = f"because of {' and '.join(found)}" if found else "(it adds fresh noise, or changes its rule on the way)"
-    cure = f"set {found[0].replace('True', 'False')}" if found else "use DDIM, Euler, DPM-Solver++, UniPC or PNDM"
     return (
-        f"{type(scheduler).__name__} is not linear in the noise and the model's outputs {cause}: a table misses a real "
-        f"run by {error:.1%}. An export samples by table: in the pipeline's folder, before it is compressed, {cure} in "
-        "scheduler/scheduler_config.json (an artifact's files are under digests: compress it anew)."
+        f"{type(scheduler).__name__} is not linear in the noise and the model's outputs (it draws noise in a way of its own, "
+        f"or changes its rule on the way): a table misses a real run by {error:.1%}. An export samples by table: in the "
+        "pipeline's folder, before it is compressed, take DDIM, DDPM, LCM, Euler, EulerAncestral, DPM-Solver++, UniPC or PNDM "
+        "as scheduler (an artifact's files are under digests: compress it anew)."
     )
 
 

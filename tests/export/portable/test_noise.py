@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffpress.export.errors import UserError
-from diffpress.export.portable.noise import torch_noise
+from diffpress.export.portable.noise import TorchNoise, torch_noise
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**32 + 7, 2**63 - 1])
@@ -27,3 +27,11 @@ def test_few_numbers_are_refused() -> None:
 def test_a_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(UserError, match="from 0 to"):
         torch_noise((16,), seed)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (17,), (1, 3, 5, 7)])
+def test_later_draws_equal_torchs(shape: tuple[int, ...]) -> None:
+    generator, same = torch.Generator().manual_seed(3), TorchNoise(3)
+    for _ in range(5):
+        expected = torch.randn(shape, generator=generator).numpy()
+        np.testing.assert_allclose(same.draw(shape), expected, atol=5 * 2**-21)
