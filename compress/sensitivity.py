@@ -101,8 +101,10 @@ def evaluation_calls(trajectories: Trajectories) -> list[Call]:
 
 
 def _relative(calls: Sequence[Call]) -> list[tuple[Call, float]]:
-    """Each with what makes of the sum of its squared errors a share of the mean."""
-    return [(call, 1 / (len(calls) * float(call.output.float().square().sum()))) for call in calls]
+    """Each with what makes of the sum of its squared errors a share of the mean; an answer of zeros, as an untrained
+    ControlNet gives, has errors and no shares.
+    """
+    return [(call, 1 / (len(calls) * (float(call.output.float().square().sum()) or 1.0))) for call in calls]
 
 
 class _Probes:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from .manifest import SchedulerTable
-from .updates import is_linear, probe_updates, trace_updates
+from .updates import is_linear, probe_updates, step_extras, trace_updates
 
 STANDARD_STEPS = (10, 15, 20, 25, 30, 50)
 PROBE_SPREAD = 3.0
@@ -67,27 +67,27 @@ def _table_with_updates(scheduler: Any, seeded: bool) -> SchedulerTable:
     """The table of a scheduler that is linear, or of its updates where it draws noise or clips."""
     table = trace_updates(copy.deepcopy(scheduler), seeded)
     if is_linear(table):
-        return table_of(scheduler)
+        return table_of(scheduler, seeded)
     error = max(probe_updates(copy.deepcopy(scheduler), table, seeded, seed, PROBE_SPREAD) for seed in (0, 1))
     if not error < TOLERANCE:
         raise UnsupportedModelError(_why_not_linear(scheduler, error))
     return table
 
 
-def table_of(scheduler: Any) -> SchedulerTable:
+def table_of(scheduler: Any, seeded: bool = True) -> SchedulerTable:
     """The table of a scheduler whose steps are set, probed against a run on random numbers; it stays as it is.
 
     Raises UnsupportedModelError where it is not linear, and what the scheduler itself raises where it cannot run.
     """
     with torch.random.fork_rng(devices=[]):
-        table = _trace(copy.deepcopy(scheduler))
-        error = max(_probe(copy.deepcopy(scheduler), table, seed) for seed in (0, 1))
+        table = _trace(copy.deepcopy(scheduler), seeded)
+        error = max(_probe(copy.deepcopy(scheduler), table, seed, seeded) for seed in (0, 1))
     if not error < TOLERANCE:
         raise UnsupportedModelError(_why_not_linear(scheduler, error))
     return table
 
 
-def _trace(scheduler: Any) -> SchedulerTable:
+def _trace(scheduler: Any, seeded: bool) -> SchedulerTable:
     """Sample = first basis vector, k-th output = (k+1)-th: after each step the sample is its own row of weights."""
     calls = len(scheduler.timesteps)
     basis = torch.eye(calls + 1, dtype=torch.float64).view(calls + 1, 1, calls + 1, 1, 1)
@@ -98,7 +98,7 @@ def _trace(scheduler: Any) -> SchedulerTable:
         scales.append(_ratio(scaled, sample))
         return basis[call + 1]
 
-    for call, sample in enumerate(_run(scheduler, basis[0], model)):
+    for call, sample in enumerate(_run(scheduler, basis[0], model, seeded)):
         rows.append(tuple(sample.flatten()[: call + 2].tolist()))
     return SchedulerTable(
         # Flow matching starts from the noise as it is.
@@ -109,12 +109,15 @@ def _trace(scheduler: Any) -> SchedulerTable:
     )
 
 
-def _run(scheduler: Any, sample: Tensor, model: Callable[[Tensor, Tensor, int], Tensor]) -> Iterable[Tensor]:
+def _run(
+    scheduler: Any, sample: Tensor, model: Callable[[Tensor, Tensor, int], Tensor], seeded: bool
+) -> Iterable[Tensor]:
     """The scheduler's own loop, giving each sample; `model` gets the scaled and the plain sample."""
     scales = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+    extras = step_extras(scheduler, torch.Generator().manual_seed(0) if seeded else None)
     for call, timestep in enumerate(scheduler.timesteps):
         scaled = scales(sample, timestep)
-        sample = scheduler.step(model(scaled, sample, call), timestep, sample, return_dict=False)[0]
+        sample = scheduler.step(model(scaled, sample, call), timestep, sample, return_dict=False, **extras)[0]
         yield sample
 
 
@@ -123,7 +126,7 @@ def _ratio(scaled: Tensor, sample: Tensor) -> float:
     return float(scaled.flatten()[largest] / sample.flatten()[largest])
 
 
-def _probe(scheduler: Any, table: SchedulerTable, seed: int) -> float:
+def _probe(scheduler: Any, table: SchedulerTable, seed: int, seeded: bool) -> float:
     """Largest difference between the table and a real run on random numbers, relative to the run's largest value."""
     generator = torch.Generator().manual_seed(seed)
     shape = (1, 3, 4, 4)
@@ -136,7 +139,7 @@ def _probe(scheduler: Any, table: SchedulerTable, seed: int) -> float:
         terms.append(PROBE_SPREAD * torch.randn(shape, generator=generator, dtype=torch.float64))
         return terms[-1]
 
-    for row, sample in zip(table.coefficients, _run(scheduler, terms[0], model), strict=True):
+    for row, sample in zip(table.coefficients, _run(scheduler, terms[0], model, seeded), strict=True):
         predicted = sum(weight * term for weight, term in zip(row, terms, strict=True))
         worst = max(worst, float((sample - predicted).abs().max()))
         largest = max(largest, float(sample.abs().max()))

@@ -187,7 +187,12 @@ def _scaled(scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
 
 
 def _step(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor, generator: torch.Generator | None) -> Tensor:
-    takes = inspect.signature(scheduler.step).parameters
-    seeded = {} if generator is None or "generator" not in takes else {"generator": generator}
-    found: Tensor = scheduler.step(output, timestep, sample, return_dict=False, **seeded)[0]
+    found: Tensor = scheduler.step(output, timestep, sample, return_dict=False, **step_extras(scheduler, generator))[0]
     return found
+
+
+def step_extras(scheduler: Any, generator: torch.Generator | None) -> dict[str, Any]:
+    """What pipelines that hand their generator on give a step beside what every step is given: their own default of `eta`."""
+    given = {} if generator is None else {"generator": generator, "eta": 0.0}
+    takes = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in given.items() if name in takes}

@@ -32,6 +32,7 @@ LINEAR = {
     "heun": diffusers.HeunDiscreteScheduler(**BETAS),
     "dpm++": diffusers.DPMSolverMultistepScheduler(**BETAS),
     "dpm++-3": diffusers.DPMSolverMultistepScheduler(solver_order=3, **BETAS),
+    "tcd": diffusers.TCDScheduler(**BETAS),
     "unipc": diffusers.UniPCMultistepScheduler(**BETAS),
     "pndm": diffusers.PNDMScheduler(**BETAS),
     "plms": diffusers.PNDMScheduler(skip_prk_steps=True, **BETAS),
@@ -50,7 +51,6 @@ DRAWING = {
     "ddpm-clipped": diffusers.DDPMScheduler(),
     "ddpm-large": diffusers.DDPMScheduler(variance_type="fixed_large", prediction_type="sample"),
     "lcm": diffusers.LCMScheduler(**BETAS),
-    "tcd": diffusers.TCDScheduler(**BETAS),
     "euler-a": diffusers.EulerAncestralDiscreteScheduler(**BETAS),
     "kdpm2-a": diffusers.KDPM2AncestralDiscreteScheduler(**BETAS),
     "dpm++-sde": diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **BETAS),
@@ -69,7 +69,9 @@ def test_equals_the_real_run(name: str, steps: int) -> None:
         scheduler.set_timesteps(steps)
     except (ValueError, IndexError) as error:
         pytest.skip(f"{name} makes no {steps} steps: {error}")
-    seeded = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    # What diffusers' pipelines hand on.
+    takes = inspect.signature(scheduler.step).parameters
+    seeded = {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in takes}
     sample = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         output = toy_model(scheduler.scale_model_input(sample, timestep), float(timestep))
