@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .devices import check_device
+from .digests import known_files
 from .edits import Edit, edits_of, store_edits
 from .errors import ArtifactError, ModelFileError, UserError
 from .folder import PipelineFolder
@@ -23,6 +25,8 @@ from .manifest import MANIFEST, Manifest, check_files, read_manifest, timesteps_
 from .runtime import Expansion, PackedLayer, decide, expand_, named_packed_layers
 from .source import source_tensors
 from .tensor_files import save_tensors
+
+logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Tensor]
 Preference = Literal["speed", "memory"]
@@ -94,12 +98,23 @@ def verify(path: Path) -> Manifest:
     Raises ArtifactError (or ModelFileError) at the first thing that is not as it was saved.
     """
     manifest = read_manifest(path)
-    check_files(path, manifest.files)
-    folder = PipelineFolder(path, str(path))
-    folder.check()
-    for component in sorted({edit.component for edit in manifest.edits}):
-        _check_edits_apply(folder, component, edits_of(component, manifest.edits), timesteps_of(manifest, component))
+    strangers = _strangers(path, manifest)
+    with known_files(path, manifest.files, strangers) as known:
+        folder = PipelineFolder(known, str(path))
+        folder.check()
+        for component in sorted({edit.component for edit in manifest.edits}):
+            _check_edits_apply(folder, component, edits_of(component, manifest.edits), timesteps_of(manifest, component))
     return manifest
+
+
+def _strangers(path: Path, manifest: Manifest) -> list[str]:
+    """What lies in an artifact's folder and is not of it, once every digest has matched; it is said, and not read."""
+    strangers = check_files(path, manifest.files)
+    # What the hub, git and file managers leave is no news.
+    said = [name for name in strangers if not name.startswith(".") and "/." not in name]
+    if said:
+        logger.warning("%s: not of the artifact, and not read: %s", path, ", ".join(said))
+    return strangers
 
 
 def _check_edits_apply(folder: PipelineFolder, component: str, edits: list[Edit], timesteps: list[float]) -> None:
@@ -163,8 +178,8 @@ def load(
     check_device(device)
     path = Path(path)
     manifest = read_manifest(path)
-    check_files(path, manifest.files)
-    pipeline = load_pipeline(PipelineFolder(path, str(path)), dtype)
+    with known_files(path, manifest.files, _strangers(path, manifest)) as known:
+        pipeline = load_pipeline(PipelineFolder(known, str(path)), dtype)
     if device is not None:
         pipeline.to(device)
     if prefer == "speed":

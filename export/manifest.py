@@ -102,12 +102,15 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} is no artifact of diffpress: it has no {MANIFEST}.")
+    inside(folder, MANIFEST)
     manifest = read_manifest_file(path, Manifest, SCHEMA, ANEW)
     for name in manifest.files:
         inside(folder, name)
     return manifest
 
 
-def check_files(folder: Path, files: dict[str, File]) -> None:
-    """Compare every file with its digest. Raises ArtifactError naming the first that differs, is missing or is not listed."""
-    compare_files(folder, files, (MANIFEST, REPORT), ANEW)
+def check_files(folder: Path, files: dict[str, File]) -> list[str]:
+    """Compare every file with its digest; gives what lies beside them. Raises ArtifactError naming the first that differs or is
+    missing.
+    """
+    return compare_files(folder, files, (MANIFEST, REPORT), ANEW)

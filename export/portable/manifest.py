@@ -214,6 +214,7 @@ def read_export(folder: Path) -> ExportManifest:
     path = folder / EXPORT
     if not path.is_file():
         raise ArtifactError(f"{folder} is no ONNX export of diffpress: it has no {EXPORT}.")
+    inside(folder, EXPORT)
     manifest = read_manifest_file(path, ExportManifest, SCHEMA, ANEW)
     _check_names(folder, manifest)
     _check_updates(folder, manifest)
@@ -262,6 +263,8 @@ def _check_plan(folder: Path, manifest: ExportManifest, plan: StepPlanTables) ->
             raise ArtifactError(f"{folder}: the step plan in {EXPORT} does not fit {steps} steps. Export again.")
 
 
-def check_files(folder: Path, manifest: ExportManifest) -> None:
-    """Compare every file with its digest. Raises ArtifactError naming the first that differs, lacks or is not listed."""
-    compare_files(folder, manifest.files, (EXPORT,), ANEW)
+def check_files(folder: Path, manifest: ExportManifest) -> list[str]:
+    """Compare every file with its digest; gives what lies beside them. Raises ArtifactError naming the first that differs or is
+    missing.
+    """
+    return compare_files(folder, manifest.files, (EXPORT,), ANEW)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from diffpress.export.digests import known_files
 from diffpress.export.edits import Pack
 from diffpress.export.errors import ArtifactError
 from diffpress.export.manifest import (
@@ -93,19 +95,71 @@ def test_a_missing_file_is_found(folder: Path) -> None:
         check_files(folder, read_manifest(folder).files)
 
 
-@pytest.mark.parametrize("name", ["extra.bin", "unet/extra.bin", "unet/diffpress.json", "deep/er/report.html"])
-def test_a_file_nobody_listed_is_found(folder: Path, name: str) -> None:
+STRANGERS = [
+    "extra.bin",
+    "unet/extra.bin",
+    "unet/diffpress.json",
+    "deep/er/report.html",
+    ".gitattributes",
+    "unet/.DS_Store",
+]
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_file_nobody_listed_is_named_and_left_out(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("x")
-    with pytest.raises(ArtifactError, match=f"{name} is not in the manifest"):
-        check_files(folder, read_manifest(folder).files)
+    files = read_manifest(folder).files
+    assert check_files(folder, files) == [name]
+    with known_files(folder, files, [name]) as known:
+        found = {path.relative_to(known).as_posix() for path in known.rglob("*") if path.is_file()}
+        assert (known / "unet/weights").read_bytes() == (folder / "unet/weights").read_bytes()
+    beside = not name.startswith("unet/")
+    assert (known == folder) == beside
+    assert beside or found == set(files)
 
 
-def test_a_linked_folder_nobody_listed_is_found(folder: Path, tmp_path: Path) -> None:
+def test_a_linked_folder_nobody_listed_is_named_and_not_entered(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("x")
     (folder / "vae").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    with pytest.raises(ArtifactError, match="vae is not in the manifest"):
-        check_files(folder, read_manifest(folder).files)
+    assert check_files(folder, read_manifest(folder).files) == ["vae"]
+
+
+def test_the_model_card_may_be_edited(folder: Path) -> None:
+    (folder / "README.md").write_text("before")
+    write_manifest(folder, read_manifest(folder).model_copy(update={"files": list_files(folder)}))
+    (folder / "README.md").write_text("after")
+    assert check_files(folder, read_manifest(folder).files) == []
+    (folder / "README.md").unlink()
+    assert check_files(folder, read_manifest(folder).files) == []
+
+
+def snapshot(folder: Path, place: Path) -> Path:
+    """The folder as the hub's cache holds it: links into the repository's own blobs."""
+    own = place / "models--an--artifact" / "snapshots" / "0123abc"
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
+        link = own / file.relative_to(folder)
+        blob = own.parents[1] / "blobs" / file.name
+        for path in (link, blob):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(file.read_bytes())
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return own
+
+
+def test_links_of_a_snapshot_into_its_own_blobs_are_fine(folder: Path, tmp_path: Path) -> None:
+    own = snapshot(folder, tmp_path / "hub")
+    assert check_files(own, read_manifest(own).files) == []
+
+
+@pytest.mark.parametrize("name", ["unet/weights", "diffpress.json"])
+def test_links_of_a_snapshot_into_another_repository_are_not(folder: Path, tmp_path: Path, name: str) -> None:
+    own, other = (snapshot(folder, tmp_path / place) for place in ("hub", "other"))
+    (own / name).unlink()
+    (own / name).symlink_to((other / name).resolve())
+    with pytest.raises(ArtifactError, match=f"'{name}' leaves the folder"):
+        read_manifest(own)
 
 
 @pytest.mark.parametrize("name", ["../secret", "unet/../../secret", "/etc/passwd", "unet/..", "a\0b"], ids=repr)
