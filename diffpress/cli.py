@@ -45,7 +45,7 @@ app.add_typer(zoo_app, name="zoo")
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else on standard output")]
 Model = Annotated[str, typer.Argument(help="a pipeline folder, a hub id, or zoo:NAME")]
-Folder = Annotated[Path, typer.Argument(help="an artifact of `compress`, or an export")]
+Folder = Annotated[str, typer.Argument(help="an artifact of `compress`, or an export: a folder or a hub id")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the noise")]
 Engine = Annotated[
     str | None, typer.Option(help="torch, onnx, openvino or openvino:DEVICE; left out: what MODEL is made for")
@@ -178,6 +178,7 @@ def run(
     from diffpress.export.outputs import check_output_file
     from diffpress.export.publishing import replacing
 
+    from .hub import at_hand
     from .running import TORCH, Wanted, run_export, run_torch, wanted_engine
     from .writing import Made, check_ending, write_made
 
@@ -187,6 +188,7 @@ def run(
         raise UserError(f"--guidance {guidance} must be a finite number, such as 7.5.")
     options = _options(overrides, height=height, width=width, frames=frames, image=image, mask=mask, control=control)
     wanted = Wanted(None if prompt is None else as_typed(prompt), label, seed, steps, guidance, options)
+    model = at_hand(model)
     chosen = wanted_engine(model, engine)
     if chosen != TORCH:
         check_output_file(out, [Path(model)])
@@ -232,11 +234,13 @@ def compare(
 ) -> None:
     """Sample two pipelines or exports with the same prompts and noise, and measure how they differ and what they cost."""
     from .compare import compare_by_name
+    from .hub import at_hand
     from .pairs import COSTS
 
     options = _options(overrides, height=height, width=width, frames=frames, image=image, mask=mask, control=control)
     with stages() as notify:
-        found = compare_by_name(reference, candidate, engine, count, steps, seed, report, notify, options)
+        pair = at_hand(reference), at_hand(candidate)
+        found = compare_by_name(*pair, engine, count, steps, seed, report, notify, options)
     if as_json:
         print_json({**found.metrics, **dict.fromkeys(COSTS), **found.cost, "speed": found.speed.data()})
     else:
@@ -247,9 +251,10 @@ def compare(
 @app.command()
 def inspect(artifact: Folder, as_json: Json = False) -> None:
     """Show what an artifact or export holds: recipe, metrics, and the format of every module."""
+    from .hub import at_hand
     from .inspecting import inspect_folder
 
-    data = inspect_folder(artifact)
+    data = inspect_folder(Path(at_hand(artifact)))
     tables = data.pop("tables")
     if as_json:
         print_json(data)
@@ -261,9 +266,27 @@ def inspect(artifact: Folder, as_json: Json = False) -> None:
 @app.command()
 def verify(artifact: Folder) -> None:
     """Check every digest, read every tensor, apply every edit; for an export, run its self test."""
+    from .hub import at_hand
     from .inspecting import verify_folder
 
-    OUTPUT.print(verify_folder(artifact))
+    OUTPUT.print(verify_folder(Path(at_hand(artifact))))
+
+
+@app.command()
+def push(
+    artifact: Annotated[Path, typer.Argument(help="an artifact of `compress`, or an export")],
+    name: Annotated[str, typer.Argument(help="the repository on the hub: ORG/NAME")],
+    private: Annotated[bool, typer.Option(help="make the repository private, where it is made")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check an artifact or export, and put it on the hub with a model card; the login is huggingface_hub's."""
+    from .pushing import push as push_folder
+
+    where = push_folder(artifact, name, private)
+    if as_json:
+        print_json({"url": where})
+    else:
+        OUTPUT.print(f"{artifact} is at {where}")
 
 
 @app.command()

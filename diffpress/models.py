@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from diffpress.export.errors import ModelFileError, UnsupportedModelError
+from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.load.registration import LIBRARIES
 
+from .hub import HUB_ID, fetched
 from .zoo import PIPELINES, zoo_folder
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-WANTED = ["*.json", "*.txt", "*.model", "*.safetensors", "LICENSE*", "README*", "*.bin"]
 
 
 def resolve(model: str) -> PipelineFolder:
@@ -35,7 +32,7 @@ def resolve(model: str) -> PipelineFolder:
         )
     if not HUB_ID.fullmatch(model):
         raise UnsupportedModelError(f"there is no folder {model}, and it is neither zoo:NAME nor a hub id OWNER/NAME.")
-    return _checked(PipelineFolder(_download(model), model))
+    return _checked(PipelineFolder(fetched(model), model))
 
 
 def pipeline_class(folder: PipelineFolder) -> type:
@@ -72,16 +69,3 @@ def _zoo(model: str) -> Path:
         hint = f" Did you mean zoo:{close[0]}?" if close else ""
         raise UnsupportedModelError(f"the zoo has no {name!r}.{hint} It has {', '.join(PIPELINES)}.")
     return zoo_folder(name)
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=WANTED))
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
-        raise ModelFileError(
-            f"there is no folder {model}, and it could not be fetched from the hub ({reason}). Check the name and the "
-            "network, or download the pipeline and give its folder."
-        ) from error
