@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import ArtifactError
+from .errors import ArtifactError, advice_on
 
 Manifest = TypeVar("Manifest", bound=BaseModel)
 
@@ -85,7 +85,7 @@ def compare_files(folder: Path, files: Mapping[str, File], apart: Container[str]
             continue
         if not path.is_file():
             raise ArtifactError(f"{folder}: {name} is missing. Copy the folder again, or {anew}.")
-        if path.stat().st_size != expected.size_bytes or digest(path) != expected.sha256:
+        if not _matches(path, expected, f"{folder}: {name}"):
             raise ArtifactError(
                 f"{folder}: {name} is not what was saved (its digest differs). Copy the folder again, or {anew}."
             )
@@ -95,6 +95,13 @@ def compare_files(folder: Path, files: Mapping[str, File], apart: Container[str]
         for name, path in found.items()
         if (not path.is_dir() or path.is_symlink()) and name not in files and name not in apart and not is_card(name)
     ]
+
+
+def _matches(path: Path, expected: File, words: str) -> bool:
+    try:
+        return path.stat().st_size == expected.size_bytes and digest(path) == expected.sha256
+    except OSError as error:
+        raise ArtifactError(f"{words} cannot be read: {error.strerror}. {advice_on(error.errno)}") from error
 
 
 def is_card(name: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from diffpress.calibration.conditions import conditions
 from diffpress.calibration.sampling import Sampling, denoiser_of, sample
+from diffpress.export import digests
 from diffpress.export.apply import apply_edits_
 from diffpress.export.artifact import is_artifact, load, load_pipeline, verify
 from diffpress.export.edits import edits_of
@@ -25,6 +28,7 @@ from diffpress.export.errors import ArtifactError, ModelFileError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import MANIFEST, list_files, read_manifest, write_manifest
 from diffpress.export.runtime import PackedLayer
+from diffpress.export.tensor_files import save_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STEPS = 3
@@ -154,9 +158,10 @@ def test_loading_in_half_precision_keeps_scales_and_integers(
         assert value.dtype == (stored[name].dtype if integers else scale), name
         assert torch.equal(value, stored[name].to(value.dtype)), name
     assert torch.isfinite(image(pipeline)).all()
-    # A later cast would round the scales: diffusers refuses it for us.
-    with pytest.raises(ValueError, match="Casting a quantized model"):
-        pipeline.to(torch.float64)
+    # So does a later cast of the whole model.
+    model = denoiser_of(pipeline).to(torch.float64)
+    kept = {name: value for name, value in model.state_dict().items() if name.endswith("_scale")}
+    assert all(torch.equal(value, stored[name].float()) for name, value in kept.items())
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -277,3 +282,26 @@ def test_a_source_folder_is_no_artifact(tiny_pixels: Path) -> None:
     assert not is_artifact(tiny_pixels)
     with pytest.raises(ArtifactError, match=f"it has no {MANIFEST}"):
         load(tiny_pixels)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_have_the_permissions_that_the_umask_leaves(everything: Path, tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        save_tensors({"a": torch.ones(1)}, tmp_path / "folder" / "a.safetensors")
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    expected = (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "folder" / "a.safetensors").stat().st_mode == expected
+    weights = [path for path in everything.rglob("*.safetensors") if path.is_file()]
+    assert len({path.stat().st_mode for path in weights} | {(everything / "model_index.json").stat().st_mode}) == 1
+
+
+def test_a_file_that_may_not_be_read_is_named_with_advice(everything: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(digests, "digest", closed)
+    with pytest.raises(ArtifactError, match=r"cannot be read: Permission denied\. Change its permissions"):
+        load(everything)
