@@ -27,6 +27,7 @@ from .console import (
     stages,
 )
 from .explain import as_typed, explained
+from .stopping import Stopped, stoppable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -367,11 +368,14 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
-        with explained():
+        with stoppable(), explained():
             app()
     except UserError as error:
         ERRORS.print(f"diffpress: {error}", markup=False, soft_wrap=True)
         sys.exit(2)
+    except Stopped as stopped:
+        ERRORS.print(f"diffpress: {stopped.words()}", markup=False, soft_wrap=True)
+        sys.exit(stopped.status)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from diffpress.compress.stage_folder import StageFolder
 from diffpress.export.publishing import locked
 from diffpress.kernels.answering import answering_kernels
 
+from .stopping import kept_in
+
 
 @dataclass(frozen=True)
 class Work:
@@ -69,7 +71,8 @@ def work_folder(out: Path, request: str, fresh: bool) -> Iterator[Work]:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         (folder / "request").write_text(request, encoding="utf-8")
-        yield Work(folder)
+        with kept_in(folder):
+            yield Work(folder)
         shutil.rmtree(folder)
 
 
