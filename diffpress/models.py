@@ -12,11 +12,12 @@ from diffpress.export.folder import PipelineFolder
 from diffpress.export.load.registration import LIBRARIES
 
 from .hub import HUB_ID, fetched
+from .single_file import folder_of_file
 from .zoo import PIPELINES, zoo_folder
 
 
 def resolve(model: str) -> PipelineFolder:
-    """A local folder, `zoo:NAME` or a hub id, as a folder that holds a pipeline.
+    """A local folder, a checkpoint of one file, `zoo:NAME` or a hub id, as a folder that holds a pipeline.
 
     Raises UnsupportedModelError where it is none, and ModelFileError where it cannot be had.
     """
@@ -26,10 +27,7 @@ def resolve(model: str) -> PipelineFolder:
     if path.is_dir():
         return _checked(PipelineFolder(path, model))
     if path.is_file():
-        raise UnsupportedModelError(
-            f"{model} is a single file. Give a pipeline folder: load it once with diffusers' `from_single_file` and "
-            "write it with `save_pretrained`."
-        )
+        return _checked(PipelineFolder(folder_of_file(path), model))
     if not HUB_ID.fullmatch(model):
         raise UnsupportedModelError(f"there is no folder {model}, and it is neither zoo:NAME nor a hub id OWNER/NAME.")
     return _checked(PipelineFolder(fetched(model), model))

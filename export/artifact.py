@@ -17,7 +17,7 @@ from .devices import check_device
 from .digests import known_files
 from .edits import Edit, edits_of, store_edits
 from .errors import ArtifactError, ModelFileError, UserError
-from .folder import PipelineFolder
+from .folder import VARIANTS, PipelineFolder
 from .load.config import EditsConfig
 from .load.empty import apply_to_empty_
 from .load.libraries import empty_model, library_of
@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 Tensors = Mapping[str, Tensor]
 Preference = Literal["speed", "memory"]
 """What decides about packed layers that are slower than floats where they are loaded."""
-VARIANT = ".fp16"
-"""What the file names of half precision weights have in them when full precision may lie beside them."""
 
 
 def is_artifact(path: Path) -> bool:
@@ -50,8 +48,8 @@ def write_pipeline(
 ) -> None:
     """Write the pipeline files of an artifact into the empty `folder`: copies, but for components with edits.
 
-    So that all parts load alike when no precision is asked for, fp16 weights lose that in their names and text encoders
-    in their configs.
+    So that all parts load alike when no precision is asked for, weights of a variant lose that in their names and text
+    encoders in their configs.
     `tensors` holds per component what the edits store, named `MODULE.TENSOR`. `timesteps` are the
     denoiser's; of several, `parts` holds each one's. Raises UnsupportedModelError where a
     component is no model of a library that can load edits.
@@ -59,7 +57,7 @@ def write_pipeline(
     edited = {edit.component for edit in edits}
     for name in source.files():
         if name.split("/")[0] not in edited:
-            _copy_plain(source.path, folder, name)
+            _copy_plain(source, folder, name)
     for component in sorted(edited):
         own = edits_of(component, edits)
         stored = store_edits(source_tensors(source, component), own, tensors[component])
@@ -72,19 +70,20 @@ def write_pipeline(
         )
 
 
-def _copy_plain(source: Path, folder: Path, name: str) -> None:
-    plain = name.replace(VARIANT, "")
+def _copy_plain(source: PipelineFolder, folder: Path, name: str) -> None:
+    dot, path = f".{source.variant or VARIANTS[0]}", source.path / name
+    plain = name.replace(dot, "")
     (folder / plain).parent.mkdir(parents=True, exist_ok=True)
-    config = json.loads((source / name).read_text(encoding="utf-8")) if name.endswith("/config.json") else {}
+    config = json.loads(path.read_text(encoding="utf-8")) if name.endswith("/config.json") else {}
     if config != _plain_config(config):
         (folder / plain).write_text(
             json.dumps(_plain_config(config), indent=1, sort_keys=True) + "\n", encoding="utf-8"
         )
     elif plain != name and name.endswith(".json"):
-        text = (source / name).read_text(encoding="utf-8").replace(VARIANT, "")
+        text = path.read_text(encoding="utf-8").replace(dot, "")
         (folder / plain).write_text(text, encoding="utf-8")
     else:
-        shutil.copyfile(source / name, folder / plain)
+        shutil.copyfile(path, folder / plain)
 
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:

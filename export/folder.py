@@ -18,8 +18,8 @@ from .digests import digest
 from .errors import ModelFileError, UnsupportedModelError
 from .weight_files import PICKLES, WeightFiles, weights_of_variant, why_no_weights
 
-VARIANT = "fp16"
-"""What the file names of half precision weights have in them when full precision may lie beside them."""
+VARIANTS = ("fp16", "bf16")
+"""What the file names of half precision weights have in them when full precision may lie beside them; taken in this order."""
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """What a tokenizer has beside its vocabulary."""
 OTHER_FRAMEWORKS = (".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf")
@@ -157,15 +157,14 @@ class PipelineFolder:
     @property
     def _variant(self) -> str | None:
         # Diffusers takes a variant for all components that have it, and the plain weights of the others.
-        plain_alone = all(
-            self._of_variant(component, None) or not self._of_variant(component, VARIANT)
-            for component in self.components
-        )
-        return None if plain_alone else VARIANT
+        lacking = [component for component in self.components if not self._of_variant(component, None)]
+        needed = [component for component in lacking if any(self._of_variant(component, own) for own in VARIANTS)]
+        fitting = [own for own in VARIANTS if all(self._of_variant(component, own) for component in needed)]
+        return fitting[0] if needed and fitting else None
 
     @property
     def variant(self) -> str | None:
-        """`fp16` where a component has weights of that variant only."""
+        """`fp16` or `bf16` where a component has weights of that variant only."""
         for component in self.denoisers:
             self.weight_files(component)
         return self._variant

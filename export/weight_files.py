@@ -12,6 +12,10 @@ STEMS = {"diffusers": ("diffusion_pytorch_model",), "transformers": ("model",)}
 """What each library calls weights; a class of another library is looked for under all of these names."""
 SHARDS_FIRST = "diffusion_pytorch_model"
 """Where a single file lies beside shards, diffusers takes the shards, and transformers the single file."""
+NO_GGUF = (
+    "They are rounded already, and what is rounded twice is worse: take the safetensors that they were made from, and compress "
+    "those (the preset w4 makes weights as small)."
+)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
@@ -59,6 +63,7 @@ def why_no_weights(folder: Path) -> str | None:
     """What to say of a component's folder whose weights no loader takes; None where it holds nothing like weights."""
     files = sorted(file.name for file in folder.glob("*") if file.is_file())
     found = [name for name in files if name.endswith(".safetensors")]
+    quantized = [name for name in files if name.endswith(".gguf")]
     shards = [name for name in found if "-of-" in name]
     pickles = [name for name in files if name.endswith(PICKLES)]
     if shards:
@@ -70,4 +75,6 @@ def why_no_weights(folder: Path) -> str | None:
             f"has only pickled weights ({pickles[0]}), which can run code when read. Convert them with "
             "`save_pretrained(..., safe_serialization=True)`."
         )
+    if quantized:
+        return f"has only weights in GGUF ({quantized[0]}). {NO_GGUF}"
     return None

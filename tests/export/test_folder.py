@@ -24,11 +24,11 @@ def copy(tiny_text: Path, tmp_path: Path) -> PipelineFolder:
     return PipelineFolder(tmp_path / "model", "my-model")
 
 
-def as_variant(folder: Path, *components: str) -> None:
-    """Rename the weights of components to those of the variant fp16."""
+def as_variant(folder: Path, *components: str, variant: str = "fp16") -> None:
+    """Rename the weights of components to those of a variant."""
     for component in components:
         for file in (folder / component).glob("*.safetensors"):
-            file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+            file.rename(file.with_name(file.name.replace(".safetensors", f".{variant}.safetensors")))
 
 
 def as_shards(component: Path, dot_variant: str = "") -> list[str]:
@@ -119,6 +119,18 @@ def test_variant_is_taken_where_there_is_nothing_else(copy: PipelineFolder) -> N
     assert copy.variant == "fp16"
     assert [file.name for file in copy.weight_files("unet")] == ["diffusion_pytorch_model.fp16.safetensors"]
     copy.check()
+
+
+def test_a_variant_is_taken_that_all_have_who_have_nothing_else(copy: PipelineFolder) -> None:
+    """Both halves of one part lie side by side, the other has one of them."""
+    shutil.copytree(copy.path / "unet", copy.path / "other")
+    as_variant(copy.path, "unet")
+    as_variant(copy.path, "text_encoder", "other", variant="bf16")
+    shutil.copy(next((copy.path / "other").glob("*.bf16.safetensors")), copy.path / "unet")
+    assert copy.variant == "bf16"
+    assert [file.name for file in copy.weight_files("unet")] == ["diffusion_pytorch_model.bf16.safetensors"]
+    copy.check()
+    load_pipeline(copy)
 
 
 def test_unknown_variants_are_named(copy: PipelineFolder) -> None:
@@ -291,3 +303,26 @@ def test_an_index_that_cannot_be_used_is_refused(
         (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(error, match=message):
         _ = PipelineFolder(tmp_path, "my-model").denoiser
+
+
+def test_a_snapshot_of_links_is_read_like_what_it_links_to(tiny_text: Path, tmp_path: Path) -> None:
+    """As the hub's cache keeps it: every file is a link into `blobs`."""
+    snapshot, blobs = tmp_path / "snapshots" / "main", tmp_path / "blobs"
+    blobs.mkdir()
+    for index, file in enumerate(sorted(file for file in tiny_text.rglob("*") if file.is_file())):
+        shutil.copy(file, blobs / str(index))
+        link = snapshot / file.relative_to(tiny_text)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blobs / str(index))
+    linked = PipelineFolder(snapshot, "linked")
+    linked.check()
+    assert linked.digests() == PipelineFolder(tiny_text, "plain").digests()
+    assert load_pipeline(linked).unet is not None
+
+
+def test_gguf_is_refused_with_what_to_take(copy: PipelineFolder) -> None:
+    (copy.path / "unet" / WEIGHTS).rename(copy.path / "unet" / "model-Q4_0.gguf")
+    with pytest.raises(
+        ModelFileError, match=r"unet has only weights in GGUF \(model-Q4_0.gguf\). They are rounded already"
+    ):
+        copy.check()
