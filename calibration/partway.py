@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .conditions import Condition
 from .sampling import Sampling, answer, denoisers_of, sample
+from .schedulers import schedulers_of
 
 
 class Arguments(NamedTuple):
@@ -55,14 +56,16 @@ def output_of(denoiser: nn.Module, name: str, inputs: Mapping[str, Tensor], reco
 
 
 def scheduler_in_use(pipeline: Any, condition: Condition, sampling: Sampling) -> Any:
-    """A copy of the pipeline's scheduler as it begins a run: time steps, sigmas and shift are set, no step is taken."""
+    """A copy of the pipeline's scheduler, the first of several, as it begins a run: time steps, sigmas and shift are set, no
+    step is taken. None where it has none.
+    """
 
     def stop(*_: Any) -> None:
         raise _Reached
 
     handles = [denoiser.register_forward_pre_hook(stop) for denoiser in denoisers_of(pipeline).values()]
     _run_until(handles, lambda: sample(pipeline, [condition], sampling))
-    return copy.deepcopy(pipeline.scheduler)
+    return copy.deepcopy(next(iter(schedulers_of(pipeline)), None))
 
 
 def _run_until(handles: Sequence[RemovableHandle], call: Callable[[], object]) -> None:

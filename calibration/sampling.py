@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 import traceback
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffpress.export.denoisers import is_denoiser, no_denoiser
+from diffpress.export.denoisers import is_denoiser, no_denoiser, parts_of
 from diffpress.export.errors import UnsupportedModelError, UserError
 from diffpress.export.runtime import time_argument, time_of
 
@@ -28,6 +26,7 @@ from .conditions import Condition
 from .inputs import Inputs, first_answer
 from .made import made_of
 from .media import MediaFile, StandIn
+from .schedulers import schedulers_of
 
 BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 OTHER_SEED = 2**31 - 1
@@ -77,17 +76,12 @@ class Call(NamedTuple):
     """What the pipeline calls the denoiser."""
 
 
-def _parts_of(pipeline: Any) -> dict[str, Any]:
-    parts: dict[str, Any] = getattr(pipeline, "components", None) or getattr(pipeline, "__dict__", {})
-    return parts
-
-
 def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
     """The parts that are told the time step, and so are called at every step or at some, by their names in the pipeline.
 
     Raises UnsupportedModelError where there is none.
     """
-    parts = _parts_of(pipeline)
+    parts = parts_of(pipeline)
     # What is compiled has the class of its compiler.
     found = {name: part for name, part in parts.items() if is_denoiser(type(getattr(part, "_orig_mod", part)))}
     if not found:
@@ -109,12 +103,6 @@ def denoiser_of(pipeline: Any) -> nn.Module:
 def device_of_pipeline(pipeline: Any) -> torch.device:
     """Where its denoiser is, the first of several."""
     return device_of(next(iter(denoisers_of(pipeline).values())))
-
-
-def schedulers_of(pipeline: Any) -> list[Any]:
-    """What updates the sample by what it is given, mostly one."""
-    parts = _parts_of(pipeline)
-    return [part for part in parts.values() if hasattr(part, "step") and hasattr(part, "set_timesteps")]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -348,36 +336,6 @@ def timestep_of(inputs: Mapping[str, Tensor]) -> float:
             "apart."
         )
     return float(time_of(torch.as_tensor(given[name])))
-
-
-@contextmanager
-def watch_guided(pipeline: Any, receive: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hand what a scheduler is given at every step to `receive` while the pipeline runs once."""
-    schedulers = schedulers_of(pipeline)
-    for scheduler in schedulers:
-        scheduler.step = _WatchedStep(scheduler, receive)
-    try:
-        yield
-    finally:
-        for scheduler in schedulers:
-            del scheduler.step
-
-
-class _WatchedStep:
-    """The step of a scheduler; a copy that a pipeline makes of the scheduler has its own, which nobody watches."""
-
-    def __init__(self, scheduler: Any, receive: Callable[[Tensor], None]) -> None:
-        self.scheduler, self.receive, self.step = scheduler, receive, scheduler.step
-        # Pipelines ask by the signature what a step takes.
-        functools.update_wrapper(self, scheduler.step)
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        self.receive((arguments[0] if arguments else options["model_output"]).detach())
-        return self.step(*arguments, **options)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo[id(self.scheduler)]
-        return types.MethodType(type(copied).step, copied)
 
 
 @torch.no_grad()

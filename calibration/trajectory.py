@@ -13,7 +13,8 @@ from safetensors import safe_open
 from diffpress.export.errors import UnsupportedModelError
 
 from .conditions import Condition
-from .sampling import Call, Sampling, groups_of, sample, watch, watch_guided
+from .sampling import Call, Sampling, groups_of, sample, watch
+from .schedulers import watch_guided
 from .shard import Answer, Shard, around, holds, names_of, read_call, record_of
 
 Progress = Callable[[int, int], None]

@@ -14,9 +14,9 @@ from diffpress.export.portable.tables import table_of
 
 logger = logging.getLogger(__name__)
 
-CANNOT_RUN = (ValueError, TypeError, IndexError, RuntimeError)
-"""What schedulers of diffusers raise that cannot be run on their own: their step wants more to unpack, other arguments, the
-batch of a time step, or another shape."""
+CANNOT_RUN = (AttributeError, ValueError, TypeError, IndexError, RuntimeError)
+"""What schedulers of diffusers raise that cannot be run on their own, or that is none: their step wants more to unpack, other
+arguments, the batch of a time step, or another shape."""
 EVEN_SHARE = 0.5
 """Share of the examples that are drawn evenly over the steps: what a step's error does to later steps counts as well."""
 

@@ -17,7 +17,8 @@ from diffpress.calibration.given import NOTHING_GIVEN, Given
 from diffpress.calibration.made import picture_of
 from diffpress.calibration.media import StandIn
 from diffpress.calibration.metrics import MEASURES, quality
-from diffpress.calibration.sampling import Call, Sample, Sampling, groups_of, joined, sample, watch, watch_guided
+from diffpress.calibration.sampling import Call, Sample, Sampling, groups_of, joined, sample, watch
+from diffpress.calibration.schedulers import watch_guided
 from diffpress.calibration.trajectory import Progress
 from diffpress.export.folder import PipelineFolder
 
@@ -140,7 +141,7 @@ def _watched(pipeline: Any, group: list[Condition], sampling: Sampling) -> tuple
         calls.pop(place := (call.part, call.step), None)
         calls[place] = call.output.float().cpu()
 
-    with watch(pipeline, receive), watch_guided(pipeline, lambda _: taken.add(next(reversed(calls)))):
+    with watch(pipeline, receive), watch_guided(pipeline, lambda _: taken.update(list(calls)[-1:])):
         result = sample(pipeline, group, sampling)
     # What a part answers that steers another, as a ControlNet does, no scheduler is given.
     outputs = [output for place, output in calls.items() if not taken or place in taken]

@@ -20,6 +20,12 @@ def is_denoiser(kind: Any) -> bool:
     return time_argument(inspect.signature(kind.forward).parameters) is not None
 
 
+def parts_of(pipeline: Any) -> dict[str, Any]:
+    """The parts of a pipeline by name; of an object that is no pipeline of diffusers, its attributes."""
+    parts: dict[str, Any] = getattr(pipeline, "components", None) or getattr(pipeline, "__dict__", {})
+    return parts
+
+
 def no_denoiser(name: str, parts: Iterable[str]) -> str:
     """What to say of a pipeline that has none."""
     return (

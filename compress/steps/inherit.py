@@ -169,8 +169,8 @@ def _short_run(subject: Subject) -> list[Call]:
         )
     if len(set(counts.values())) != 1:
         raise UnsupportedModelError(
-            f"steps: {type(pipeline.scheduler).__name__} calls the denoiser {sorted(set(counts.values()))} times a step, "
-            "by turns. A step plan needs as many calls at every step: give the pipeline another scheduler, such as "
+            f"steps: the scheduler of {type(pipeline).__name__} calls the denoiser {sorted(set(counts.values()))} times a "
+            "step, by turns. A step plan needs as many calls at every step: give the pipeline another scheduler, such as "
             "DPMSolverMultistepScheduler."
         )
     return calls[:: counts[0]]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from diffpress.calibration.conditions import Condition
 from diffpress.calibration.examples import Examples
-from diffpress.calibration.sampling import Sampling, denoiser_of, denoisers_of, replay, watch_guided
+from diffpress.calibration.sampling import Sampling, denoiser_of, denoisers_of, replay
+from diffpress.calibration.schedulers import watch_guided
 from diffpress.calibration.trajectory import Trajectories, record
 from diffpress.export.errors import UnsupportedModelError
 
