@@ -13,6 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import curves
 import gpu_table
+import pipeline_table
 
 RESULTS = Path(__file__).parent / "results"
 ORIGINAL = "original, float32"
@@ -349,6 +350,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "fusion": ("fusion.json", fusion),
     "steps": ("steps.json", steps),
     "caches": ("steps.json", caches),
+    "pipelines": ("pipelines.json", pipeline_table.pipelines),
     "step-gradients": ("step_gradients.json", step_gradients),
     "step-gradient-sizes": ("step_gradients.json", step_gradient_sizes),
     "pruning": ("prune.json", pruning),

@@ -170,3 +170,25 @@ def test_calls_are_the_first_the_middle_and_the_last(recorded: Callable[[str], A
     expected = list(runs.calls(runs.shards[:1]))
     assert [call.step for call in evaluation_calls(runs)] == [0, 1, 2] == [call.step for call in expected]
     assert PRODUCTS % (3 * len(expected[0].output)) == 0
+
+
+class Silent(nn.Module):
+    """Answers zeros, as a ControlNet does that has not learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        return (self.last(self.layer(sample)),)
+
+
+def test_what_answers_zeros_is_moved_by_nothing(
+    recorded: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, runs = Silent(), recorded("tiny_pixels").trajectories
+    calls = [Call(call.inputs, torch.zeros_like(call.output), call.step) for call in evaluation_calls(runs)]
+    monkeypatch.setattr(sensitivity, "evaluation_calls", lambda _: calls)
+    layer = QuantizedLayer(Format(8, None, 8), torch.ones(8, 8, dtype=torch.int8), torch.ones(8, 1))
+    assert measure_layers(model, {"layer": [layer]}, runs, 0) == {"layer": [0.0]}

@@ -85,6 +85,7 @@ def test_advice_quotes_what_was_recorded(tables: ModuleType) -> None:
         ("caches", "docs/steps.md"),
         ("pruning", "docs/pruning.md"),
         ("pruning-together", "docs/pruning.md"),
+        ("pipelines", "docs/pipelines.md"),
         ("step-gradients", "docs/step-gradients.md"),
         ("step-gradient-sizes", "docs/step-gradients.md"),
     ],
