@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffpress.export.bundle.manifest import Target as BundleTarget
 from diffpress.export.errors import UserError
 
 from .console import (
@@ -46,7 +47,7 @@ app.add_typer(zoo_app, name="zoo")
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else on standard output")]
 Model = Annotated[str, typer.Argument(help="a pipeline folder, a hub id, or zoo:NAME")]
-Folder = Annotated[str, typer.Argument(help="an artifact of `compress`, or an export: a folder or a hub id")]
+Folder = Annotated[str, typer.Argument(help="an artifact of `compress`, an export or a bundle: a path or a hub id")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the noise")]
 Engine = Annotated[
     str | None, typer.Option(help="torch, onnx, openvino or openvino:DEVICE; left out: what MODEL is made for")
@@ -158,8 +159,20 @@ def export(
 
 
 @app.command()
+def package(
+    export: Annotated[Path, typer.Argument(help="a folder that `export --to onnx` wrote")],
+    target: Annotated[BundleTarget, typer.Option(help="what it is to run on")],
+    out: Annotated[Path, typer.Option(help="zip file to write")],
+) -> None:
+    """Put an export, a program that runs it without Python, and onnxruntime into one zip."""
+    from .packaging import package_export
+
+    OUTPUT.print(package_export(export, target, out))
+
+
+@app.command()
 def run(
-    model: Annotated[str, typer.Argument(help="a pipeline, an artifact or an export")],
+    model: Annotated[str, typer.Argument(help="a pipeline, an artifact, an export or a bundle")],
     out: Annotated[Path, typer.Option(help="file to write: .png; .gif or .webp of a video, .wav of a sound")],
     prompt: Annotated[str | None, typer.Option(help="what to draw")] = None,
     label: Annotated[int | None, typer.Option(min=0, help="number of the class to draw")] = None,
@@ -251,7 +264,7 @@ def compare(
 
 @app.command()
 def inspect(artifact: Folder, as_json: Json = False) -> None:
-    """Show what an artifact or export holds: recipe, metrics, and the format of every module."""
+    """Show what an artifact, export or bundle holds: recipe, metrics, and the format of every module."""
     from .hub import at_hand
     from .inspecting import inspect_folder
 
@@ -266,7 +279,7 @@ def inspect(artifact: Folder, as_json: Json = False) -> None:
 
 @app.command()
 def verify(artifact: Folder) -> None:
-    """Check every digest, read every tensor, apply every edit; for an export, run its self test."""
+    """Check every digest, read every tensor, apply every edit; for an export or bundle, run its self test."""
     from .hub import at_hand
     from .inspecting import verify_folder
 

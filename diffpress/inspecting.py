@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffpress.export.artifact import expansion_here, is_artifact, verify
+from diffpress.export.bundle.manifest import BundleManifest
+from diffpress.export.bundle.read import is_bundle, opened_bundle
+from diffpress.export.digests import File
 from diffpress.export.edits import step_plans
 from diffpress.export.errors import ArtifactError, UserError
 from diffpress.export.manifest import Manifest, read_manifest
@@ -26,14 +30,11 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 def verify_folder(path: Path) -> str:
     """A sentence on what was checked. Raises ArtifactError at the first thing that is not as it was saved."""
+    if is_bundle(path):
+        with opened_bundle(path) as (bundle, folder):
+            return _verified(path, folder, len(bundle.files))
     if is_export(path):
-        from diffpress.export.engines.onnxruntime import ONNXRUNTIME
-        from diffpress.export.portable.verify import verify_export
-
-        verify_export(path, ONNXRUNTIME)
-        return (
-            f"{path} is sound: {len(read_export(path).files)} files match their digests, the self test gives its image"
-        )
+        return _verified(path, path, len(read_export(path).files))
     _require_artifact(path)
     manifest = verify(path)
     return f"{path} is sound: {len(manifest.files)} files match their digests, {len(manifest.edits)} edits apply"
@@ -41,12 +42,12 @@ def verify_folder(path: Path) -> str:
 
 def inspect_folder(path: Path) -> dict[str, Any]:
     """The manifest, with tables for people under `tables`."""
+    if is_bundle(path):
+        with opened_bundle(path) as (bundle, folder):
+            return _bundle_data(path, bundle, read_export(folder))
     if is_export(path):
         export = read_export(path)
-        rows: list[tuple[str, ...]] = [
-            (name, f"{file.size_bytes:,}", file.sha256[:16]) for name, file in sorted(export.files.items())
-        ]
-        files: Table = (f"export {path}", ("file", "bytes", "sha256"), rows)
+        files = _files(f"export {path}", export.files)
         return {**export.model_dump(mode="json"), "tables": [files, *_planned_calls(export)]}
     _require_artifact(path)
     manifest = read_manifest(path)
@@ -54,6 +55,31 @@ def inspect_folder(path: Path) -> dict[str, Any]:
     here = expansion_here(path, manifest) if manifest.layers else None
     data = manifest.model_dump(mode="json") | {"here": _here(here) if here else None}
     return {**data, "tables": _tables(path, manifest, here)}
+
+
+def _verified(path: Path, export: Path, files: int) -> str:
+    from diffpress.export.engines.onnxruntime import ONNXRUNTIME
+    from diffpress.export.portable.verify import verify_export
+
+    verify_export(export, ONNXRUNTIME)
+    return f"{path} is sound: {files} files match their digests, the self test gives its image"
+
+
+def _bundle_data(path: Path, bundle: BundleManifest, export: ExportManifest) -> dict[str, Any]:
+    peak = bundle.peak_memory_bytes
+    summary: list[tuple[str, ...]] = [
+        ("target", bundle.target.value),
+        ("pipeline", export.pipeline),
+        ("memory", "not measured" if peak is None else f"{peak / 1e6:,.0f} MB, measured on {bundle.measured_on}"),
+        *((name, version) for name, version in sorted(bundle.versions.items())),
+    ]
+    tables = [(f"bundle {path}", ("", "value"), summary), _files("files", bundle.files), *_planned_calls(export)]
+    return {**bundle.model_dump(mode="json"), "export": export.model_dump(mode="json"), "tables": tables}
+
+
+def _files(title: str, files: Mapping[str, File]) -> Table:
+    rows = [(name, f"{file.size_bytes:,}", file.sha256[:16]) for name, file in sorted(files.items())]
+    return title, ("file", "bytes", "sha256"), [*rows]
 
 
 def _planned_calls(export: ExportManifest) -> list[Table]:
@@ -86,7 +112,9 @@ def _require_artifact(path: Path) -> None:
     if not path.is_dir():
         raise UserError(f"there is no folder {path}.")
     if not is_artifact(path):
-        raise ArtifactError(f"{path} is neither an artifact nor an export of diffpress: compress or export first.")
+        raise ArtifactError(
+            f"{path} is neither an artifact, an export nor a bundle of diffpress: compress, export or package first."
+        )
 
 
 def _tables(path: Path, manifest: Manifest, here: Expansion | None) -> list[Table]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffpress.export.bundle.read import is_bundle, opened_bundle
 from diffpress.export.engines.named import NAMES, engine_named
 from diffpress.export.errors import UserError
 from diffpress.export.portable.manifest import is_export
@@ -57,11 +58,11 @@ class Wanted:
 
 
 def wanted_engine(model: str, asked: str | None) -> str:
-    """The engine asked for, or `onnx` for an export and `torch` for a pipeline.
+    """The engine asked for, or `onnx` for an export or a bundle and `torch` for a pipeline.
 
     Raises UserError where `model` does not run in it.
     """
-    if not is_export(Path(model)):
+    if not is_export(Path(model)) and not is_bundle(Path(model)):
         if asked not in (None, TORCH):
             raise UserError(
                 f"{model} runs with --engine torch, not {asked}. Export it first: diffpress export MODEL --to onnx --out DIR."
@@ -100,12 +101,19 @@ def run_torch(folder: PipelineFolder, wanted: Wanted, out: Path | None = None) -
     return Made(made.kind, made.images[0], rate_of(pipeline))
 
 
-def run_export(folder: Path, engine: str, wanted: Wanted) -> Image:
-    """Run an export, without torch."""
-    wanted.options.refuse(str(folder))
+def run_export(path: Path, engine: str, wanted: Wanted) -> Image:
+    """Run an export or a bundle, without torch."""
+    wanted.options.refuse(str(path))
+    if not is_bundle(path):
+        return _run_export(path, str(path), engine, wanted)
+    with opened_bundle(path) as (_, folder):
+        return _run_export(folder, str(path), engine, wanted)
+
+
+def _run_export(folder: Path, name: str, engine: str, wanted: Wanted) -> Image:
     pipeline = open_export(folder, engine_named(engine))
     manifest = pipeline.manifest
-    text = wanted.text(str(folder), "prompt" if manifest.tokens else "label" if manifest.labels else "nothing")
+    text = wanted.text(name, "prompt" if manifest.tokens else "label" if manifest.labels else "nothing")
     asked = wanted.sampling()
     return to_picture(pipeline.generate(text, wanted.seed, asked.steps, asked.guidance_scale))
 
