@@ -11,11 +11,12 @@ from diffpress.export.portable.noise import TorchNoise, torch_noise
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**32 + 7, 2**63 - 1])
-@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (16,), (17,), (31,), (1, 3, 5, 7), (1, 1, 28, 28)])
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (16,), (17,), (31,), (1, 3, 5, 7), (1, 1, 28, 28), (100_003,)])
 def test_equals_torch(shape: tuple[int, ...], seed: int) -> None:
     expected = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
-    # torch uses its own vectorised logarithm and cosine: a few roundings of values up to five.
-    np.testing.assert_allclose(torch_noise(shape, seed), expected, atol=5 * 2**-21)
+    # Where it has no AVX2 torch asks the C library for logarithm and cosine: a few roundings of values up to five.
+    fits = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    np.testing.assert_allclose(torch_noise(shape, seed), expected, rtol=0, atol=0 if fits else 5 * 2**-21)
 
 
 def test_few_numbers_are_refused() -> None:
