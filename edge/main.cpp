@@ -38,7 +38,6 @@ std::string own_folder(const std::string& called) {
 }
 
 void check_files(const std::string& folder, const Bundle& bundle, const Export& manifest, const std::string& own) {
-  for (const auto& [name, file] : bundle.files) check_file(folder, name, file.size, file.sha256);
   const auto listed = [&](const std::string& name) {
     if (!bundle.files.count(name)) throw UserError("bundle.json lists no digest of " + name + ". Package the export again.");
   };
@@ -46,6 +45,7 @@ void check_files(const std::string& folder, const Bundle& bundle, const Export& 
   listed(own + manifest.self_test.image);
   listed(own + "export.json");
   if (bundle.tokenizer) listed(*bundle.tokenizer);
+  for (const auto& [name, file] : bundle.files) check_file(folder, name, file.size, file.sha256);
 }
 
 void check_memory(const Bundle& bundle) {

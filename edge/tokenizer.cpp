@@ -43,15 +43,15 @@ Tokenizer::Tokenizer(const std::string& tables) {
       if (literal.text.empty()) reader.damaged();
       literals->push_back(std::move(literal));
     }
+  for (std::uint32_t count = reader.count(), rank = 0; rank < count; ++rank) {
+    const std::uint64_t first = reader.word(), second = reader.word();
+    merges_[pair(first, second)] = {rank, reader.word()};
+  }
   for (std::uint32_t count = reader.count(); count > 0; --count) {
     const char32_t first = reader.word(), last = reader.word();
     classes_.push_back({first, last, static_cast<Class>(reader.below(4))});
     const bool sorted = classes_.size() == 1 || classes_[classes_.size() - 2].last < first;
     if (first > last || !sorted) reader.damaged();
-  }
-  for (std::uint32_t count = reader.count(), rank = 0; rank < count; ++rank) {
-    const std::uint64_t first = reader.word(), second = reader.word();
-    merges_[pair(first, second)] = {rank, reader.word()};
   }
   for (auto* points : {&lower_, &decomposed_})
     for (std::uint32_t count = reader.count(); count > 0; --count) {

@@ -2,11 +2,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <iostream>
 #include <iterator>
 
-#include "../errors.h"
-#include "../files.h"
 #include "../noise.h"
 #include "../tokenizer.h"
 
@@ -17,7 +16,8 @@ int main(int, char** arguments) {
     std::fwrite(values.data(), sizeof(float), values.size(), stdout);
     return 0;
   }
-  const std::string tables = read_file(arguments[2], 1u << 30);
+  std::ifstream file(arguments[2], std::ios::binary);
+  const std::string tables(std::istreambuf_iterator<char>(file), {});
   const Tokenizer tokenizer(tables);
   // Texts end in a zero.
   for (std::string text; std::getline(std::cin, text, '\0');) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,9 @@ MANIFEST_LIMIT = 2**24
 """Bytes of `bundle.json`; real ones have thousands."""
 PIECE = 2**20
 ENCRYPTED = 1
+PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError, ValueError)
+"""What reading a zip raises where its bytes are wrong."""
 
 
 def is_bundle(path: Path) -> bool:
@@ -56,7 +60,7 @@ def _unpack(path: Path, folder: Path) -> BundleManifest:
             for name, expected in manifest.files.items():
                 with archive.open(members[name]) as member:
                     _check_member(path, name, member, expected, folder / name if name in wanted else None)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
+    except DAMAGED as error:
         raise ArtifactError(f"{path} is damaged: {error}. Copy it again, or {ANEW}.") from error
     return manifest
 
@@ -70,8 +74,8 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
             raise _unsafe(path, f"it has {name!r} twice")
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise _unsafe(path, f"{name!r} is a link or a device")
-        if member.flag_bits & ENCRYPTED:
-            raise _unsafe(path, f"{name!r} is encrypted")
+        if member.flag_bits & ENCRYPTED or member.compress_type not in PACKED:
+            raise _unsafe(path, f"{name!r} is encrypted or packed in another way")
         if _leaves(name) or _leaves(member.orig_filename):
             raise _unsafe(path, f"the path {name!r} leaves its folder")
         if not member.is_dir():

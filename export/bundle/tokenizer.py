@@ -7,6 +7,7 @@ import re
 import struct
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,8 @@ def tokenizer_tables(file: Path, tokens: Tokens) -> bytes:
                 if token["normalized"]
             ),
             _literal_tables((literal, _ids_of_piece(tokenizer, literal)) for literal in literals),
-            _table(_ranges(library)),
             _table(_merges(data["model"])),
-            *_unicode_tables(library),
+            _unicode_tables(),
         ]
     )
 
@@ -141,15 +141,17 @@ def _ranges(library: Any) -> list[tuple[int, int, int]]:
     return sorted(found)
 
 
-def _unicode_tables(library: Any) -> list[bytes]:
-    """Lower case, decompositions, the order of marks, and pairs that compose, by the library's own normalizers."""
+@cache
+def _unicode_tables() -> bytes:
+    """Classes, lower case, decompositions, the order of marks, and pairs that compose, by the library's own normalizers."""
+    library = import_extra("tokenizers")
     lower, apart, whole = (getattr(library.normalizers, name)().normalize_str for name in ("Lowercase", "NFD", "NFC"))
     lowered = [(point, lower(point)) for point in _changed_by(lower)]
     decomposed = [(point, apart(point)) for point in _changed_by(apart) if ord(point) not in HANGUL]
     marks = [(ord(point), unicodedata.combining(point)) for point in POINTS if unicodedata.combining(point)]
     composed = [(whole(parts[:-1]), parts[-1], point) for point, parts in decomposed if whole(point) == point]
     pairs = [(ord(first), ord(second), ord(point)) for first, second, point in composed if len(first) == 1]
-    return [_strings(lowered), _strings(decomposed), _table(marks), _table(pairs)]
+    return b"".join([_table(_ranges(library)), _strings(lowered), _strings(decomposed), _table(marks), _table(pairs)])
 
 
 def _changed_by(normalize: Any) -> list[str]:
