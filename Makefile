@@ -38,7 +38,7 @@ build/files: always
 	@find calibration compress diffpress export kernels -name '*.py' | sort > $@.now
 	@cmp -s $@.now $@ || cp $@.now $@
 
-.venv/ready: pyproject.toml constraints.txt CMakeLists.txt build/files $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/tiers/*)
+.venv/ready: pyproject.toml constraints.txt CMakeLists.txt build/files $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/tiers/* edge/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -43,9 +43,9 @@ def packed(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_bundle_is_used_as_its_export_is(diffpress, exported, packed, tmp_path):
     for model in (exported, packed):
-        result = diffpress("run", model, "--seed", 3, "--out", tmp_path / f"{model.suffix}.png")
+        result = diffpress("run", model, "--seed", 3, "--out", tmp_path / f"{model.stem}.png")
         assert result.status == 0, result.errors
-    left, right = (np.asarray(Image.open(tmp_path / f"{model.suffix}.png")) for model in (exported, packed))
+    left, right = (np.asarray(Image.open(tmp_path / f"{model.stem}.png")) for model in (exported, packed))
     assert (left == right).all()
     assert "the self test gives its image" in " ".join(diffpress("verify", packed).output.split())
     shown = json.loads(diffpress("inspect", packed, "--json").output)
@@ -55,6 +55,7 @@ def test_a_bundle_is_used_as_its_export_is(diffpress, exported, packed, tmp_path
     assert "measured on" in " ".join(diffpress("inspect", packed).output.split())
 
 
+@pytest.mark.long
 def test_the_zip_is_the_same_whenever_it_is_made(diffpress, exported, packed, tmp_path):
     result = diffpress("package", exported, "--target", here().value, "--out", tmp_path / "b.zip")
     assert result.status == 0, result.errors

@@ -102,7 +102,7 @@ def run(*command: str | Path) -> None:
 
 def build_for_aarch64(folder: Path) -> None:
     toolchain = f"-DCMAKE_TOOLCHAIN_FILE={KERNELS / 'aarch64.cmake'}"
-    run("cmake", "-S", ROOT, "-B", folder, toolchain, "-DCMAKE_BUILD_TYPE=Release")
+    run("cmake", "-S", ROOT, "-B", folder, toolchain, "-DCMAKE_BUILD_TYPE=Release", "-DDIFFPRESS_RUNNER=OFF")
     run("cmake", "--build", folder)
     run("aarch64-linux-gnu-g++", "-O2", SOURCES / "driver.cpp", "-o", folder / "driver")
 
