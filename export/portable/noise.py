@@ -15,8 +15,10 @@ SEEDS = 2**63
 """All seeds are below."""
 BLOCK = 16
 """torch draws normal numbers in blocks of this size; smaller tensors take another path there."""
-LOGARITHM = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1)
-LOGARITHM += (2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)
+# fmt: off
+LOGARITHM = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
+             2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)
+# fmt: on
 QUARTERS_OF_PI = (-0.78515625, -2.4187564849853515625e-4, -3.77489497744594108e-8)
 """One, in parts that float32 multiplies exactly."""
 
