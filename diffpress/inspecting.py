@@ -112,9 +112,7 @@ def _require_artifact(path: Path) -> None:
     if not path.is_dir():
         raise UserError(f"there is no folder {path}.")
     if not is_artifact(path):
-        raise ArtifactError(
-            f"{path} is neither an artifact, an export nor a bundle of diffpress: compress, export or package first."
-        )
+        raise ArtifactError(f"{path} is neither an artifact nor an export nor a bundle of diffpress: make one first.")
 
 
 def _tables(path: Path, manifest: Manifest, here: Expansion | None) -> list[Table]:
