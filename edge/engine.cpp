@@ -76,7 +76,8 @@ Engine::Engine(const std::string& library, int threads) {
   api_ = base->GetApi(ORT_API_VERSION);
   if (!api_)
     throw UserError(library + " is onnxruntime " + version_ + ": 1." + std::to_string(ORT_API_VERSION) + " or newer is needed.");
-  check(api_->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "diffpress", &env_), "onnxruntime");
+  // What is wrong comes back as a status, and is said once.
+  check(api_->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "diffpress", &env_), "onnxruntime");
   check(api_->GetAllocatorWithDefaultOptions(&allocator_), "onnxruntime");
   check(api_->CreateSessionOptions(&options_), "onnxruntime");
   check(api_->SetIntraOpNumThreads(options_, threads), "onnxruntime");

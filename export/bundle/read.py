@@ -14,7 +14,6 @@ from typing import IO
 
 from ..digests import File, digest, inside, read_manifest_file
 from ..errors import ArtifactError
-from ..outputs import check_space
 from .manifest import ANEW, BUNDLE, SCHEMA, BundleManifest
 
 MANIFEST_LIMIT = 2**24
@@ -49,6 +48,9 @@ def opened_bundle(path: Path) -> Iterator[tuple[BundleManifest, Path]]:
 
 def _unpack(path: Path, folder: Path) -> BundleManifest:
     """Unpack the export and the manifest; check everything else in passing."""
+    # Here, for it brings torch along, which a folder needs not.
+    from ..outputs import check_space
+
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(path, archive)

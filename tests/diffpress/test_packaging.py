@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,13 @@ def test_a_bundle_is_used_as_its_export_is(diffpress, exported, packed, tmp_path
         assert result.status == 0, result.errors
     left, right = (np.asarray(Image.open(tmp_path / f"{model.stem}.png")) for model in (exported, packed))
     assert (left == right).all()
+    with zipfile.ZipFile(packed) as archive:
+        archive.extractall(tmp_path / "b")
+    (tmp_path / "b" / "diffpress-run").chmod(0o755)
+    command = [tmp_path / "b" / "diffpress-run", "--seed", "3", "--threads", "1", "--out", tmp_path / "alone.png"]
+    subprocess.run(command, check=True)
+    # Integers too: the runner asks for the same kernels, and gives them the same codes.
+    assert (np.asarray(Image.open(tmp_path / "alone.png")) == left).mean() > 0.99
     assert "the self test gives its image" in " ".join(diffpress("verify", packed).output.split())
     shown = json.loads(diffpress("inspect", packed, "--json").output)
     assert shown["target"] == here().value
