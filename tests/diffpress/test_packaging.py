@@ -120,3 +120,21 @@ def test_wrong_input_is_refused_and_nothing_written(diffpress, exported, one_blo
     assert result.status == 2
     assert "does not draw prompts" in " ".join(result.errors.split())
     assert str(packed.name) in result.errors
+
+
+@pytest.mark.long
+def test_the_runner_follows_a_step_plan(diffpress, tiny_class, quick_recipe, tmp_path):
+    recipe = load_recipe(quick_recipe, ["sampling.steps=6", "steps={method: inherit, speedup: 1.3}", "export=[onnx]"])
+    compress(PipelineFolder(tiny_class, "tiny"), recipe, tmp_path / "tiny")
+    export = tmp_path / "tiny-onnx"
+    plan = json.loads((export / "export.json").read_text())["step_plan"]
+    assert len({call["graph"] for call in plan["calls"]["6"]}) > 1
+    assert diffpress("package", export, "--target", here().value, "--out", tmp_path / "b.zip").status == 0
+    with zipfile.ZipFile(tmp_path / "b.zip") as archive:
+        archive.extractall(tmp_path / "b")
+    (tmp_path / "b" / "diffpress-run").chmod(0o755)
+    assert diffpress("run", export, "--label", 4, "--seed", 3, "--out", tmp_path / "python.png").status == 0
+    command = [tmp_path / "b" / "diffpress-run", "--label", "4", "--seed", "3", "--out", tmp_path / "alone.png"]
+    subprocess.run(command, check=True)
+    left, right = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("python", "alone"))
+    assert (left == right).mean() > 0.99
