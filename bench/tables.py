@@ -339,6 +339,28 @@ def gpu(results: dict[str, Any]) -> str:
     return _table(gpu_table.HEADER, gpu_table.lines(results))
 
 
+def bundles(results: dict[str, Any]) -> str:
+    """The runner beside Python's run of an export, of `results/bundle.json`."""
+    header = ("export", "zip", "images", "start", "computing", "memory", "in Python", "ratio", "in an empty root")
+    return _table(header, [_bundle(row) for row in results["rows"]])
+
+
+def _bundle(row: dict[str, Any]) -> Sequence[str]:
+    images = "equal" if row["levels_that_differ"] == 0 else f"{row['psnr_db']:.1f} dB"
+    start = [f"{row[name]:.0f} ms" for name in ("start_ms", "start_processor_ms")]
+    memory = [f"{row[f'{own}_peak_memory_bytes'] / 1e6:.0f} MB" for own in ("runner", "python")]
+    name = f"{row['export']}, {row['pipeline']}"
+    return (
+        name,
+        _megabytes(row["zip_bytes"]),
+        images,
+        *start,
+        *memory,
+        f"{row['memory_ratio']:.2f}",
+        row["empty_root"],
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "recipes": ("recipes.json", recipes),
     "quantizers": ("quantize.json", quantizers),
@@ -348,6 +370,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gpu": ("gpu_kernels.json", gpu),
     "feedback": ("ilf.json", feedback),
     "fusion": ("fusion.json", fusion),
+    "bundles": ("bundle.json", bundles),
     "steps": ("steps.json", steps),
     "caches": ("steps.json", caches),
     "pipelines": ("pipelines.json", pipeline_table.pipelines),

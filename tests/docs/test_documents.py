@@ -81,6 +81,7 @@ def test_advice_quotes_what_was_recorded(tables: ModuleType) -> None:
         ("gpu", "docs/kernels.md"),
         ("fusion", "docs/kernels.md"),
         ("feedback", "docs/ilf.md"),
+        ("bundles", "docs/bundle.md"),
         ("steps", "docs/steps.md"),
         ("caches", "docs/steps.md"),
         ("pruning", "docs/pruning.md"),
