@@ -30,9 +30,18 @@ from .schedulers import schedulers_of
 
 BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 OTHER_SEED = 2**31 - 1
-OURS = "diffpress."
+OURS, THEIRS = "diffpress.", ("diffusers.", "transformers.")
 OUT_OF_MEMORY = re.compile("out of memory|DefaultCPUAllocator", re.IGNORECASE)
-REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What pipelines raise where they do not take what they are given."""
 
 
@@ -186,12 +195,16 @@ def refusals_told(pipeline: Any) -> Iterator[None]:
         yield
     except REFUSALS as error:
         modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        # The first are those of the caller; what fails inside of ours later on is a fault of ours.
-        inside = modules[next((i for i, name in enumerate(modules) if not name.startswith(OURS)), len(modules)) :]
-        if isinstance(error, UserError) or not any(name.startswith("diffusers") for name in inside):
+        # Whose code it failed in: torch's own is anybody's.
+        known = [name for name in modules if name.startswith((OURS, *THEIRS))]
+        ours = not known or known[-1].startswith(OURS)
+        if ours or isinstance(error, UserError) or OUT_OF_MEMORY.search(str(error)):
             raise
-        if any(name.startswith(OURS) for name in inside) or OUT_OF_MEMORY.search(str(error)):
-            raise
+        if isinstance(error, NameError):
+            # What diffusers imports where it is installed, and uses in any case.
+            raise UserError(
+                f"the package {error.name} is needed by {type(pipeline).__name__} and not installed: pip install {error.name}"
+            ) from error
         words = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
         raise UserError(
             f"{type(pipeline).__name__} does not take this call: {words}. Change what it is given by sampling.call "
