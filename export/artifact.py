@@ -102,7 +102,9 @@ def verify(path: Path) -> Manifest:
         folder = PipelineFolder(known, str(path))
         folder.check()
         for component in sorted({edit.component for edit in manifest.edits}):
-            _check_edits_apply(folder, component, edits_of(component, manifest.edits), timesteps_of(manifest, component))
+            _check_edits_apply(
+                folder, component, edits_of(component, manifest.edits), timesteps_of(manifest, component)
+            )
     return manifest
 
 

@@ -41,10 +41,16 @@ def library_with(library: str, name: str) -> str:
     return "diffusers" if hasattr(import_module("diffusers"), name) else library
 
 
+def _is_built_by_settings(kind: Any) -> bool:
+    """Whether a class is a denoiser that can be made anew: what holds several, as of ControlNets, has no settings."""
+    return is_denoiser(kind) and (hasattr(kind, "from_config") or hasattr(kind, "config_class"))
+
+
 def denoisers_in(components: Mapping[str, str], libraries: Mapping[str, str]) -> list[str]:
     """Of components, by name to class and to library, those that are denoisers and that edits can be carried by."""
     return [
         component
         for component, name in components.items()
-        if (library := libraries[component]) in LIBRARIES and is_denoiser(getattr(import_module(library), name, None))
+        if (library := libraries[component]) in LIBRARIES
+        and _is_built_by_settings(getattr(import_module(library), name, None))
     ]
