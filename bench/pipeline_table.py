@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 COLUMNS = ("compress", "verify", "load", "compare", "compile", "export")
@@ -25,7 +26,7 @@ def pipelines(results: dict[str, Any]) -> str:
 
 def _plain(words: str, pipeline: str) -> str:
     """Sentences that differ in the name of the pipeline alone are one."""
-    return " ".join(words.replace(pipeline, "The pipeline").split())
+    return " ".join(re.sub(rf"\b{pipeline}\b", "The pipeline", words, count=1).split())
 
 
 def _cell(outcome: dict[str, str], said: dict[str, int]) -> str:
