@@ -122,11 +122,9 @@ class StepClock:
     def _entries(self, name: str) -> StepEntries:
         thread = self._thread
         if getattr(thread, "has_moved", True):
-            before = [
-                getattr(thread, kind).asked.values() if hasattr(thread, kind) else () for kind in ("values", "codes")
-            ]
-            thread.values = StepEntries(self._weighted, before[0])
-            thread.codes = StepEntries(lambda tables: _codes(self._weighted(tables)), before[1])
+            thread.values = StepEntries(self._weighted, getattr(thread, "values", None))
+            before = getattr(thread, "codes", None)
+            thread.codes = StepEntries(lambda tables: _codes(self._weighted(tables)), before)
             thread.has_moved = False
         entries: StepEntries = getattr(thread, name)
         return entries

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Entry(NamedTuple):
-    """What a table holds for the step."""
+class Known(NamedTuple):
+    """A table that was asked for."""
 
     table: Tensor
     """Held, so that no other tensor gets its number."""
     version: int
-    value: Tensor
-    """[1]"""
+    copy: Tensor
+    """What it held then: whoever offloads a layer may have put anything in the place of its tensors meanwhile."""
 
 
 class StepEntries:
@@ -25,32 +25,36 @@ class StepEntries:
     Each table's own look-up takes a GPU a few launches, which cost more than a small layer.
     """
 
-    def __init__(self, look_up: Callable[[Tensor], Tensor], expected: Iterable[Tensor] = ()) -> None:
-        """`look_up` makes [tables] of [tables, steps]; `expected` are the tables that the step before asked for."""
-        self._look_up, self._expected = look_up, tuple(expected)
-        self._entries: dict[int, Entry] = {}
-        self.asked: dict[int, Tensor] = {}
+    def __init__(self, look_up: Callable[[Tensor], Tensor], before: StepEntries | None = None) -> None:
+        """`look_up` makes [tables] of [tables, steps]; what was asked for at the step `before` is looked up at once."""
+        self._look_up = look_up
+        self._expected = {} if before is None else before.known
+        self._entries: dict[int, Tensor] = {}
+        self.known: dict[int, Known] = {}
         """Tables that were asked for, by their number."""
 
     def of(self, table: Tensor) -> Tensor:
         """The entry [1] of `table` as it is now."""
-        entry = self._entries.get(id(table))
-        if entry is None or entry.version != table._version:
-            self._add(table)
-            entry = self._entries[id(table)]
-        self.asked[id(table)] = table
-        return entry.value
+        known = self.known.get(id(table))
+        if known is None or known.version != table._version:
+            self.known[id(table)] = self._added(table)
+        return self._entries[id(table)]
 
-    def _add(self, table: Tensor) -> None:
-        tables = [table, *(other for other in self._expected if other is not table and self._is_new(other, table))]
-        values = self._look_up(torch.stack(tables)).split(1)
-        for each, value in zip(tables, values, strict=True):
-            self._entries[id(each)] = Entry(each, each._version, value)
+    def _added(self, table: Tensor) -> Known:
+        known = self._expected.get(id(table))
+        if known is None or known.version != table._version or known.copy.device != table.device:
+            known = Known(table, table._version, table.clone())
+            self._entries[id(table)] = self._look_up(known.copy[None])
+        elif id(table) not in self._entries:
+            self._look_up_all(known.copy)
+        return known
 
-    def _is_new(self, other: Tensor, table: Tensor) -> bool:
-        """Whether it is still to be looked up, and can be together with `table`."""
-        like = (table.device, table.dtype, table.shape)
-        return id(other) not in self._entries and (other.device, other.dtype, other.shape) == like
+    def _look_up_all(self, first: Tensor) -> None:
+        """Those expected that can be stacked with `first`, itself among them."""
+        form = (first.device, first.dtype, first.shape)
+        alike = [own for own in self._expected.values() if (own.copy.device, own.copy.dtype, own.copy.shape) == form]
+        values = self._look_up(torch.stack([own.copy for own in alike])).split(1)
+        self._entries.update(zip((id(own.table) for own in alike), values, strict=True))
 
 
 def is_plain(table: Tensor) -> bool:

@@ -244,3 +244,15 @@ def test_the_time_step_of_most_parts_of_an_image_counts() -> None:
     clock.set(torch.tensor([[0.0, 400.0, 400.0], [0.0, 400.0, 400.0]]))
     assert clock.position == 1
     assert time_of(torch.tensor([100.0, 400.0])) == 100
+
+
+def test_what_lies_in_a_table_while_its_layer_is_away_is_not_read() -> None:
+    """As offloading to disk leaves it: other data for the same tensor, until the layer is called."""
+    clock, first, second = StepClock(STEPS), TABLE.clone(), TABLE.clone()
+    for timestep in (740.5, 260.0):
+        clock.set(timestep)
+        expected = (TABLE * clock.weights).sum(-1, keepdim=True)
+        away, second.data = second.data, torch.full_like(second, 99)
+        assert torch.equal(clock.select(first), expected)
+        second.data = away
+        assert torch.equal(clock.select(second), expected)
