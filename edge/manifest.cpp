@@ -12,8 +12,8 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr std::int64_t kBundleSchema = 1, kExportSchema = 3;
-constexpr std::int64_t kMostSteps = 10000, kMostKept = 64, kLongestSide = 1 << 16, kMostNumbers = 1ll << 31;
+constexpr std::int64_t kBundleSchema = 1, kExportSchema = 4;
+constexpr std::int64_t kMostSteps = 10000, kMostKept = 64, kMostOperations = 64, kLongestSide = 1 << 16, kMostNumbers = 1ll << 31;
 // Of nested values: what diffpress writes has seven.
 constexpr int kDeepest = 16;
 
@@ -115,15 +115,47 @@ Labels labels(const Json& from) {
   return found;
 }
 
+// Takes up only terms that there are: those before `term`.
+Operation operation(const Json& from, std::size_t term) {
+  constexpr float most = std::numeric_limits<float>::infinity();
+  Operation found{member(from, "weights").is_null(), {}, -most, most};
+  if (found.draws) return found;
+  for (const Json& weight : list(from, "weights")) {
+    if (!weight.is_array() || weight.size() != 2) damaged("a weight is no pair");
+    const std::int64_t own = whole(weight[0], "weights", 0, static_cast<std::int64_t>(term) - 1);
+    found.weights.emplace_back(static_cast<std::size_t>(own), small_number(weight[1], "weights"));
+  }
+  if (!member(from, "low").is_null()) found.low = small_number(from["low"], "low");
+  if (!member(from, "high").is_null()) found.high = small_number(from["high"], "high");
+  if (found.low > found.high) damaged("a sum is clipped to nothing");
+  return found;
+}
+
+std::vector<std::vector<Operation>> updates(const Json& from) {
+  std::vector<std::vector<Operation>> found;
+  std::size_t term = 1;
+  for (const Json& update : list(from, "updates")) {
+    if (!update.is_array() || update.empty() || update.size() > static_cast<std::size_t>(kMostOperations)) damaged("an update has no operations");
+    ++term;
+    found.emplace_back();
+    for (const Json& own : update) found.back().push_back(operation(own, term++));
+    if (found.back().back().draws) damaged("an update ends in no sample");
+  }
+  return found;
+}
+
 Schedule schedule(const Json& from) {
   Schedule found{small_number(member(from, "init_noise_sigma"), "init_noise_sigma"), numbers(list(from, "timesteps"), "timesteps"),
-                 numbers(list(from, "input_scale"), "input_scale"), {}};
+                 numbers(list(from, "input_scale"), "input_scale"), {}, {}};
+  const bool updated = from.contains("updates") && !from["updates"].is_null();
+  if (updated) found.updates = updates(from);
   for (const Json& row : list(from, "coefficients")) {
     found.coefficients.push_back(numbers(row, "coefficients"));
     if (found.coefficients.back().size() != found.coefficients.size() + 1) damaged("a row of coefficients has another length");
   }
   const std::size_t calls = found.timesteps.size();
-  if (calls < 1 || calls > kMostSteps || found.input_scale.size() != calls || found.coefficients.size() != calls)
+  if (calls < 1 || calls > kMostSteps || found.input_scale.size() != calls ||
+      (updated ? found.updates.size() : found.coefficients.size()) != calls)
     damaged("a schedule has no numbers for some of its calls");
   return found;
 }

@@ -5,6 +5,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace diffpress {
@@ -28,11 +29,20 @@ struct Labels {
   std::map<std::string, std::int64_t> names;
 };
 
-// A whole sampling run of a linear scheduler, as numbers.
+// What a scheduler computes once: noise, or a weighted sum of what there is, which may be clipped.
+struct Operation {
+  bool draws;
+  std::vector<std::pair<std::size_t, float>> weights;
+  float low, high;
+};
+
+// A whole sampling run of a scheduler, as numbers: either coefficients hold it or updates, whose terms are numbered as they
+// appear: 0 is the first sample; each call adds its output, then each operation of its update what it gives.
 struct Schedule {
   float init_noise_sigma;
   std::vector<float> timesteps, input_scale;
   std::vector<std::vector<float>> coefficients;
+  std::vector<std::vector<Operation>> updates;
 };
 
 // A tensor that graphs of the denoiser give, of which the latest `count` are kept for later calls.

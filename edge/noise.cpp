@@ -5,7 +5,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <random>
 
 namespace diffpress {
 
@@ -94,19 +93,17 @@ void few_numbers(std::mt19937& twister, std::vector<float>& values) {
 
 }  // namespace
 
-std::vector<float> torch_noise(std::size_t size, std::uint64_t seed) {
-  // torch seeds its Mersenne twister with the lower 32 bits.
-  std::mt19937 twister(static_cast<std::uint32_t>(seed));
+std::vector<float> TorchNoise::draw(std::size_t size) {
   std::vector<float> values(size);
   if (size < kBlock) {
-    few_numbers(twister, values);
+    few_numbers(twister_, values);
     return values;
   }
-  for (float& value : values) value = uniform(twister);
+  for (float& value : values) value = uniform(twister_);
   for (std::size_t i = 0; i + kBlock <= size; i += kBlock) box_muller(&values[i]);
   if (size % kBlock != 0) {
     float* last = &values[size - kBlock];
-    for (std::size_t i = 0; i < kBlock; ++i) last[i] = uniform(twister);
+    for (std::size_t i = 0; i < kBlock; ++i) last[i] = uniform(twister_);
     box_muller(last);
   }
   return values;

@@ -2,11 +2,22 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <random>
 #include <vector>
 
 namespace diffpress {
 
-// What `torch.randn(size, generator=torch.Generator().manual_seed(seed))` gives on x86, bit for bit.
-std::vector<float> torch_noise(std::size_t size, std::uint64_t seed);
+// What `torch.Generator().manual_seed(seed)` draws on x86, one tensor after the other, bit for bit.
+class TorchNoise {
+ public:
+  // torch seeds its Mersenne twister with the lower 32 bits.
+  explicit TorchNoise(std::uint64_t seed) : twister_(static_cast<std::uint32_t>(seed)) {}
+
+  // What `torch.randn` gives.
+  std::vector<float> draw(std::size_t size);
+
+ private:
+  std::mt19937 twister_;
+};
 
 }  // namespace diffpress

@@ -8,6 +8,7 @@
 #include "errors.h"
 #include "files.h"
 #include "noise.h"
+#include "terms.h"
 
 namespace diffpress {
 
@@ -49,7 +50,9 @@ const Schedule& Pipeline::schedule(std::size_t steps) const {
 
 double Pipeline::guidance(const std::optional<double>& asked) const {
   if (!manifest_.conditional_first) {
-    if (asked) throw UserError("this pipeline has no guidance. Leave --guidance out.");
+    if (asked && !manifest_.guidance_scale) throw UserError("this pipeline has no guidance. Leave --guidance out.");
+    if (asked && *asked != *manifest_.guidance_scale)
+      throw UserError("this pipeline was exported for a guidance scale of " + std::to_string(*manifest_.guidance_scale) + ". Leave --guidance out.");
     return 1;
   }
   return asked ? *asked : manifest_.guidance_scale.value_or(1);
@@ -95,48 +98,49 @@ Tensor Pipeline::label(const std::string& condition, bool guided) const {
   return found;
 }
 
-// The next sample is a sum of the first one and all outputs so far, each with its weight.
 std::vector<float> Pipeline::sample(const Wanted& wanted, std::size_t steps, const Tensors& inputs, double guidance) {
   const Schedule& table = schedule(steps);
   const auto [channels, height, width] = manifest_.latent_shape;
-  const auto size = static_cast<std::size_t>(channels * height * width);
-  const bool guided = guidance > 1;
-  const auto scale = static_cast<float>(guidance);
   if (!denoiser_) denoiser_.emplace(engine_, manifest_, [this](const std::string& graph) { return open(graph); });
   denoiser_->begin(steps);
-  std::vector<float> now = torch_noise(size, wanted.seed);
-  for (float& value : now) value *= table.init_noise_sigma;
-  std::vector<std::vector<float>> terms{now};
   denoiser_seconds_ = 0;
+  TorchNoise noise(wanted.seed);
+  std::vector<float> now = noise.draw(static_cast<std::size_t>(channels * height * width));
+  for (float& value : now) value *= table.init_noise_sigma;
+  Terms terms(table, now);
   for (std::size_t call = 0; call < table.timesteps.size(); ++call) {
-    Tensors given = inputs;
-    const Tensor scaled = engine_.tensor<float>({guided ? 2 : 1, channels, height, width}), timestep = engine_.tensor<float>({1});
-    for (std::size_t i = 0; i < size; ++i) scaled.data<float>()[i] = now[i] * table.input_scale[call];
-    if (guided) std::copy_n(scaled.data<float>(), size, scaled.data<float>() + size);
-    *timestep.data<float>() = table.timesteps[call];
-    given["sample"] = scaled, given["timestep"] = timestep;
-    const double start = seconds();
-    const Tensor output = denoiser_->answer(given);
-    denoiser_seconds_ += seconds() - start;
-    if (output.count() != (guided ? 2 * size : size))
-      throw UserError("the denoiser gives not one number for each of its sample. Export and package it again.");
-    terms.emplace_back(output.data<float>(), output.data<float>() + size);
-    if (guided) {
-      const float* second = output.data<float>() + size;
-      for (std::size_t i = 0; i < size; ++i) {
-        const float first = terms.back()[i], conditional = *manifest_.conditional_first ? first : second[i];
-        const float null = *manifest_.conditional_first ? second[i] : first;
-        terms.back()[i] = null + scale * (conditional - null);
-      }
-    }
-    for (std::size_t i = 0; i < size; ++i) {
-      double sum = 0;
-      for (std::size_t term = 0; term < terms.size(); ++term) sum += static_cast<double>(table.coefficients[call][term]) * terms[term][i];
-      now[i] = static_cast<float>(sum);
-    }
+    terms.add(answer(now, table, call, inputs, guidance));
+    now = terms.next(call, noise);
   }
   if (!holds_) denoiser_.reset();
   return now;
+}
+
+// The guided output of one call.
+std::vector<float> Pipeline::answer(const std::vector<float>& sample, const Schedule& table, std::size_t call, const Tensors& inputs,
+                                    double guidance) {
+  const auto [channels, height, width] = manifest_.latent_shape;
+  const std::size_t size = sample.size();
+  const bool guided = guidance > 1;
+  Tensors given = inputs;
+  const Tensor scaled = engine_.tensor<float>({guided ? 2 : 1, channels, height, width}), timestep = engine_.tensor<float>({1});
+  for (std::size_t i = 0; i < size; ++i) scaled.data<float>()[i] = sample[i] * table.input_scale[call];
+  if (guided) std::copy_n(scaled.data<float>(), size, scaled.data<float>() + size);
+  *timestep.data<float>() = table.timesteps[call];
+  given["sample"] = scaled, given["timestep"] = timestep;
+  const double start = seconds();
+  const Tensor output = denoiser_->answer(given);
+  denoiser_seconds_ += seconds() - start;
+  if (output.count() != (guided ? 2 * size : size))
+    throw UserError("the denoiser gives not one number for each of its sample. Export and package it again.");
+  std::vector<float> found(output.data<float>(), output.data<float>() + size);
+  const float* second = output.data<float>() + size;
+  for (std::size_t i = 0; guided && i < size; ++i) {
+    const float first = found[i], conditional = *manifest_.conditional_first ? first : second[i];
+    const float null = *manifest_.conditional_first ? second[i] : first;
+    found[i] = null + static_cast<float>(guidance) * (conditional - null);
+  }
+  return found;
 }
 
 Image Pipeline::decode(std::vector<float> sample) {

@@ -42,6 +42,7 @@ class Pipeline {
   Tensor tokens(const std::string& condition, bool guided) const;
   Tensor label(const std::string& condition, bool guided) const;
   std::vector<float> sample(const Wanted& wanted, std::size_t steps, const Tensors& inputs, double guidance);
+  std::vector<float> answer(const std::vector<float>& sample, const Schedule& table, std::size_t call, const Tensors& inputs, double guidance);
   Image decode(std::vector<float> sample);
 
   const Engine& engine_;

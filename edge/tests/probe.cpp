@@ -12,7 +12,7 @@
 int main(int, char** arguments) {
   using namespace diffpress;
   if (std::strcmp(arguments[1], "noise") == 0) {
-    const auto values = torch_noise(std::strtoull(arguments[2], nullptr, 10), std::strtoull(arguments[3], nullptr, 10));
+    const auto values = TorchNoise(std::strtoull(arguments[3], nullptr, 10)).draw(std::strtoull(arguments[2], nullptr, 10));
     std::fwrite(values.data(), sizeof(float), values.size(), stdout);
     return 0;
   }
