@@ -341,20 +341,20 @@ def gpu(results: dict[str, Any]) -> str:
 
 def bundles(results: dict[str, Any]) -> str:
     """The runner beside Python's run of an export, of `results/bundle.json`."""
-    header = ("export", "zip", "images", "start", "computing", "memory", "in Python", "ratio", "in an empty root")
+    header = ("export", "zip", "images", "start", "memory", "in Python", "ratio", "in an empty root")
     return _table(header, [_bundle(row) for row in results["rows"]])
 
 
 def _bundle(row: dict[str, Any]) -> Sequence[str]:
     images = "equal" if row["levels_that_differ"] == 0 else f"{row['psnr_db']:.1f} dB"
-    start = [f"{row[name]:.0f} ms" for name in ("start_ms", "start_processor_ms")]
+    start = f"{row['start_ms']:.0f} ms"
     memory = [f"{row[f'{own}_peak_memory_bytes'] / 1e6:.0f} MB" for own in ("runner", "python")]
     name = f"{row['export']}, {row['pipeline']}"
     return (
         name,
         _megabytes(row["zip_bytes"]),
         images,
-        *start,
+        start,
         *memory,
         f"{row['memory_ratio']:.2f}",
         row["empty_root"],
