@@ -140,12 +140,15 @@ def test_a_manifest_that_is_wrong_is_refused(run_alone, unzipped, tmp_path, edit
     refused(done.status, done.errors, said)
 
 
+AHEAD = {"weights": [[9, 1.0]], "low": None, "high": None}
 EXPORTS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda data: data.update(latent_shape=[2**16] * 3), "latent_shape is out of all bounds"),
     (lambda data: data.update(latent_shape=[4, 8]), "latent_shape has not three sides"),
     (lambda data: data.update(latent_shape=[1e300, 8, 8]), "latent_shape is no whole number"),
     (lambda data: data["schedules"]["4"]["coefficients"].pop(), "no numbers for some of its calls"),
     (lambda data: data["schedules"]["4"]["coefficients"][1].pop(), "a row of coefficients has another length"),
+    (lambda data: data["schedules"]["4"].update(updates=[[]] * 4), "an update has no operations"),
+    (lambda data: data["schedules"]["4"].update(updates=[[AHEAD]] * 4), "weights is no whole number from 0 to 1"),
     (lambda data: data["schedules"].pop("6"), "no schedule for its own steps"),
     (lambda data: data["schedules"].update({"1e9": data["schedules"]["4"]}), "is no number of steps"),
     (lambda data: data["components"].pop("denoiser"), "it has no denoiser"),
