@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
@@ -25,6 +25,16 @@ ZERO = 128
 """Code of 0 in uint8."""
 
 
+class Kernels(NamedTuple):
+    """What multiplied in one run of a graph."""
+
+    integer: int
+    """How many matrix products and convolutions ran in integers."""
+    floating: int
+    by_operator: dict[str, int]
+    """Of these, what the engine made of them."""
+
+
 class Session(Protocol):
     """One graph, ready to run."""
 
@@ -39,8 +49,15 @@ class Engine(Protocol):
     form: Form
     """What graphs for it are written in."""
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """Those that decide what runs in integers."""
+
     def version(self) -> str:
         """Of the library. Raises UserError where it is not installed."""
 
     def open(self, graph: Path, threads: int = 0) -> Session:
         """A session of one file; 0 threads leaves the number to the engine. Raises ArtifactError where it refuses it."""
+
+    def kernels(self, graph: Path, inputs: Mapping[str, Array], threads: int = 0) -> Kernels:
+        """What multiplies in a run of a graph, as the engine itself says."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..errors import ArtifactError
 from ..extras import import_extra
-from .engine import Array, Form
+from .engine import Array, Form, Kernels
 
 INTEGER_KERNELS = frozenset(
     {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"}
@@ -21,6 +22,9 @@ INTEGER_KERNELS = frozenset(
 FLOAT_KERNELS = frozenset({"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MatMulNBits"})
 DISABLED = ["MatMulAddFusion"]
 """It turns an int8 MatMul with bias back into a float one."""
+
+MATMUL_NBITS, FLOAT32 = "session.qdq_matmulnbits_accuracy_level", "1"
+"""Left alone, products with weights in few bits also round their input to 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,21 @@ class OnnxRuntime:
     name = "onnxruntime"
     form: Form = "uint8 x uint8"
 
+    @property
+    def settings(self) -> dict[str, str]:
+        return {"disabled_optimizers": ",".join(DISABLED), MATMUL_NBITS: FLOAT32}
+
     def version(self) -> str:
         return str(import_extra("onnxruntime").__version__)
 
     def open(self, graph: Path, threads: int = 0) -> OnnxRuntimeSession:
         return OnnxRuntimeSession(_open(graph, threads))
+
+    def kernels(self, graph: Path, inputs: Mapping[str, Array], threads: int = 0) -> Kernels:
+        ran = Counter(kernel.operator for kernel in kernels_of(graph, inputs, threads))
+        multiplied = {name: count for name, count in sorted(ran.items()) if name in INTEGER_KERNELS | FLOAT_KERNELS}
+        integer = sum(count for name, count in multiplied.items() if name in INTEGER_KERNELS)
+        return Kernels(integer, sum(multiplied.values()) - integer, multiplied)
 
 
 ONNXRUNTIME = OnnxRuntime()
@@ -91,8 +105,7 @@ def _open(graph: Path, threads: int, profile: Path | None = None) -> Any:
     options.intra_op_num_threads = threads
     # 3: errors only. The warnings are about initializers that its own passes no longer need.
     options.log_severity_level = 3
-    # 1: float32. Left alone, products with weights in few bits also round their input to 8 bits.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.add_session_config_entry(MATMUL_NBITS, FLOAT32)
     options.enable_profiling = profile is not None
     if profile is not None:
         options.profile_file_prefix = str(profile / "trace")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, UserError
-from .engine import Array, Form
+from .engine import Array, Form, Kernels
 from .openvino_dequantize import dequantize_extension
 from .openvino_library import library
 from .openvino_products import ExactProducts, exact_products, rewrite_products_
@@ -17,6 +17,11 @@ from .openvino_products import ExactProducts, exact_products, rewrite_products_
 CPU = "CPU"
 PRODUCTS = frozenset({"Convolution", "FullyConnected", "MatMul"})
 """What the layers are called in which a compiled model multiplies."""
+
+INTEGERS = ("i8", "u8")
+"""How kernels in integers end; what a layer is called says less, since it may name the type of its weights alone."""
+PRECISION, FLOAT32 = "INFERENCE_PRECISION_HINT", "f32"
+"""Left alone, it rounds to bfloat16 where a processor has it."""
 
 
 class OpenVinoSession:
@@ -27,14 +32,14 @@ class OpenVinoSession:
         self.names = [output.any_name for output in compiled.outputs]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        # OpenVINO does not look at shapes before it writes.
+        for name, value in inputs.items():
+            shape = self.compiled.input(name).get_partial_shape()
+            if not shape.compatible(library().PartialShape(list(value.shape))):
+                raise ValueError(f"the input {name} is {list(value.shape)}, the graph takes {shape}")
         results = self.request.infer(dict(inputs))
         # The request's own memory is overwritten by its next run.
         return {name: results[place].copy() for place, name in enumerate(self.names)}
-
-    def kernels(self) -> Counter[str]:
-        """How many products and convolutions run in which kernel: `jit_avx2_I8` is one in integers."""
-        described = [operation.get_rt_info() for operation in self.compiled.get_runtime_model().get_ops()]
-        return Counter(_text(own, "primitiveType") for own in described if _text(own, "layerType") in PRODUCTS)
 
 
 class OpenVino:
@@ -45,6 +50,10 @@ class OpenVino:
     def __init__(self, device: str = CPU) -> None:
         self.device = device
         self.name = "openvino" if device == CPU else f"openvino:{device}"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {PRECISION: FLOAT32}
 
     def version(self) -> str:
         return str(library().__version__).partition("-")[0]
@@ -60,6 +69,16 @@ class OpenVino:
             raise ArtifactError(
                 f"{graph}: {self.name} {self.version()} cannot load it ({reason}). Use --engine onnx, or export again."
             ) from error
+
+    def kernels(self, graph: Path, inputs: Mapping[str, Array], threads: int = 0) -> Kernels:
+        session = self.open(graph, threads)
+        # Kernels are chosen for the shapes of a run.
+        session.run(inputs)
+        # What is said of a layer lives as long as it does.
+        layers = session.compiled.get_runtime_model().get_ops()
+        ran = Counter(_said(layer, "primitiveType") for layer in layers if _said(layer, "layerType") in PRODUCTS)
+        integer = sum(count for name, count in ran.items() if name.lower().endswith(INTEGERS))
+        return Kernels(integer, ran.total() - integer, dict(sorted(ran.items())))
 
     def exact_products(self) -> ExactProducts:
         """Which products this device computes in integers. Raises UserError where there is no such device."""
@@ -85,8 +104,7 @@ def _exact_products(device: str) -> ExactProducts:
 
 
 def _compiled(model: Any, device: str, threads: int) -> OpenVinoSession:
-    # Left alone it rounds to bfloat16 where a processor has it.
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    settings: dict[str, Any] = {PRECISION: FLOAT32}
     if threads and device == CPU:
         settings["INFERENCE_NUM_THREADS"] = threads
     return OpenVinoSession(_core().compile_model(model, device, settings))
@@ -105,5 +123,6 @@ def _reason(error: RuntimeError) -> str:
     return lines[-1] if lines else "for a reason that it does not say"
 
 
-def _text(described: Mapping[str, Any], key: str) -> str:
+def _said(layer: Any, key: str) -> str:
+    described = layer.get_rt_info()
     return str(described[key].astype(str)) if key in described else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,11 @@ from ..portable.manifest import (
     PLANNED,
     SCHEMA,
     UNPLANNED,
+    UPDATED,
+    Checked,
     ExportManifest,
     Graph,
+    Kernels,
     Port,
     SchedulerTable,
     StepPlanTables,
@@ -49,7 +52,7 @@ TEST_STEPS = 4
 """Steps of the self test: few, and enough to see the scheduler's table at work."""
 
 
-class Checked(NamedTuple):
+class CheckedGraph(NamedTuple):
     """A graph that was written, and how it agreed."""
 
     part: Part
@@ -117,7 +120,7 @@ def _write(
     worst_case = _try_engine(folder, engine) if integers else None
     # The last of the steps is comparing an image with torch's.
     total, plan = len(parts) + 1, None
-    checked: list[Checked] = []
+    checked: list[CheckedGraph] = []
     for done, part in enumerate(parts):
         progress(done, total)
         inheritance = inheritance_of(part.module)
@@ -126,19 +129,20 @@ def _write(
         else:
             own, plan = _write_planned(part, inheritance, schedules, folder, engine)
             checked += own
-    graphs = {own.part.name: _describe(own) for own in checked}
+    graphs = {own.part.name: _describe(own, folder, engine) for own in checked}
     progress(len(parts), total)
     denoiser = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
     guided = kind.first_half is not None or kind.fixes_guidance
     guidance = asked_guidance if guided else None
     manifest = ExportManifest(
-        schema_version=_schema(schedules, plan),
+        schema_version=SCHEMA if integers else _schema(schedules, plan),
         pipeline=type(pipeline).__name__,
         opset=OPSET,
         format="int8" if integers else "float32",
         form=engine.form,
         form_reason=REASONS[engine.form],
         worst_case=worst_case,
+        checked=Checked(engine=engine.name, version=engine.version(), settings=engine.settings) if integers else None,
         largest_error=max(graph.max_abs_error for graph in graphs.values()),
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
         components=graphs,
@@ -165,7 +169,7 @@ def _write(
 def _schema(schedules: dict[int, SchedulerTable], plan: StepPlanTables | None) -> int:
     """The earliest whose readers understand all of it."""
     if any(table.updates is not None for table in schedules.values()):
-        return SCHEMA
+        return UPDATED
     return UNPLANNED if plan is None else PLANNED
 
 
@@ -183,28 +187,30 @@ def _left_out(pipeline: Any, parts: list[Part]) -> tuple[str, ...]:
     return tuple(sorted(name for name, model in models.items() if id(model) not in used))
 
 
-def _write_part(part: Part, folder: Path, engine: Engine) -> Checked:
+def _write_part(part: Part, folder: Path, engine: Engine) -> CheckedGraph:
     """One graph on disk, checked against torch."""
     widen_weights_(part.module)
     places = write_graph(part, folder, engine.form)
-    return Checked(part, check_graph(part, folder / f"{part.name}.onnx", places, engine), f"{part.name}.onnx.data")
+    return CheckedGraph(part, check_graph(part, folder / f"{part.name}.onnx", places, engine), f"{part.name}.onnx.data")
 
 
 def _write_planned(
     part: Part, inheritance: Inheritance, schedules: dict[int, SchedulerTable], folder: Path, engine: Engine
-) -> tuple[list[Checked], StepPlanTables]:
+) -> tuple[list[CheckedGraph], StepPlanTables]:
     """The graphs of a denoiser with a step plan, checked against torch, and what runs of them do at which call."""
     widen_weights_(part.module)
     rows = {steps: planned_rows(inheritance, table.timesteps) for steps, table in schedules.items()}
     planned = write_planned(part, inheritance, chain(*rows.values()), folder, engine.form)
     checked = [
-        Checked(own.part, check_graph(own.part, folder / f"{name}.onnx", own.places, engine), f"{part.name}.onnx.data")
+        CheckedGraph(
+            own.part, check_graph(own.part, folder / f"{name}.onnx", own.places, engine), f"{part.name}.onnx.data"
+        )
         for name, own in planned.graphs.items()
     ]
     return checked, plan_tables(planned, rows, inheritance.plan)
 
 
-def _rounding(checked: Sequence[Checked]) -> list[tuple[nn.Module, dict[str, float]]]:
+def _rounding(checked: Sequence[CheckedGraph]) -> list[tuple[nn.Module, dict[str, float]]]:
     """How far engines were off in what pieces are given, the worst of all graphs over the same weights."""
     found: dict[str, tuple[nn.Module, dict[str, float]]] = {}
     for own in checked:
@@ -220,11 +226,12 @@ def _telling_steps(schedules: dict[int, SchedulerTable], plan: StepPlanTables | 
     return min(schedules, key=lambda steps: (-len({call.graph for call in plan.calls[steps]}), steps))
 
 
-def _describe(checked: Checked) -> Graph:
+def _describe(checked: CheckedGraph, folder: Path, engine: Engine) -> Graph:
     """What the manifest says of a graph."""
     part, agreement = checked.part, checked.agreement
+    example = part.example(1, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        outputs = part.answer(part.example(1, torch.Generator().manual_seed(0)))
+        outputs = part.answer(example)
     return Graph(
         file=f"{part.name}.onnx",
         data=checked.data,
@@ -234,7 +241,13 @@ def _describe(checked: Checked) -> Graph:
         max_abs_error=agreement.max_abs_error,
         relative_error=agreement.relative_error,
         tolerance=agreement.tolerance,
+        kernels=_kernels(part, example, folder, engine) if multiplies_codes(part) else None,
     )
+
+
+def _kernels(part: Part, example: Mapping[str, Tensor], folder: Path, engine: Engine) -> Kernels:
+    arrays = {name: value.numpy() for name, value in example.items()}
+    return Kernels(**engine.kernels(folder / f"{part.name}.onnx", arrays, torch.get_num_threads())._asdict())
 
 
 def _output_port(name: str, value: Tensor) -> Port:

@@ -13,11 +13,12 @@ from ..engines.engine import Form
 from ..errors import ArtifactError
 
 EXPORT = "export.json"
-SCHEMA = 4
-"""4 may have schedules with updates, which draw noise or clip; 3 may have a step plan. 2 says in which form products of codes
-are written and why, and has a graph that tries an engine; all of 1 is as it was."""
-UNPLANNED, PLANNED = 2, 3
-"""What exports without and with a step plan are written as where no schedule has updates."""
+SCHEMA = 5
+"""5 says which kernels multiplied, has weights in four bits, and may have engines. 4 may have schedules with updates, which draw
+noise or clip; 3 may have a step plan. 2 says in which form products of codes are written and why, and has a graph that tries an
+engine; all of 1 is as it was."""
+UNPLANNED, PLANNED, UPDATED = 2, 3, 4
+"""What exports without integers are written as: without and with a step plan, and where a schedule has updates."""
 ANEW = "export anew"
 FORECAST, CORRECTION = "forecast", "correction"
 """Inputs of graphs: what past features weigh [units, kept], and which row of the tables corrects what they give."""
@@ -36,6 +37,25 @@ class Port(_Data):
     """A number where the size is fixed; `batch` may be anything from 1 on."""
 
 
+class Kernels(_Data):
+    """What multiplied in one run of a graph, read back from the engine's own trace when the export was written."""
+
+    integer: int
+    """How many matrix products and convolutions ran in integers."""
+    floating: int
+    by_operator: dict[str, int]
+    """Of these, what the engine made of them."""
+
+
+class Checked(_Data):
+    """What an export was checked in."""
+
+    engine: str
+    version: str
+    settings: dict[str, str]
+    """Those that decide what runs in integers."""
+
+
 class Graph(_Data):
     """One ONNX file with its weights beside it, and how closely it followed torch when it was written."""
 
@@ -49,6 +69,8 @@ class Graph(_Data):
     """Root mean square of the difference over that of torch's output."""
     tolerance: float
     """What `relative_error` had to stay under."""
+    kernels: Kernels | None = None
+    """Of a graph that multiplies integers."""
 
 
 class Tokens(_Data):
@@ -167,6 +189,8 @@ class ExportManifest(_Data):
     form_reason: str = "written by schema 1, which knew no other"
     worst_case: str | None = None
     """The graph that shows whether an engine computes this form exactly; its weights lie beside it."""
+    checked: Checked | None = None
+    """Where there are integers."""
     largest_error: float
     """Of all graphs' outputs against torch's, absolute."""
     versions: dict[str, str]
@@ -195,11 +219,16 @@ class ExportManifest(_Data):
 def write_export(folder: Path, manifest: ExportManifest) -> None:
     """Write `export.json`, keys sorted."""
     data = manifest.model_dump(mode="json")
-    if manifest.step_plan is None:
-        del data["step_plan"]
+    # What an older diffpress does not know is left out where there is nothing to say.
+    for name in ("step_plan", "checked"):
+        if data[name] is None:
+            del data[name]
     for table in data["schedules"].values():
         if table["updates"] is None:
             del table["updates"]
+    for graph in data["components"].values():
+        if graph["kernels"] is None:
+            del graph["kernels"]
     text = json.dumps(data, sort_keys=True, indent=1)
     (folder / EXPORT).write_text(text + "\n", encoding="utf-8")
 

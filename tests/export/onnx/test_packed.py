@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from diffpress.export.onnx.write import write_graph
 from diffpress.export.portable.manifest import read_export
 from diffpress.export.portable.pipeline import PortablePipeline
 from diffpress.export.portable.verify import verify_export
-from diffpress.export.runtime import PackedLayer, StepClock, attach_clock_, pack_layer
+from diffpress.export.runtime import PackedConv2d, PackedLayer, StepClock, attach_clock_, pack_layer
 from diffpress.kernels import FP8_MAX
 
 CHANNELS, SIDE = 5, 9
@@ -45,8 +46,11 @@ FORMATS: dict[str, dict[str, Any]] = {
     "W8 g16": {"weight_bits": 8, "activation_bits": None, "group_size": 16, "smoothed": True},
     "FP8": {"weight_bits": 8, "activation_bits": 8, "float8": True, "smoothed": True},
 }
-STORED = {"W2 g8": ir.DataType.INT4, "W8 g16": ir.DataType.INT8, "FP8": ir.DataType.FLOAT8E4M3FN}
-"""What weights are in the file, where it is not uint8."""
+STORED = {
+    **{"W8A8": ir.DataType.UINT8, "W4A8": ir.DataType.UINT4, "W4A4": ir.DataType.UINT4, "W3A6": ir.DataType.UINT4},
+    **{"W2 g8": ir.DataType.INT4, "W8 g16": ir.DataType.INT8, "FP8": ir.DataType.FLOAT8E4M3FN},
+}
+"""What weights are in the file."""
 
 
 class EveryLayer(nn.Module):
@@ -117,7 +121,7 @@ def test_every_layer_equals_torch(tmp_path: Path, name: str) -> None:
     assert agreement.relative_error < bound
     weights = [value for value in ir.load(graph).graph.initializers.values() if value.dtype != ir.DataType.FLOAT]
     stored = {value.dtype for value in weights if value.const_value.size > CHANNELS}
-    assert stored - {ir.DataType.INT64} == {STORED.get(name, ir.DataType.UINT8)}
+    assert stored - {ir.DataType.INT64} == {STORED[name]}
     if name != "FP8":
         # Which OpenVINO rounds to by way of float16.
         found = check_graph(part, graph, places, OpenVino(), batches=(1, 3, 3))
@@ -160,9 +164,10 @@ def test_embeddings_equal_torch_and_stay_integers(tmp_path: Path) -> None:
 
 def test_weights_lie_ready_in_the_graph(packed: Any) -> None:
     model = ir.load(packed.export / "denoiser.onnx")
-    large = [value for value in model.graph.initializers.values() if value.dtype == ir.DataType.UINT8 and value.shape]
+    large = [value.const_value for value in model.graph.initializers.values() if value.dtype == ir.DataType.UINT4]
     layers = packed_layers(load_pipeline(packed.source).unet)
-    assert sum(value.const_value.size for value in large) == sum(len(layer.weight) * layer.columns for layer in layers)
+    assert sum(tensor.size for tensor in large) == sum(len(layer.weight) * layer.columns for layer in layers)
+    assert all(tensor.nbytes == math.ceil(tensor.size / 2) for tensor in large)
     for node in model.graph:
         constant = node.inputs and node.inputs[0] is not None and node.inputs[0].is_initializer()
         assert not (constant and node.op_type in ("Transpose", "Reshape")), node
@@ -202,6 +207,38 @@ def test_image_follows_torch_and_verifies(packed: Any) -> None:
 
 def test_the_manifest_says_which_form_was_written_and_why(packed: Any) -> None:
     manifest = read_export(packed.export)
-    assert (manifest.schema_version, manifest.form) == (2, "uint8 x uint8")
+    assert (manifest.schema_version, manifest.form) == (4, "uint8 x uint8")
     assert "x86 without VNNI" in manifest.form_reason
     assert manifest.worst_case in manifest.files
+
+
+def test_the_manifest_says_what_ran_in_integers(packed: Any) -> None:
+    kernels = packed.manifest.components["denoiser"].kernels
+    assert kernels is not None
+    assert kernels.integer == len(packed_layers(load_pipeline(packed.source).unet))
+    assert kernels.by_operator["MatMulIntegerToFloat"] == kernels.integer
+    assert sum(kernels.by_operator.values()) == kernels.integer + kernels.floating
+    checked = packed.manifest.checked
+    assert (checked.engine, checked.version) == ("onnxruntime", ONNXRUNTIME.version())
+    assert checked.settings["disabled_optimizers"] == "MatMulAddFusion"
+
+
+def test_openvino_says_which_kernels_ran(packed: Any) -> None:
+    ports = packed.manifest.components["denoiser"].inputs
+    example = {
+        port.name: np.ones([2 if size == "batch" else size for size in port.shape], np.float32) for port in ports
+    }
+    engine = OpenVino()
+    found = engine.kernels(packed.export / "denoiser.onnx", example, threads=1)
+    layers = packed_layers(load_pipeline(packed.source).unet)
+    exact = engine.exact_products()
+    assert found.integer == sum(
+        bool(exact.conv2d if isinstance(layer, PackedConv2d) else exact.linear) for layer in layers
+    )
+
+
+def test_openvino_is_given_no_other_shape(packed: Any) -> None:
+    session = OpenVino().open(packed.export / "denoiser.onnx")
+    name = session.compiled.inputs[0].any_name
+    with pytest.raises(ValueError, match=rf"the input {name} is \[2, 9, 9, 9\], the graph takes"):
+        session.run({name: np.zeros((2, 9, 9, 9), np.float32)})
