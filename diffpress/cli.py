@@ -68,6 +68,8 @@ class Target(str, Enum):  # noqa: UP042  # typer shows the value of a str Enum
     """What an artifact can be exported to."""
 
     ONNX = "onnx"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
 
 
 class ZooModel(str, Enum):  # noqa: UP042
@@ -142,20 +144,25 @@ def export(
     artifact: Annotated[str, typer.Argument(help="an artifact of `compress`, or any pipeline for a float export")],
     to: Annotated[Target, typer.Option(help="format")],
     out: Annotated[Path, typer.Option(help="folder for the export")],
+    target: Annotated[str, typer.Option(help="GPUs to build engines for with --to tensorrt-rtx: sm_86,sm_89")] = "",
     force: Annotated[bool, typer.Option(help="replace an --out that diffpress did not write")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a whole pipeline into graphs that run without torch, checked against torch."""
-    from .exporting import export_to_onnx
+    from .exporting import export_to
     from .models import resolve
 
     with stages() as notify:
-        summary = export_to_onnx(resolve(artifact), out, notify, force)
+        targets = [name for name in target.split(",") if name]
+        summary = export_to(resolve(artifact), to.value, targets, out, notify, force)
     if as_json:
         print_json(summary)
     else:
         error = f"{summary['largest_error']:.2g}"
         OUTPUT.print(f"{out} is ready ({summary['format']}): no graph differs from torch by more than {error}")
+        for name, engine in summary.get("engines", {}).items():
+            share = f"{engine['low_bits_share']:.0%}"
+            OUTPUT.print(f"{name}: {', '.join(engine['targets'])}; {share} of its computing layers in 8 bits or fewer")
 
 
 @app.command()

@@ -28,7 +28,7 @@ from diffpress.export.source import Form
 from .calling import given_of
 from .defaults import check_recipe_fits
 from .estimate import costs_of, disk_bytes, needed_bytes, running_of
-from .exporting import export_to_onnx
+from .exporting import export_to
 from .gates import check_gates
 from .measuring import Measured, measure
 from .models import pipeline_class, resolve
@@ -114,7 +114,7 @@ def compress(
     done = None if fresh else _finished(out, request)
     artifact = done or _make(source, recipe, forms, out, request, device, fresh, notify)
     for folder in exports:
-        export_to_onnx(PipelineFolder(out, str(out)), folder, notify, force)
+        export_to(PipelineFolder(out, str(out)), "onnx", (), folder, notify, force)
     return artifact
 
 

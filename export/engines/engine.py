@@ -9,16 +9,18 @@ from typing import Any, Literal, NamedTuple, Protocol
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Form = Literal["uint8 x uint8", "uint8 x int8"]
+Form = Literal["uint8 x uint8", "uint8 x int8", "int8 folded"]
 """How the two sides of a product of codes are written: in uint8 the code of 0 is 128, in int8 it is 0.
 
 `uint8 x uint8` is exact on every processor. `uint8 x int8` is what exports before schema 2 hold: x86 without VNNI adds
-pairs of its products in saturating int16.
+pairs of its products in saturating int16. `int8 folded` has pairs of a quantizer and a dequantizer around float products,
+the quantizer constant and what a step changes outside of it.
 """
 
 
 REASONS: dict[Form, str] = {
     "uint8 x uint8": "exact on every processor: x86 without VNNI adds pairs of uint8 x int8 products in saturating int16",
+    "int8 folded": "what TensorRT runs in integers: symmetric, with a constant quantizer",
     "uint8 x int8": "fastest where a processor adds such products in int32",
 }
 ZERO = 128

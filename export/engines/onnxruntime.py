@@ -25,6 +25,7 @@ DISABLED = ["MatMulAddFusion"]
 
 MATMUL_NBITS, FLOAT32 = "session.qdq_matmulnbits_accuracy_level", "1"
 """Left alone, products with weights in few bits also round their input to 8 bits."""
+QDQ = "session.disable_quant_qdq"
 
 
 @dataclass(frozen=True)
@@ -55,32 +56,40 @@ class OnnxRuntime:
     """
 
     name = "onnxruntime"
-    form: Form = "uint8 x uint8"
+
+    def __init__(self, form: Form = "uint8 x uint8") -> None:
+        self.form: Form = form
 
     @property
     def settings(self) -> dict[str, str]:
-        return {"disabled_optimizers": ",".join(DISABLED), MATMUL_NBITS: FLOAT32}
+        # What is folded is for others: here, a product of codes in floats is exact, and one in integers may not be.
+        folded = {QDQ: "1"} if self.form == "int8 folded" else {}
+        return {MATMUL_NBITS: FLOAT32, **folded}
 
     def version(self) -> str:
         return str(import_extra("onnxruntime").__version__)
 
     def open(self, graph: Path, threads: int = 0) -> OnnxRuntimeSession:
-        return OnnxRuntimeSession(_open(graph, threads))
+        return OnnxRuntimeSession(_open(graph, threads, self.settings))
 
     def kernels(self, graph: Path, inputs: Mapping[str, Array], threads: int = 0) -> Kernels:
-        ran = Counter(kernel.operator for kernel in kernels_of(graph, inputs, threads))
+        ran = Counter(kernel.operator for kernel in kernels_of(graph, inputs, threads, self.settings))
         multiplied = {name: count for name, count in sorted(ran.items()) if name in INTEGER_KERNELS | FLOAT_KERNELS}
         integer = sum(count for name, count in multiplied.items() if name in INTEGER_KERNELS)
         return Kernels(integer, sum(multiplied.values()) - integer, multiplied)
 
 
 ONNXRUNTIME = OnnxRuntime()
+FOLDED = OnnxRuntime("int8 folded")
+"""What graphs for TensorRT are checked in."""
 
 
-def kernels_of(graph: Path, inputs: Mapping[str, Array], threads: int = 1) -> list[Kernel]:
+def kernels_of(
+    graph: Path, inputs: Mapping[str, Array], threads: int = 1, settings: Mapping[str, str] = ONNXRUNTIME.settings
+) -> list[Kernel]:
     """Every kernel of one warm run of a graph, read back from onnxruntime's own trace."""
     with TemporaryDirectory() as folder:
-        session = _open(graph, threads, Path(folder))
+        session = _open(graph, threads, settings, Path(folder))
         session.run(None, dict(inputs))
         session.run(None, dict(inputs))
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -98,14 +107,15 @@ def integer_share(kernels: list[Kernel]) -> float:
     return integer / max(integer + floating, 1)
 
 
-def _open(graph: Path, threads: int, profile: Path | None = None) -> Any:
+def _open(graph: Path, threads: int, settings: Mapping[str, str], profile: Path | None = None) -> Any:
     """onnxruntime's own session; `profile` collects one trace there."""
     runtime = import_extra("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     # 3: errors only. The warnings are about initializers that its own passes no longer need.
     options.log_severity_level = 3
-    options.add_session_config_entry(MATMUL_NBITS, FLOAT32)
+    for name, value in settings.items():
+        options.add_session_config_entry(name, value)
     options.enable_profiling = profile is not None
     if profile is not None:
         options.profile_file_prefix = str(profile / "trace")

@@ -32,6 +32,7 @@ from ..portable.manifest import (
     Port,
     SchedulerTable,
     StepPlanTables,
+    write_export,
 )
 from ..portable.tables import STANDARD_STEPS, build_tables
 from ..publishing import publish, staging
@@ -65,6 +66,11 @@ def ignore(done: int, total: int) -> None:
     """The progress callback of those who want none."""
 
 
+def as_it_is(folder: Path, manifest: ExportManifest) -> ExportManifest:
+    """What is done to an export where nothing comes on top."""
+    return manifest
+
+
 def export_onnx(
     source: PipelineFolder,
     out: Path,
@@ -74,8 +80,11 @@ def export_onnx(
     guidance_scale: float | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] = ignore,
+    finish: Callable[[Path, ExportManifest], ExportManifest] = as_it_is,
 ) -> ExportManifest:
     """Write the whole pipeline at `source` as ONNX to `out`, checked against torch in `engine`; returns `export.json`.
+
+    `finish` adds files to the folder before it is put into its place, and returns the manifest that names them.
 
     `steps` and `guidance_scale` become the export's defaults, else the pipeline's own are. Raises
     UnsupportedModelError, ArtifactError or OutputError, and then leaves `out` as it was.
@@ -88,7 +97,9 @@ def export_onnx(
     components = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     check_space(out, 4 * sum(tensor.numel() for part in components for tensor in part.state_dict().values()))
     with staging(out) as staged:
-        manifest = _write(kind, pipeline, staged, engine, steps, guidance_scale, progress)
+        manifest = finish(staged, _write(kind, pipeline, staged, engine, steps, guidance_scale, progress))
+        manifest = manifest.model_copy(update={"files": list_files(staged, (EXPORT,))})
+        write_export(staged, manifest)
         publish(staged, out)
     return manifest
 

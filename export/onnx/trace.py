@@ -13,6 +13,7 @@ import torch
 from onnx_ir.passes.common import OutputFixPass
 from torch import Tensor, nn
 
+from ..engines.engine import Form
 from ..errors import UnsupportedModelError
 from .clocks import clocks_kept
 from .part import Input, Part
@@ -79,7 +80,7 @@ class _Watched(nn.Module):
         return [value for value in seen if id(value) in self.names]
 
 
-def trace(part: Part) -> Traced:
+def trace(part: Part, form: Form) -> Traced:
     """The graph of a part, its batch left open. Raises UnsupportedModelError where torch cannot trace it."""
     watched = _Watched(part.module, part.outputs)
     with clocks_kept(part.module), _quiet():
@@ -87,12 +88,17 @@ def trace(part: Part) -> Traced:
         with torch.no_grad():
             watched(*example)
         outputs = [*part.outputs, *watched.names.values()]
-        model = _onnx(part.name, watched, part.inputs, example, outputs)
+        model = _onnx(part.name, watched, part.inputs, example, outputs, form)
     return Traced(model, watched.places)
 
 
 def _onnx(
-    name: str, module: nn.Module, inputs: Sequence[Input], example: tuple[Tensor, ...], outputs: Sequence[str]
+    name: str,
+    module: nn.Module,
+    inputs: Sequence[Input],
+    example: tuple[Tensor, ...],
+    outputs: Sequence[str],
+    form: Form,
 ) -> ir.Model:
     # `forward` takes its inputs in one tuple. Given a name alone, torch finds out which batches a model takes; a `Dim` that
     # says too many is traced twice (diffusers copies before it enlarges 64 images and more).
@@ -104,7 +110,7 @@ def _onnx(
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=dynamic,
-            custom_translation_table=translations(),
+            custom_translation_table=translations(form),
             verbose=False,
             optimize=False,
         )

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from ..engines.engine import Form
+
 # Importing these imports the kernels, which registers the operations.
+from . import translate_folded
 from .translate_attention import int8_attention
 from .translate_floats import fp8_conv2d, fp8_linear, weight_only_conv2d, weight_only_linear
 from .translate_integers import quantized_conv2d, quantized_linear
@@ -24,6 +27,11 @@ TRANSLATED = (
 """Each has the name and the arguments of the operation it stands for."""
 
 
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+FOLDED = (translate_folded.quantized_linear, translate_folded.quantized_conv2d, translate_folded.int8_attention)
+"""What stands in place of these in graphs of pairs of quantizers and dequantizers."""
+
+
+def translations(form: Form) -> dict[Callable[..., Any], Callable[..., Any]]:
     """What `torch.onnx.export` takes as its custom translation table."""
-    return {getattr(torch.ops.diffpress, function.__name__).default: function for function in TRANSLATED}
+    chosen = {function.__name__: function for function in (*TRANSLATED, *(FOLDED if form == "int8 folded" else ()))}
+    return {getattr(torch.ops.diffpress, name).default: function for name, function in chosen.items()}

@@ -42,7 +42,7 @@ def write_sharing(models: Mapping[str, ir.Model], folder: Path, data: str) -> No
 
 def simplified(part: Part, form: Form) -> tuple[ir.Model, list[Place]]:
     """The graph of a part as it is written, and where its pieces lie in it. Raises as `write_graph` does."""
-    traced = trace(part)
+    traced = trace(part, form)
     for step in passes_for(form):
         step(traced.model)
     places = _hide_pieces_(traced, len(part.outputs))

@@ -47,6 +47,23 @@ class Kernels(_Data):
     """Of these, what the engine made of them."""
 
 
+class BuiltEngine(_Data):
+    """An engine built of a graph for certain GPUs."""
+
+    component: str
+    file: str
+    builder: str
+    targets: tuple[str, ...]
+    layers: dict[str, int]
+    """How many computing layers have inputs, or weights, of which type, as the builder reported."""
+
+    @property
+    def low_bits_share(self) -> float:
+        """Share of computing layers in 8 bits and fewer."""
+        low = sum(count for name, count in self.layers.items() if name in ("FP8", "Int4", "Int8"))
+        return low / max(sum(self.layers.values()), 1)
+
+
 class Checked(_Data):
     """What an export was checked in."""
 
@@ -212,6 +229,8 @@ class ExportManifest(_Data):
     """Per number of steps."""
     step_plan: StepPlanTables | None = None
     """Where some steps inherit from others."""
+    engines: tuple[BuiltEngine, ...] = ()
+    """Built ahead of time."""
     self_test: SelfTest
     files: dict[str, File]
 
@@ -220,8 +239,8 @@ def write_export(folder: Path, manifest: ExportManifest) -> None:
     """Write `export.json`, keys sorted."""
     data = manifest.model_dump(mode="json")
     # What an older diffpress does not know is left out where there is nothing to say.
-    for name in ("step_plan", "checked"):
-        if data[name] is None:
+    for name in ("step_plan", "checked", "engines"):
+        if not data[name]:
             del data[name]
     for table in data["schedules"].values():
         if table["updates"] is None:
@@ -257,6 +276,7 @@ def _check_names(folder: Path, manifest: ExportManifest) -> None:
     named = {name for name in (manifest.self_test.image, manifest.worst_case, tokens) if name is not None}
     for graph in manifest.components.values():
         named |= {graph.file, graph.data}
+    named |= {engine.file for engine in manifest.engines}
     for name in sorted(named | manifest.files.keys()):
         inside(folder, name)
     unlisted = sorted(named - manifest.files.keys())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,3 +109,48 @@ def test_steps_without_a_table_name_those_there_are(diffpress, exported, tmp_pat
     assert status == 2
     assert "10, 15, 20, 25, 30" in " ".join(errors.split())
     assert "`sampling.steps` in the recipe" in " ".join(errors.split())
+
+
+@pytest.mark.long
+def test_an_export_for_tensorrt_says_how_engines_are_built(diffpress, exported, tmp_path):
+    out = tmp_path / "tensorrt"
+    result = diffpress("export", exported.with_name("tiny"), "--to", "tensorrt", "--out", out)
+    assert result.status == 0, result.errors
+    command = {"TRTEXEC": "echo", "PATH": os.environ["PATH"]}
+    lines = subprocess.run([out / "build_engines.sh"], env=command, capture_output=True, text=True, check=True).stdout
+    assert "--onnx=denoiser.onnx --saveEngine=denoiser.engine --stronglyTyped" in lines
+    assert "--minShapes=sample:1x" in lines
+    assert diffpress("verify", out).status == 0
+    found = json.loads(diffpress("inspect", out, "--json").output)
+    assert found["form"] == "int8 folded"
+    assert "build_engines.sh" in found["files"]
+
+
+@pytest.mark.long
+def test_engines_are_built_ahead_and_known(diffpress, exported, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    out = tmp_path / "engines"
+    options = ("--to", "tensorrt-rtx", "--target", "sm_86,sm_120", "--out", out)
+    result = diffpress("export", exported.with_name("tiny"), *options, "--json")
+    assert result.status == 0, result.errors
+    assert json.loads(result.output)["engines"]["denoiser"]["layers"]["Int8"] > 0
+    (engine,) = json.loads(diffpress("inspect", out, "--json").output)["engines"]
+    assert engine["targets"] == ["sm_86", "sm_120"]
+    assert diffpress("verify", out).status == 0
+    (out / engine["file"]).write_bytes(b"another")
+    assert diffpress("verify", out).status == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--to", "tensorrt-rtx"), "--target : TensorRT-RTX builds for sm_75"),
+        (("--to", "tensorrt-rtx", "--target", "sm_90"), "--target sm_90: TensorRT-RTX builds for sm_75"),
+        (("--to", "onnx", "--target", "sm_86"), "by --to tensorrt-rtx alone"),
+    ],
+)
+def test_targets_that_do_not_fit_are_named_before_any_work(diffpress, tmp_path, one_block, options, words):
+    status, _, errors = diffpress("export", one_block, *options, "--out", tmp_path / "out")
+    assert status == 2
+    assert words in " ".join(errors.split())
+    assert not (tmp_path / "out").exists()

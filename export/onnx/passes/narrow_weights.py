@@ -12,8 +12,9 @@ BITS = 4
 class NarrowWeights(ir.passes.InPlacePass):
     """Store int8 initializers as int4.
 
-    1. One whose values all fit, and which is only dequantized, becomes int4.
-    2. One that is used otherwise stays: what else engines do with int4 varies.
+    1. One whose values all fit, and which is only dequantized in blocks, becomes int4.
+    2. One that is used otherwise stays: what else engines do with int4 varies. Dequantized as a whole it meets activations
+       in 8 bits, and TensorRT multiplies equal types only.
     3. One with a value that does not fit stays.
     """
 
@@ -27,8 +28,14 @@ class NarrowWeights(ir.passes.InPlacePass):
 
 
 def _only_dequantized(value: ir.Value) -> bool:
-    used = {node.op_type for node, _ in value.uses()}
-    return value.dtype == ir.DataType.INT8 and used == {"DequantizeLinear"} and value.const_value is not None
+    readers = [node for node, _ in value.uses()]
+    blocks = all(node.op_type == "DequantizeLinear" and _block(node) for node in readers)
+    return value.dtype == ir.DataType.INT8 and bool(readers) and blocks and value.const_value is not None
+
+
+def _block(node: ir.Node) -> int:
+    size = node.attributes.get("block_size")
+    return 0 if size is None else size.as_int()
 
 
 def _fits(value: ir.Value) -> bool:

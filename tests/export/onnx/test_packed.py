@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffpress.export.artifact import load_pipeline
 from diffpress.export.edits import Pack
-from diffpress.export.engines.onnxruntime import FLOAT_KERNELS, ONNXRUNTIME, integer_share, kernels_of
+from diffpress.export.engines.onnxruntime import FLOAT_KERNELS, FOLDED, ONNXRUNTIME, integer_share, kernels_of
 from diffpress.export.engines.openvino import OpenVino
 from diffpress.export.onnx.check import check_graph, rounding_of
 from diffpress.export.onnx.part import Input, Part, packed_layers
@@ -51,6 +51,10 @@ STORED = {
     **{"W2 g8": ir.DataType.INT4, "W8 g16": ir.DataType.INT8, "FP8": ir.DataType.FLOAT8E4M3FN},
 }
 """What weights are in the file."""
+SAMPLE_AND_TIME = (
+    Input("sample", (CHANNELS, SIDE, SIDE)),
+    Input("timestep", (1,), choices=(950.0, 900.0, 650.0, 300.0, 100.0, 3.0)),
+)
 
 
 class EveryLayer(nn.Module):
@@ -105,12 +109,8 @@ def test_every_layer_equals_torch(tmp_path: Path, name: str) -> None:
         packed_output = module(sample, now)
         assert widen_weights_(module) == (bits < 8)
         assert torch.equal(module(sample, now), packed_output)
-    inputs = (
-        Input("sample", (CHANNELS, SIDE, SIDE)),
-        Input("timestep", (1,), choices=(950.0, 900.0, 650.0, 300.0, 100.0, 3.0)),
-    )
     before = [layer.clock.weights.clone() for layer in packed_layers(module)]
-    part = Part("layers", module, inputs, "output")
+    part = Part("layers", module, SAMPLE_AND_TIME, "output")
     places = write_graph(part, tmp_path, ONNXRUNTIME.form)
     for layer, weights in zip(packed_layers(module), before, strict=True):
         assert torch.equal(layer.clock.weights, weights)
@@ -128,6 +128,22 @@ def test_every_layer_equals_torch(tmp_path: Path, name: str) -> None:
         assert found.relative_error < bound
     example = {name: value.numpy() for name, value in part.example(2, torch.Generator()).items()}
     assert integer_share(kernels_of(graph, example)) == (1 if rounds_to_integers else 0)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "W4A4" else pytest.mark.long) for name in FORMATS if "A" in name]
+)
+def test_folded_layers_equal_torch(tmp_path: Path, name: str) -> None:
+    module = EveryLayer(FORMATS[name]).eval()
+    widen_weights_(module)
+    part = Part("layers", module, SAMPLE_AND_TIME, "output")
+    places = write_graph(part, tmp_path, FOLDED.form)
+    agreement = check_graph(part, tmp_path / "layers.onnx", places, FOLDED, batches=(1, 3, 3))
+    assert agreement.relative_error < 3 * EPSILON
+    stored = {value.dtype for value in ir.load(tmp_path / "layers.onnx").graph.initializers.values()}
+    assert ir.DataType.INT8 in stored
+    # TensorRT has integers in 4 bits for weights alone.
+    assert not stored & {ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.UINT8}
 
 
 class Embeddings(nn.Module):
@@ -220,7 +236,7 @@ def test_the_manifest_says_what_ran_in_integers(packed: Any) -> None:
     assert sum(kernels.by_operator.values()) == kernels.integer + kernels.floating
     checked = packed.manifest.checked
     assert (checked.engine, checked.version) == ("onnxruntime", ONNXRUNTIME.version())
-    assert checked.settings["disabled_optimizers"] == "MatMulAddFusion"
+    assert checked.settings == ONNXRUNTIME.settings
 
 
 def test_openvino_says_which_kernels_ran(packed: Any) -> None:
