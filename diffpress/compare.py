@@ -12,7 +12,6 @@ from diffpress.calibration.given import NOTHING_GIVEN, Given
 from diffpress.calibration.sampling import Sampling
 from diffpress.calibration.trajectory import Progress
 from diffpress.export.artifact import is_artifact, open_pipeline
-from diffpress.export.engines.named import engine_named
 from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.manifest import read_manifest
@@ -94,7 +93,7 @@ def compare_by_name(
 
         options.refuse(f"{reference} beside {candidate}")
         steps = steps or options.sampling.steps
-        found = compare_exports(reference, candidate, engine_named(engine), count, steps, seed, progress)
+        found = compare_exports(reference, candidate, engine, count, steps, seed, progress)
     else:
         found = _compare_pipelines(resolve(reference), resolve(candidate), count, steps, seed, options, progress)
     if report is not None:

@@ -15,7 +15,7 @@ from diffpress.calibration.cost import latencies_ms, median_ratio
 from diffpress.calibration.sampling import Sample, Sampling, joined, pixels_as_latents, sample
 from diffpress.calibration.trajectory import Progress
 from diffpress.export.artifact import open_pipeline
-from diffpress.export.engines.engine import Engine
+from diffpress.export.engines.named import engine_named
 from diffpress.export.errors import UnsupportedModelError
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.portable.manifest import EXPORT, ExportManifest, is_export, read_export
@@ -82,8 +82,9 @@ class _Pipeline:
 
 
 class _Export:
-    def __init__(self, folder: Path, engine: Engine) -> None:
-        self.folder, self.engine, self.manifest = folder, engine, read_export(folder)
+    def __init__(self, folder: Path, engine: str) -> None:
+        self.folder, self.manifest = folder, read_export(folder)
+        self.engine = engine_named(engine, self.manifest.form)
         self.pipeline_class = self.manifest.pipeline
 
     def sampling(self) -> Sampling:
@@ -117,7 +118,7 @@ class _Export:
 
 
 def compare_exports(
-    reference: str, candidate: str, engine: Engine, count: int, steps: int | None, seed: int, progress: Progress
+    reference: str, candidate: str, engine: str, count: int, steps: int | None, seed: int, progress: Progress
 ) -> Comparison:
     """Sample both as the candidate was made for, unless `steps` says otherwise, and time both in alternation.
 

@@ -58,10 +58,10 @@ def inspect_folder(path: Path) -> dict[str, Any]:
 
 
 def _verified(path: Path, export: Path, files: int) -> str:
-    from diffpress.export.engines.onnxruntime import ONNXRUNTIME
+    from diffpress.export.engines.named import engine_named
     from diffpress.export.portable.verify import verify_export
 
-    verify_export(export, ONNXRUNTIME)
+    verify_export(export, engine_named("onnx", read_export(export).form))
     return f"{path} is sound: {files} files match their digests, the self test gives its image"
 
 

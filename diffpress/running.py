@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from diffpress.export.bundle.read import is_bundle, opened_bundle
 from diffpress.export.engines.named import NAMES, engine_named
 from diffpress.export.errors import UserError
-from diffpress.export.portable.manifest import is_export
+from diffpress.export.portable.manifest import is_export, read_export
 
 from .calling import NO_OPTIONS, Options
 from .recipe import SamplingSection
@@ -111,7 +111,7 @@ def run_export(path: Path, engine: str, wanted: Wanted) -> Image:
 
 
 def _run_export(folder: Path, name: str, engine: str, wanted: Wanted) -> Image:
-    pipeline = open_export(folder, engine_named(engine))
+    pipeline = open_export(folder, engine_named(engine, read_export(folder).form))
     manifest = pipeline.manifest
     text = wanted.text(name, "prompt" if manifest.tokens else "label" if manifest.labels else "nothing")
     asked = wanted.sampling()

@@ -14,9 +14,9 @@ from ..errors import ArtifactError
 
 EXPORT = "export.json"
 SCHEMA = 5
-"""5 says which kernels multiplied, has weights in four bits, and may have engines. 4 may have schedules with updates, which draw
-noise or clip; 3 may have a step plan. 2 says in which form products of codes are written and why, and has a graph that tries an
-engine; all of 1 is as it was."""
+"""5 says which kernels multiplied, has weights in four bits, and may have engines. 4 may have schedules with updates, which
+draw noise or clip; 3 may have a step plan. 2 says in which form products of codes are written and why, and has a graph that
+tries an engine; all of 1 is as it was."""
 UNPLANNED, PLANNED, UPDATED = 2, 3, 4
 """What exports without integers are written as: without and with a step plan, and where a schedule has updates."""
 ANEW = "export anew"

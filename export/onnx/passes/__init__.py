@@ -10,6 +10,7 @@ from .forecast_features import ForecastFeatures
 from .hold_features import HoldFeatures
 from .lay_weights_out import LayWeightsOut
 from .narrow_weights import NarrowWeights
+from .positive_scales import PositiveScales
 from .simplify import Simplify
 from .widen_weights import widen_weights_
 
@@ -19,6 +20,7 @@ __all__ = [
     "HoldFeatures",
     "LayWeightsOut",
     "NarrowWeights",
+    "PositiveScales",
     "Simplify",
     "passes_for",
     "widen_weights_",
@@ -28,4 +30,5 @@ __all__ = [
 def passes_for(form: Form) -> list[ir.passes.InPlacePass]:
     """The passes that bring a traced graph into a form, in their order."""
     centered = [CenterWeights()] if form == "uint8 x uint8" else []
-    return [Simplify(), LayWeightsOut(), *centered, NarrowWeights()]
+    positive = [PositiveScales()] if form == "int8 folded" else []
+    return [Simplify(), LayWeightsOut(), *centered, *positive, NarrowWeights()]

@@ -17,7 +17,7 @@ from diffpress.export.errors import ArtifactError, UnsupportedModelError, UserEr
 from diffpress.export.folder import PipelineFolder
 from diffpress.export.onnx.export import export_onnx
 from diffpress.export.onnx.selftest import FLOAT_LIMIT
-from diffpress.export.portable.manifest import EXPORT, SCHEMA, read_export
+from diffpress.export.portable.manifest import EXPORT, UPDATED, read_export
 from diffpress.export.portable.pipeline import PortablePipeline
 
 SEEDS = [11, 2**32 + 5]
@@ -39,7 +39,7 @@ def with_scheduler(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pi
 def check(source: PipelineFolder, out: Path, condition: str, steps: int, **arguments: Any) -> None:
     """Two images in one batch, each with its own generator, equal torch's."""
     manifest = export_onnx(source, out, steps=steps)
-    assert manifest.schema_version == SCHEMA
+    assert manifest.schema_version == UPDATED
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     pipeline = load_pipeline(source)
     expected = pipeline(**arguments, num_inference_steps=steps, generator=generators, output_type="np").images
