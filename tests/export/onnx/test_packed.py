@@ -21,7 +21,7 @@ from diffpress.export.onnx.part import Input, Part, packed_layers
 from diffpress.export.onnx.passes import widen_weights_
 from diffpress.export.onnx.rounding import EPSILON
 from diffpress.export.onnx.write import write_graph
-from diffpress.export.portable.manifest import read_export
+from diffpress.export.portable.manifest import SCHEMA, read_export
 from diffpress.export.portable.pipeline import PortablePipeline
 from diffpress.export.portable.verify import verify_export
 from diffpress.export.runtime import PackedConv2d, PackedLayer, StepClock, attach_clock_, pack_layer
@@ -223,7 +223,7 @@ def test_image_follows_torch_and_verifies(packed: Any) -> None:
 
 def test_the_manifest_says_which_form_was_written_and_why(packed: Any) -> None:
     manifest = read_export(packed.export)
-    assert (manifest.schema_version, manifest.form) == (4, "uint8 x uint8")
+    assert (manifest.schema_version, manifest.form) == (SCHEMA, "uint8 x uint8")
     assert "x86 without VNNI" in manifest.form_reason
     assert manifest.worst_case in manifest.files
 
