@@ -12,6 +12,7 @@ from .lay_weights_out import LayWeightsOut
 from .narrow_weights import NarrowWeights
 from .positive_scales import PositiveScales
 from .simplify import Simplify
+from .whole_blocks import WholeBlocks
 from .widen_weights import widen_weights_
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "NarrowWeights",
     "PositiveScales",
     "Simplify",
+    "WholeBlocks",
     "passes_for",
     "widen_weights_",
 ]
@@ -30,5 +32,5 @@ __all__ = [
 def passes_for(form: Form) -> list[ir.passes.InPlacePass]:
     """The passes that bring a traced graph into a form, in their order."""
     centered = [CenterWeights()] if form == "uint8 x uint8" else []
-    positive = [PositiveScales()] if form == "int8 folded" else []
+    positive = [WholeBlocks(), PositiveScales()] if form == "int8 folded" else []
     return [Simplify(), LayWeightsOut(), *centered, *positive, NarrowWeights()]
