@@ -43,9 +43,11 @@ def _make_positive_(graph: ir.Graph, node: ir.Node) -> None:
     )
     node.replace_input_with(1, magnitudes)
     readers = list(node.outputs[0].uses())
-    cast = ir.node("Cast", [_initializer(graph, f"{name}.signs", signs)], {"to": ir.DataType.FLOAT})
-    signed = ir.node("Mul", [node.outputs[0], cast.outputs[0]])
-    graph.insert_after(node, [cast, signed])
+    # No Cast: TensorRT takes int8 constants behind dequantizers alone.
+    one = _initializer(graph, f"{name}.one", np.ones((), np.float32))
+    floats = ir.node("DequantizeLinear", [_initializer(graph, f"{name}.signs", signs), one])
+    signed = ir.node("Mul", [node.outputs[0], floats.outputs[0]])
+    graph.insert_after(node, [floats, signed])
     for reader, place in readers:
         reader.replace_input_with(place, signed.outputs[0])
     if not before.uses():
