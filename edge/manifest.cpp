@@ -12,7 +12,7 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr std::int64_t kBundleSchema = 1, kExportSchema = 4;
+constexpr std::int64_t kBundleSchema = 1, kExportSchema = 5;
 constexpr std::int64_t kMostSteps = 10000, kMostKept = 64, kMostOperations = 64, kLongestSide = 1 << 16, kMostNumbers = 1ll << 31;
 // Of nested values: what diffpress writes has seven.
 constexpr int kDeepest = 16;

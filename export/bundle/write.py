@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArtifactError, OutputError
+from ..errors import ArtifactError, OutputError, UserError
 from ..manifest import list_files
 from ..outputs import check_output_file, check_space
 from ..portable.manifest import ExportManifest, check_files, read_export
@@ -54,6 +54,11 @@ def package(export: Path, target: Target, out: Path) -> BundleManifest:
     if out.suffix.lower() != ".zip":
         raise OutputError(f"--out {out} must end in .zip.")
     manifest = read_export(export)
+    if manifest.form == "int8 folded":
+        raise UserError(
+            f"{export} is in a form for TensorRT, which the runner's onnxruntime is slow in. Package one that `diffpress export "
+            "--to onnx` wrote."
+        )
     check_output_file(out, [export])
     check_files(export, manifest)
     check_space(out, 2 * sum(file.size_bytes for file in manifest.files.values()))

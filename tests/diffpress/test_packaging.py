@@ -138,3 +138,13 @@ def test_the_runner_follows_a_step_plan(diffpress, tiny_class, quick_recipe, tmp
     subprocess.run(command, check=True)
     left, right = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("python", "alone"))
     assert (left == right).mean() > 0.99
+
+
+def test_graphs_for_another_engine_are_refused(diffpress, exported, tmp_path):
+    folder, out = tmp_path / "folded", tmp_path / "b.zip"
+    folder.mkdir()
+    data = json.loads((exported / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps({**data, "form": "int8 folded"}))
+    result = diffpress("package", folder, "--target", here().value, "--out", out)
+    assert (result.status, out.exists()) == (2, False)
+    assert "is in a form for TensorRT" in " ".join(result.errors.split())
