@@ -56,8 +56,8 @@ def package(export: Path, target: Target, out: Path) -> BundleManifest:
     manifest = read_export(export)
     if manifest.form == "int8 folded":
         raise UserError(
-            f"{export} is in a form for TensorRT, which the runner's onnxruntime is slow in. Package one that `diffpress export "
-            "--to onnx` wrote."
+            f"{export} is in a form for TensorRT, which onnxruntime is slow in. Package one that `diffpress export --to onnx` "
+            "wrote."
         )
     check_output_file(out, [export])
     check_files(export, manifest)
