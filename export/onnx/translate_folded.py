@@ -102,7 +102,7 @@ def _codes(x: Value, scale: Value, zero_point: Value | None, bits: int) -> Value
 
 def _moved(weight: Value, zero_point: Value) -> Value:
     """z sum(W) [N]."""
-    sums = op.ReduceSum(op.Cast(weight, to=FLOAT), _axes(1), keepdims=0)
+    sums = op.ReduceSum(op.DequantizeLinear(weight, op.Constant(value_float=1.0)), _axes(1), keepdims=0)
     return op.Mul(sums, op.Cast(zero_point, to=FLOAT))
 
 
