@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from enum import Enum
 from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
@@ -16,6 +15,23 @@ import typer
 from diffpress.export.bundle.manifest import Target as BundleTarget
 from diffpress.export.errors import UserError
 
+from .cli_options import (
+    ControlFile,
+    Engine,
+    Folder,
+    Frames,
+    Height,
+    ImageFile,
+    Json,
+    MaskFile,
+    Model,
+    SamplingSet,
+    Seed,
+    Steps,
+    Target,
+    Width,
+)
+from .cli_zoo import zoo_app
 from .console import (
     ERRORS,
     OUTPUT,
@@ -42,43 +58,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-zoo_app = typer.Typer(help="The pipelines shipped with diffpress; `zoo train` makes one from data.")
 app.add_typer(zoo_app, name="zoo")
-
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else on standard output")]
-Model = Annotated[str, typer.Argument(help="a pipeline folder, a hub id, or zoo:NAME")]
-Folder = Annotated[str, typer.Argument(help="an artifact of `compress`, an export or a bundle: a path or a hub id")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the noise")]
-Engine = Annotated[
-    str | None, typer.Option(help="torch, onnx, openvino or openvino:DEVICE; left out: what MODEL is made for")
-]
-Height = Annotated[int | None, typer.Option(min=1, help="of what is made, where the pipeline takes it")]
-Width = Annotated[int | None, typer.Option(min=1, help="the same")]
-Frames = Annotated[int | None, typer.Option(min=1, help="of a video")]
-ImageFile = Annotated[Path | None, typer.Option("--image", help="picture (or video) that the pipeline starts from")]
-MaskFile = Annotated[Path | None, typer.Option("--mask", help="picture, white where it is painted anew")]
-ControlFile = Annotated[Path | None, typer.Option("--control", help="picture that a ControlNet follows")]
-SamplingSet = Annotated[
-    list[str] | None, typer.Option("--set", help="sampling.call.NAME=VALUE, any other argument of the pipeline's call")
-]
-Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps; left out: what it was made for")]
-
-
-class Target(str, Enum):  # noqa: UP042  # typer shows the value of a str Enum
-    """What an artifact can be exported to."""
-
-    ONNX = "onnx"
-    TENSORRT = "tensorrt"
-    TENSORRT_RTX = "tensorrt-rtx"
-
-
-class ZooModel(str, Enum):  # noqa: UP042
-    """What `zoo train` can make."""
-
-    CLASSIFIER = "digits-classifier"
-    DIGITS = "digits"
-    DIGITS_UNET = "digits-unet"
-    EMOJI = "emoji"
 
 
 @app.command()
@@ -270,6 +250,30 @@ def compare(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="a pipeline, an artifact or an export")],
+    engine: Annotated[
+        list[str] | None, typer.Option(help="of an export, may be given again; left out: all that are installed")
+    ] = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="images timed in each way")] = 5,
+    device: Annotated[str | None, typer.Option(help="where torch runs it, such as cuda")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time an image here in each way that it can be made: packed or as loaded, in each engine."""
+    from .benching import bench as bench_by_name
+    from .hub import at_hand
+
+    found = bench_by_name(at_hand(model), engine or (), steps, seed, repeats, device)
+    if as_json:
+        print_json({**found, "ways": [vars(own) for own in found["ways"]]})
+    else:
+        title = f"{model} on {found['machine']}, {found['steps'] or 'its own'} steps"
+        print_table(title, ("way", "ms an image", "ratio"), [own.row() for own in found["ways"]], numbers=True)
+
+
+@app.command()
 def inspect(artifact: Folder, as_json: Json = False) -> None:
     """Show what an artifact, export or bundle holds: recipe, metrics, and the format of every module."""
     from .hub import at_hand
@@ -342,30 +346,6 @@ def doctor(as_json: Json = False) -> None:
         print_table("this machine", ("", "finding"), list(findings.items()))
     if any(str(value).startswith("fails") for value in findings.values()):
         raise typer.Exit(1)
-
-
-@zoo_app.callback(invoke_without_command=True)
-def zoo(context: typer.Context) -> None:
-    """List the pipelines shipped with diffpress."""
-    from .zoo import PIPELINES
-
-    if context.invoked_subcommand is None:
-        print_table("zoo", ("model", "what it is"), [(f"zoo:{name}", line) for name, line in PIPELINES.items()])
-
-
-@zoo_app.command("train")
-def zoo_train(
-    name: Annotated[ZooModel, typer.Argument(help="what to train")],
-    data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="npz file with the training data")],
-    out: Annotated[Path, typer.Option(help="folder for the result; checkpoints go to OUT.training")],
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="seed of initialisation and batches")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="training steps of the last stage")] = None,
-    force: Annotated[bool, typer.Option(help="replace an --out that is there")] = False,
-) -> None:
-    """Train a model of the zoo from data; the same command continues a run that was interrupted."""
-    from .zoo.training import train_by_name
-
-    train_by_name(name.value, data, out, seed, steps, force)
 
 
 QUIET = {
