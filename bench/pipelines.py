@@ -28,7 +28,7 @@ from diffpress.calibration.calls import call_of
 from diffpress.calibration.sampling import sample
 from diffpress.compare import compare_by_name
 from diffpress.export.errors import UserError
-from diffpress.exporting import export_to_onnx
+from diffpress.exporting import export_to
 from diffpress.inspecting import verify_folder
 from diffpress.models import pipeline_class, resolve
 from diffpress.pairs import paired_conditions
@@ -125,7 +125,7 @@ class Bench:
 
     def export(self) -> str:
         """To ONNX."""
-        summary = export_to_onnx(resolve(str(self.artifact)), self.work / "onnx", quiet)
+        summary = export_to(resolve(str(self.artifact)), "onnx", (), self.work / "onnx", quiet)
         return f"{summary['format']}, largest error {summary['largest_error']:.1g}"
 
     def _made(self, pipeline: Any) -> torch.Tensor:

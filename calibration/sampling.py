@@ -92,7 +92,7 @@ def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
     """
     parts = parts_of(pipeline)
     # What is compiled has the class of its compiler.
-    found = {name: part for name, part in parts.items() if is_denoiser(type(getattr(part, "_orig_mod", part)))}
+    found = {name: part for name, part in parts.items() if is_denoiser(getattr(part, "_orig_mod", part))}
     if not found:
         raise UnsupportedModelError(no_denoiser(type(pipeline).__name__, list(parts)))
     return found

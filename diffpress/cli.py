@@ -41,6 +41,7 @@ from .console import (
     print_poor,
     print_speed,
     print_table,
+    say,
     stages,
 )
 from .explain import as_typed, explained
@@ -110,9 +111,9 @@ def compress(
     else:
         print_poor(poor)
         print_comparison(metrics, artifact.cost)
-        OUTPUT.print(summary(artifact.manifest.plan))
+        say(summary(artifact.manifest.plan))
         print_speed(artifact.speed)
-        OUTPUT.print(f"{out} is ready; the proof is in {out / 'report.html'}")
+        say(f"{out} is ready; the proof is in {out / 'report.html'}")
     for sentence in artifact.missed:
         ERRORS.print(f"gate missed: {sentence}")
     if artifact.missed:
@@ -139,10 +140,10 @@ def export(
         print_json(summary)
     else:
         error = f"{summary['largest_error']:.2g}"
-        OUTPUT.print(f"{out} is ready ({summary['format']}): no graph differs from torch by more than {error}")
+        say(f"{out} is ready ({summary['format']}): no graph differs from torch by more than {error}")
         for name, engine in summary.get("engines", {}).items():
             share = f"{engine['low_bits_share']:.0%}"
-            OUTPUT.print(f"{name}: {', '.join(engine['targets'])}; {share} of its computing layers in 8 bits or fewer")
+            say(f"{name}: {', '.join(engine['targets'])}; {share} of its computing layers in 8 bits or fewer")
 
 
 @app.command()
@@ -154,7 +155,7 @@ def package(
     """Put an export, a program that runs it without Python, and onnxruntime into one zip."""
     from .packaging import package_export
 
-    OUTPUT.print(package_export(export, target, out))
+    say(package_export(export, target, out))
 
 
 @app.command()
@@ -204,7 +205,7 @@ def run(
     with replacing(out) as file:
         write_made(file, made) if isinstance(made, Made) else made.save(file)
     size = made.words() if isinstance(made, Made) else f"{made.width}x{made.height}"
-    OUTPUT.print(f"{out}: {size}, seed {seed}, {chosen}")
+    say(f"{out}: {size}, seed {seed}, {chosen}")
 
 
 def _options(overrides: list[str] | None, **flags: int | Path | None) -> Options:
@@ -294,7 +295,7 @@ def verify(artifact: Folder) -> None:
     from .hub import at_hand
     from .inspecting import verify_folder
 
-    OUTPUT.print(verify_folder(Path(at_hand(artifact))))
+    say(verify_folder(Path(at_hand(artifact))))
 
 
 @app.command()
@@ -311,7 +312,7 @@ def push(
     if as_json:
         print_json({"url": where})
     else:
-        OUTPUT.print(f"{artifact} is at {where}")
+        say(f"{artifact} is at {where}")
 
 
 @app.command()

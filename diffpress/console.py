@@ -57,6 +57,11 @@ def stages() -> Iterator[Stages]:
         yield Stages(progress)
 
 
+def say(sentence: str) -> None:
+    """One sentence as it stands: a path in it is not broken where the terminal ends, nor read as markup."""
+    OUTPUT.print(sentence, markup=False, soft_wrap=True)
+
+
 def print_json(data: Any) -> None:
     """The one JSON object of `--json`."""
     sys.stdout.write(json.dumps(data, indent=1, default=str) + "\n")

@@ -13,11 +13,14 @@ from .load.registration import LIBRARIES
 from .runtime import time_argument
 
 
-def is_denoiser(kind: Any) -> bool:
-    """Whether a class is a model that is told the time step."""
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+def is_denoiser(part: Any) -> bool:
+    """Whether a module, or a class of them, is a model that is told the time step."""
+    kind = part if isinstance(part, type) else type(part)
+    if not issubclass(kind, nn.Module):
         return False
-    return time_argument(inspect.signature(kind.forward).parameters) is not None
+    # What stands in for a model may have the signature of that one alone.
+    forwards = {kind.forward, part.forward}
+    return any(time_argument(inspect.signature(forward).parameters) is not None for forward in forwards)
 
 
 def parts_of(pipeline: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -51,8 +52,10 @@ class StandIn(nn.Module):
         super().__init__()
         self.config, self.dtype, self.device = denoiser.config, denoiser.dtype, denoiser.device
         self._signature, self._run = inspect.signature(denoiser.forward), run
+        # With the signature of the denoiser, by which pipelines, and we, know what it takes.
+        self.forward = functools.update_wrapper(functools.partial(self._answer), denoiser.forward)
 
-    def forward(self, *arguments: Any, **options: Any) -> UNet2DOutput:
+    def _answer(self, *arguments: Any, **options: Any) -> UNet2DOutput:
         given = self._signature.bind(*arguments, **options).arguments
         inputs = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         return UNet2DOutput(torch.from_numpy(self._run(arrays(inputs))))

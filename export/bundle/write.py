@@ -86,9 +86,8 @@ def _stage(export: Path, manifest: ExportManifest, target: Target, folder: Path)
     if target is here() and library is not None:
         _copy_library(library[0], library[1], folder)
     _write_picture(export / manifest.self_test.image, folder / PICTURE)
-    (folder / README).write_text(
-        readme(manifest, target, (folder / RUNNER).is_file(), (folder / LIBRARY).is_file()), "utf-8"
-    )
+    words = readme(manifest, target, (folder / RUNNER).is_file(), (folder / LIBRARY).is_file())
+    (folder / README).write_text(words, encoding="utf-8")
     bundle = BundleManifest(
         target=target,
         versions={name: importlib.metadata.version(name) for name in ("diffpress", "onnxruntime")},

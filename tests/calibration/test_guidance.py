@@ -90,6 +90,9 @@ class Denoiser(nn.Module):
 
 
 class Scheduler:
+    def set_timesteps(self, number: int) -> None:
+        """Has none."""
+
     def step(self, model_output: Tensor, timestep: float, sample: Tensor) -> Tensor:
         return sample - 0.1 * model_output[:, :2]
 

@@ -15,11 +15,22 @@ from diffpress.calibration.shortest import shortest
 from diffpress.export.errors import UnsupportedModelError
 
 
+class Denoiser(nn.Module):
+    """Is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, sample: Any, timestep: float) -> Any:
+        """What is told the time step is a denoiser."""
+
+
 class Pipeline:
     """Makes black images, in no fewer steps than told."""
 
     def __init__(self, least: int) -> None:
-        self.unet, self.least, self.asked = nn.Linear(1, 1), least, list[int]()
+        self.unet, self.least, self.asked = Denoiser(), least, list[int]()
 
     def __call__(self, batch_size: int, generator: Any, num_inference_steps: int = 9, output_type: str = "np") -> Any:
         self.asked.append(num_inference_steps)
@@ -31,7 +42,8 @@ class Pipeline:
 class Fixed:
     """Has steps of its own."""
 
-    unet = nn.Linear(1, 1)
+    def __init__(self) -> None:
+        self.unet = Denoiser()
 
     def __call__(self, batch_size: int, generator: Any, output_type: str = "np") -> Any:
         return SimpleNamespace(images=np.zeros((batch_size, 2, 2, 1), np.float32))

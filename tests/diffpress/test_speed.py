@@ -105,7 +105,8 @@ def test_a_slower_pipeline_is_told_before_it_is_saved_and_what_is_stored_does_no
     printed = json.loads(diffpress("compress", tiny_pixels, "--recipe", quick_recipe, "--out", out, "--json").output)
     assert digests(packed.path) == digests(out)
     headline = "Smaller, not faster: 1.42 of the original's time on "
-    assert [sentence.startswith(headline) for sentence in told] == [True]
+    # What is said of the quality of a model of random weights comes before it.
+    assert [sentence.startswith(headline) for sentence in told if "the original's time" in sentence] == [True]
     assert packed.speed is not None
     assert not packed.speed.packed
     assert printed["speed"]["expanded_layers"] == len(packed.manifest.layers) > 5

@@ -78,7 +78,7 @@ def test_compress_says_it_before_anything_else(
     command = ["compress", str(tiny_class), "--recipe", "w8", "--out", str(tmp_path / "out")]
     told = CliRunner().invoke(app, command)
     assert told.stdout.startswith("Poor: 13.6 dB from the original")
-    assert told.stdout.index("Poor") < told.stdout.index("is ready")
+    assert "is ready" in told.stdout
     data = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert data["poor"]["psnr_db"] == 13.6
     assert next(iter(data["poor"]["layers"])) == "unet.blocks.1.to_q"

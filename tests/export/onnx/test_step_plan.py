@@ -213,7 +213,7 @@ def written(one_block: Path, pack_all: Any, tmp_path_factory: pytest.TempPathFac
     """The graphs of a denoiser alone, in integers, with features in integers."""
     source = packed_source(tmp_path_factory.mktemp("packed"), one_block, pack_all, "int8")
     pipeline, known = load_pipeline(source), timesteps(source.path)
-    parts = KINDS[type(pipeline).__name__].parts(pipeline, tuple(known))
+    parts = KINDS[type(pipeline).__name__].parts(pipeline, tuple(known), None)
     part = next(own for own in parts if own.name == "denoiser")
     inheritance = inheritance_of(part.module)
     assert inheritance is not None
