@@ -115,8 +115,9 @@ def device_of_pipeline(pipeline: Any) -> torch.device:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model is; one that is packed as a whole has buffers only."""
-    return next(chain(model.parameters(), model.buffers())).device
+    """Where a model is; one that is packed as a whole has buffers only, and what stands in for one may say it alone."""
+    held = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device(getattr(model, "device", "cpu")) if held is None else held.device
 
 
 @torch.no_grad()
