@@ -85,6 +85,7 @@ def test_every_format_is_a_row_of_every_tier(cpu) -> None:
     }
 
 
+@pytest.mark.long
 def test_a_peer_that_fails_is_a_row_with_its_error(cpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> Path:
         raise RuntimeError("no such wheel")

@@ -153,7 +153,7 @@ def noise(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("make", [flux, sd3])
+@pytest.mark.parametrize("make", [pytest.param(flux, marks=pytest.mark.long), sd3])
 def test_newer_processors_are_answered_as_well(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> None:
     torch.manual_seed(0)
     model, given = make()

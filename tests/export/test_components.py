@@ -82,6 +82,7 @@ def test_saving_a_loaded_pipeline_keeps_it(three_parts: tuple[Path, DiffusionPip
     assert torch.equal(image(DiffusionPipeline.from_pretrained(tmp_path / "again")), image(three_parts[1]))
 
 
+@pytest.mark.long
 def test_plain_loading_in_a_fresh_process(three_parts: tuple[Path, DiffusionPipeline], tmp_path: Path) -> None:
     program = """
 import sys, diffpress, torch

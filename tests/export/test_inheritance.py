@@ -282,6 +282,7 @@ def test_features_are_kept_within_half_of_their_last_bit(storage: Any) -> None:
     assert ((held.tensor() - feature).abs() <= half * (1 + 1e-5)).all()
 
 
+@pytest.mark.long
 def test_compiling_makes_no_more_graphs_than_there_are_patterns(transformer: nn.Module) -> None:
     graphs: list[GraphModule] = []
 

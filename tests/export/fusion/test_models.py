@@ -103,7 +103,12 @@ REASONS = {
 """What the other layers read."""
 
 
-@pytest.mark.parametrize("kind", NORMS)
+SECOND = ("PixArtTransformer2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel")
+"""Their norms are those of the other two, under which codes are the same."""
+CODES = [pytest.param(kind, marks=pytest.mark.long) if kind in SECOND else kind for kind in NORMS]
+
+
+@pytest.mark.parametrize("kind", CODES)
 def test_which_layers_of_a_denoiser_are_fused(kind: str, packed) -> None:
     denoiser, call = packed(kind)
     fusions = compile_(denoiser, "eager", fullgraph=True)
@@ -117,9 +122,6 @@ def test_which_layers_of_a_denoiser_are_fused(kind: str, packed) -> None:
         assert ends == [fusion.norm or fusion.reason], fusion.layer
 
 
-SECOND = ("PixArtTransformer2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel")
-"""Their norms are those of the other two, under which codes are the same."""
-CODES = [pytest.param(kind, marks=pytest.mark.long) if kind in SECOND else kind for kind in NORMS]
 SMOOTHED = {"weight_bits": 4, "asymmetric": True, "smoothed": True}
 
 

@@ -43,7 +43,9 @@ def torch_images(source: PipelineFolder, conditions: list[str], guidance_scale: 
     return pipeline(**arguments, generator=generators).images
 
 
-@pytest.mark.parametrize("kind", ["prompt", "label", pytest.param("plain", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kind", ["prompt", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("label", "plain"))]
+)
 @pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
 def test_images_equal_torch(
     sources: dict[str, PipelineFolder], exports: dict[str, Path], kind: str, guidance_scale: float

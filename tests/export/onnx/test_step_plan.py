@@ -116,8 +116,8 @@ def torch_images(source: PipelineFolder, steps: int, guidance_scale: float | Non
     return pipeline(num_inference_steps=steps, generator=generators, output_type="np", **arguments).images
 
 
-@pytest.mark.parametrize("steps", [STEPS, 10])
-@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("steps", [STEPS, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.parametrize("guided", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_images_equal_those_of_torch_with_the_plan(exported: Exported, steps: int, guided: bool) -> None:
     kind, original, source = exported.planned
     scale = None if kind == "plain" else GUIDANCE if guided else 1.0
