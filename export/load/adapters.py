@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from diffpress.kernels import lora_linear
 
 from ..errors import UnsupportedModelError
-from ..runtime import FactorizedLinear, PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, float_form
+from ..runtime import FactorizedLinear, PackedConv2d, PackedEmbedding, PackedLinear, float_form
+from .calls import LAYERS
 from .cuts import cut_branch, of_edited
 
 logger = logging.getLogger(__name__)
 
-EDITED = (PackedLayer, FactorizedLinear)
-"""What stands where there was a layer of floats."""
 LARGEST_RANK = 128
 """Of a branch that the kernel beside packed weights takes."""
 
@@ -83,7 +82,7 @@ class _Beside(_Cuts):
     def update_layer(self, adapter_name: str, *arguments: Any, **options: Any) -> None:
         """One more adapter, made for the layer of floats."""
         layer = self.base_layer
-        if isinstance(layer, EDITED):
+        if isinstance(layer, LAYERS):
             self.base_layer = _stand_in(layer)
         try:
             super().update_layer(adapter_name, *arguments, **options)  # type: ignore[misc]

@@ -6,18 +6,14 @@ The quantiser is constant, with scale 1 and no zero point, and a step's scale an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnxscript import opset21 as op
 
-from diffpress.kernels import code_range
-
 from .translate_attention import LARGEST
+from .translate_integers import Value, scalar, scaled
 
-Value = Any
-"""A value of the graph that is being written."""
 FLOAT = int(ir.DataType.FLOAT)
 
 
@@ -89,15 +85,8 @@ def int8_attention(query: Value, key: Value, value: Value, integer_values: bool 
 
 def _codes(x: Value, scale: Value, zero_point: Value | None, bits: int) -> Value:
     """int8 codes of x / scale, as floats again."""
-    scaled = op.Div(x, scale)
-    if zero_point is not None:
-        # Halves go to even codes before they are moved.
-        scaled = op.Add(op.Round(scaled), op.Cast(zero_point, to=FLOAT))
-    if bits < 8:
-        low, high = (_scalar(value, np.float32) for value in code_range(bits))
-        scaled = op.Clip(scaled, low, high)
-    one, zero = op.Constant(value_float=1.0), _scalar(0, np.int8)
-    return op.DequantizeLinear(op.QuantizeLinear(scaled, one, zero), one)
+    one = op.Constant(value_float=1.0)
+    return op.DequantizeLinear(op.QuantizeLinear(scaled(x, scale, zero_point, bits), one, scalar(0, np.int8)), one)
 
 
 def _moved(weight: Value, zero_point: Value) -> Value:
@@ -119,7 +108,3 @@ def _over_channels(value: Value) -> Value:
 
 def _axes(axis: int) -> Value:
     return op.Constant(value_ints=[axis])
-
-
-def _scalar(value: float, dtype: type[np.generic]) -> Value:
-    return op.Constant(value=ir.tensor(np.asarray(value, dtype)))

@@ -71,8 +71,8 @@ def quantized_conv2d(
 def _zero(zero_point: Value | None) -> Value:
     """The uint8 code of 0."""
     if zero_point is None:
-        return _constant(ZERO, np.uint8)
-    return op.Cast(op.Add(op.Squeeze(zero_point), _constant(ZERO, np.int32)), to=int(ir.DataType.UINT8))
+        return scalar(ZERO, np.uint8)
+    return op.Cast(op.Add(op.Squeeze(zero_point), scalar(ZERO, np.int32)), to=int(ir.DataType.UINT8))
 
 
 def _quantized(x: Value, scale: Value, zero_point: Value | None, bits: int) -> Value:
@@ -81,14 +81,19 @@ def _quantized(x: Value, scale: Value, zero_point: Value | None, bits: int) -> V
     The quantiser is constant, with scale 1 and the zero point of symmetric codes, and the step's scale and zero point are
     outside of it: the form that engines understand.
     """
-    scaled = op.Div(x, scale)
+    return op.QuantizeLinear(scaled(x, scale, zero_point, bits), op.Constant(value_float=1.0), scalar(ZERO, np.uint8))
+
+
+def scaled(x: Value, scale: Value, zero_point: Value | None, bits: int) -> Value:
+    """x / scale, moved and cut in floats, so that a constant quantiser with scale 1 makes the codes of it."""
+    moved = op.Div(x, scale)
     if zero_point is not None:
         # Halves go to even codes before they are moved: the quantiser may not round the sum.
-        scaled = op.Add(op.Round(scaled), op.Cast(zero_point, to=int(ir.DataType.FLOAT)))
-    if bits < 8:
-        low, high = code_range(bits)
-        scaled = op.Clip(scaled, _constant(low, np.float32), _constant(high, np.float32))
-    return op.QuantizeLinear(scaled, op.Constant(value_float=1.0), _constant(ZERO, np.uint8))
+        moved = op.Add(op.Round(moved), op.Cast(zero_point, to=int(ir.DataType.FLOAT)))
+    if bits >= 8:
+        return moved
+    low, high = code_range(bits)
+    return op.Clip(moved, scalar(low, np.float32), scalar(high, np.float32))
 
 
 def _product(codes: Value, zero: Value, weight: Value, weight_scale: Value, scale: Value, bias: Value | None) -> Value:
@@ -134,6 +139,6 @@ def _window_weights(weight: Value, kernel_size: Sequence[int]) -> Value:
     return op.Reshape(op.Transpose(split, perm=[2, 1, 0]), op.Constant(value_ints=[-1, rows]))
 
 
-def _constant(value: int, dtype: type[np.generic]) -> Value:
-    """A scalar of the graph."""
+def scalar(value: int, dtype: type[np.generic]) -> Value:
+    """A constant of the graph."""
     return op.Constant(value=ir.tensor(np.asarray(value, dtype)))
